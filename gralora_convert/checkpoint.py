@@ -1,0 +1,341 @@
+"""A dense model on disk, lazily: its tensors by name, its files, its configuration. Headers only.
+
+Which files hold the weights is decided as transformers 5.23 does (modeling_utils.py,
+`_get_resolved_checkpoint_files`): one safetensors file, its shards, one `.bin` file, its shards;
+folders that transformers did not write may hold safetensors files under other names.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from gralora_convert.errors import UnreadableError, UnsupportedError
+from gralora_convert.strictjson import JsonError, load_json, parse_json
+from gralora_convert.tensors import (
+    DTYPE_BITS,
+    TensorFile,
+    TensorFileError,
+    TensorSpec,
+    open_regular,
+    read_array,
+    read_bytes,
+    read_tensor_file,
+    read_torch,
+)
+
+__all__ = [
+    "DTYPE_BITS",
+    "RECEIPT_NAME",
+    "Checkpoint",
+    "JsonError",
+    "TensorFile",
+    "TensorFileError",
+    "TensorSpec",
+    "load_json",
+    "locate",
+    "open_regular",
+    "parse_json",
+    "read_array",
+    "read_bytes",
+    "read_tensor_file",
+    "read_torch",
+]
+
+RECEIPT_NAME = "gralora_convert.json"
+_INDEX_SUFFIX = ".index.json"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Weights in other formats, or of other things: never copied beside the merged weights.
+_WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A dense checkpoint: a transformers folder, one tensor file, or a model of the Hub's cache.
+
+    `layout` names the weight files relative to `path` in order; `tensors` are in file order, so
+    that writing them back in this order reproduces the layout. `config` is the parsed
+    `config.json` ({} when there is none).
+    """
+
+    path: Path
+    source: str
+    layout: Mapping[str, TensorFile]
+    tensors: Mapping[str, TensorSpec]
+    config: Mapping[str, object] = field(default_factory=dict)
+    index_name: str | None = None
+
+    @classmethod
+    def open(cls, source: str | Path) -> "Checkpoint":
+        """The checkpoint at `source`: a folder, a tensor file, or a Hub id (cache first).
+
+        Raises:
+            UnreadableError: nothing there, a damaged file, an index that disagrees with its shards
+                or leaves its folder.
+            UnsupportedError: weights in a format that is not read here (GGUF, TensorFlow, Flax).
+
+        >>> Checkpoint.open("fixtures/bases/llama").config["model_type"]  # doctest: +SKIP
+        'llama'
+        """
+        path = locate(source)
+        if path.is_dir():
+            names, index_name = _weight_files(path)
+            folder = path
+        else:
+            names, index_name, folder = {path.name: None}, None, path.parent
+            if path.suffix == ".gguf":
+                raise _gguf(path)
+        layout = {name: read_tensor_file(_inside(folder, name)) for name in names}
+        config_path = folder / "config.json"
+        config = load_json(config_path, allow_non_finite=True) if config_path.exists() else {}
+        return cls(path, str(source), layout, _gather(layout, names, path), config, index_name)
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def model_type(self) -> str | None:
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        value = self.config.get("architectures")
+        return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list) else ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+    @property
+    def receipt(self) -> Mapping[str, object] | None:
+        """What this tool wrote beside a checkpoint that it made, or None."""
+        path = self.folder / RECEIPT_NAME
+        return load_json(path) if self.path.is_dir() and path.exists() else None
+
+    def file_of(self, name: str) -> str:
+        """The weight file, relative to the folder, that holds the tensor `name`."""
+        file = self.tensors[name].file
+        return next(entry for entry, held in self.layout.items() if held.path == file)
+
+    def sidecars(self) -> dict[str, Path]:
+        """Every other file of the folder that belongs to the model, by relative name: config,
+        tokenizer, templates, code. Weights in any format, indexes, adapters, the receipt, the
+        model card and hidden files are left out.
+
+        Raises:
+            UnreadableError: a link that leaves the folder, or a special file.
+        """
+        return sidecars(self.path) if self.path.is_dir() else {}
+
+
+def locate(source: str | Path) -> Path:
+    """The local path of a folder, file or Hub id.
+
+    Raises:
+        UnreadableError: nothing of that name here, in the Hub's cache, or (online) on the Hub.
+    """
+    path = Path(source)
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError) as error:
+        raise UnreadableError(f"is not a usable path: {error}", where=source) from error
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source) or path.is_symlink():
+        raise UnreadableError("there is no such file or folder", where=source)
+    return _from_hub(source)
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    ignore = ["*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ot", "original/*", "consolidated*"]
+    try:
+        return Path(snapshot_download(model, ignore_patterns=ignore))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnreadableError(
+            f"there is no such file or folder, and no model of this name could be had from the "
+            f"Hub: {reason}",
+            where=model,
+            hint="Name a local folder, or download the model first.",
+        ) from error
+
+
+def _weight_files(folder: Path) -> tuple[dict[str, list[str] | None], str | None]:
+    """The weight files of a folder with the tensors that its index lists in each (None: all)."""
+    present = {entry.name for entry in _listing(folder)}
+    for name in _WEIGHTS:
+        if name in present:
+            return {name: None}, None
+        if name + _INDEX_SUFFIX in present:
+            return _indexed(folder, name + _INDEX_SUFFIX), name + _INDEX_SUFFIX
+    indexes = sorted(n for n in present if n.endswith(".safetensors" + _INDEX_SUFFIX))
+    if len(indexes) == 1:
+        return _indexed(folder, indexes[0]), indexes[0]
+    others = sorted(
+        n for n in present if n.endswith(".safetensors") and not n.startswith("adapter_model")
+    )
+    if others:
+        return {name: None for name in others}, None
+    raise _no_weights(folder, present)
+
+
+def _no_weights(folder: Path, present: set[str]) -> UnreadableError | UnsupportedError:
+    gguf = sorted(n for n in present if n.endswith(".gguf"))
+    if gguf:
+        return _gguf(folder / gguf[0])
+    foreign = sorted(n for n in present if n.endswith((".h5", ".msgpack", ".ckpt")))
+    if foreign:
+        return UnsupportedError(
+            f"holds weights only as {foreign[0]}",
+            where=folder,
+            hint="Load them with transformers and save them with save_pretrained first.",
+        )
+    if "adapter_config.json" in present:
+        return UnreadableError(
+            "is an adapter, a dense model was needed",
+            where=folder,
+            hint="Give the base model's folder.",
+        )
+    return UnreadableError(
+        "holds no weights; model.safetensors, shards with an index, or pytorch_model.bin is needed",
+        where=folder,
+    )
+
+
+def _gguf(path: Path) -> UnsupportedError:
+    return UnsupportedError(
+        "is GGUF, which is not read here",
+        where=path,
+        hint="Use the original safetensors model; convert the merged result to GGUF afterwards.",
+    )
+
+
+def _listing(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UnreadableError(f"cannot be listed: {error.strerror}", where=folder) from error
+
+
+def _indexed(folder: Path, index_name: str) -> dict[str, list[str] | None]:
+    where = folder / index_name
+    weight_map = load_json(where, allow_non_finite=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UnreadableError("has no weight_map from tensor names to files", where=where)
+    files: dict[str, list[str] | None] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _is_plain_relative(name):
+            raise UnreadableError(
+                f"maps {tensor!r} to {name!r}, which is not a file of this folder", where=where
+            )
+        listed = files.setdefault(name, [])
+        assert listed is not None
+        listed.append(tensor)
+    missing = [name for name in sorted(files) if not (folder / name).exists()]
+    if missing:
+        raise UnreadableError(
+            f"{len(missing)} of the {len(files)} shards that the index names are missing, "
+            f"first {missing[0]}",
+            where=where,
+            hint="Download the model again, completely.",
+        )
+    return dict(sorted(files.items()))
+
+
+def _is_plain_relative(name: str) -> bool:
+    path = PurePosixPath(name)
+    return (
+        bool(name)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and name.isprintable()
+        and path.suffix in (".safetensors", ".bin")
+        and not path.name.startswith(".")
+    )
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """`folder/name`, if it stays in the folder when links are followed.
+
+    The Hub's cache links snapshots/<revision>/<file> to the blobs beside it: that is inside, too.
+    """
+    path = folder / name
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    roots = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    if any(real.is_relative_to(allowed) for allowed in roots):
+        return path
+    raise UnreadableError(
+        f"is a link that leaves its folder (to {real})",
+        where=path,
+        hint="Put the file itself into the folder, or name the folder that it lies in.",
+    )
+
+
+def _gather(
+    layout: Mapping[str, TensorFile], names: Mapping[str, list[str] | None], path: Path
+) -> dict[str, TensorSpec]:
+    owner = {tensor: name for name, listed in names.items() for tensor in listed or ()}
+    tensors: dict[str, TensorSpec] = {}
+    for name, file in layout.items():
+        for wanted in names[name] or ():
+            if wanted not in file.tensors:
+                raise UnreadableError(
+                    f"the index places {wanted!r} here, but the file does not hold it",
+                    where=file.path,
+                    hint="Shards of two versions? Download the model again.",
+                )
+        for tensor, spec in sorted(file.tensors.items(), key=lambda item: item[1].offset):
+            if owner.get(tensor, name) != name:
+                continue  # a second copy; the index says which one counts
+            if tensor in tensors:
+                raise UnreadableError(
+                    f"the tensor {tensor!r} stands in two files, also in "
+                    f"{tensors[tensor].file.name}",
+                    where=file.path,
+                )
+            tensors[tensor] = spec
+    if not tensors:
+        raise UnreadableError("holds no tensors", where=path)
+    return tensors
+
+
+def sidecars(folder: Path) -> dict[str, Path]:
+    """The files beside the weights of `folder`, by relative name; see `Checkpoint.sidecars`."""
+    return dict(_sidecars(folder, PurePosixPath()))
+
+
+def _sidecars(root: Path, below: PurePosixPath) -> Iterable[tuple[str, Path]]:
+    for entry in _listing(root / below):
+        name = below / entry.name
+        if entry.name.startswith(".") or _is_weights_or_ours(entry.name):
+            continue
+        if entry.is_dir():
+            if not entry.is_symlink() and not _holds_a_model(entry):
+                yield from _sidecars(root, name)
+            continue
+        _inside(root, str(name))
+        open_regular(entry).close()
+        yield str(name), entry
+
+
+def _is_weights_or_ours(name: str) -> bool:
+    if name.endswith(_INDEX_SUFFIX) or name in (RECEIPT_NAME, "README.md", "adapter_config.json"):
+        return True
+    return PurePosixPath(name).suffix in _WEIGHT_SUFFIXES or name == "training_args.bin"
+
+
+def _holds_a_model(folder: Path) -> bool:
+    """A folder with weights of its own (a training checkpoint, an adapter) is no sidecar."""
+    return any(PurePosixPath(entry.name).suffix in _WEIGHT_SUFFIXES for entry in folder.iterdir())

@@ -1,0 +1,112 @@
+"""One family of refusals: every reason for which the library stops on its own account.
+
+A message reads *where: what was found, what was needed. What to do.* Programming mistakes stay
+`TypeError`, `ValueError` and `AssertionError`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from gralora_convert.report import Finding
+
+__all__ = [
+    "ChangedInputError",
+    "CheckFailedError",
+    "ConvertError",
+    "InexactError",
+    "InvalidAdapterError",
+    "MisuseError",
+    "OutputError",
+    "UnreadableError",
+    "UnsupportedError",
+]
+
+
+def printable(text: object) -> str:
+    """`text` on one line: control characters of a hostile file become escapes.
+
+    >>> printable("a\\nb")
+    'a\\\\nb'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+class ConvertError(Exception):
+    """A refusal: `message` says what was found and needed, `hint` what to do, `where` the place."""
+
+    kind: ClassVar[str] = "refused"
+
+    def __init__(self, message: str, *, where: object = "", hint: str = "") -> None:
+        self.where, self.message, self.hint = printable(where), printable(message), printable(hint)
+        parts = [f"{self.where}: {self.message}" if self.where else self.message, self.hint]
+        super().__init__(" ".join(part for part in parts if part))
+
+
+class UnreadableError(ConvertError):
+    """A file is missing, or is not what it claims to be."""
+
+    kind = "unreadable"
+
+
+class UnsupportedError(ConvertError):
+    """Well formed, but something that this library does not handle."""
+
+    kind = "unsupported"
+
+
+class MisuseError(ConvertError):
+    """Arguments that do not go together."""
+
+    kind = "misuse"
+
+
+class InvalidAdapterError(ConvertError):
+    """An adapter's parts disagree, or it does not fit the base. Carries all `findings`."""
+
+    kind = "invalid-adapter"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: object = "",
+        hint: str = "",
+        findings: Sequence["Finding"] = (),
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.findings = tuple(findings)
+
+
+class InexactError(ConvertError):
+    """An exact conversion was asked for and the shape asked for cannot hold it.
+
+    Carries `exact_rank`, the smallest rank that could, and `error`, the relative Frobenius
+    error at the rank asked for.
+    """
+
+    kind = "inexact"
+
+    def __init__(
+        self, message: str, *, where: object = "", hint: str = "", exact_rank: int, error: float
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.exact_rank, self.error = exact_rank, error
+
+
+class OutputError(ConvertError):
+    """The output exists, cannot be written, or does not fit on the disk."""
+
+    kind = "output"
+
+
+class ChangedInputError(ConvertError):
+    """An input file changed while it was read."""
+
+    kind = "input-changed"
+
+
+class CheckFailedError(ConvertError):
+    """What was written failed its own check and was not published."""
+
+    kind = "check-failed"
