@@ -5,6 +5,8 @@ Which files hold the weights is decided as transformers 5.23 does (modeling_util
 folders that transformers did not write may hold safetensors files under other names.
 """
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -117,6 +119,13 @@ class Checkpoint:
         """What this tool wrote beside a checkpoint that it made, or None."""
         path = self.folder / RECEIPT_NAME
         return load_json(path) if self.path.is_dir() and path.exists() else None
+
+    def digest(self) -> str:
+        """A digest of all names, dtypes and shapes, and of the configuration: the same for copies
+        of a model in any layout of files."""
+        names = sorted((n, s.dtype, s.shape) for n, s in self.tensors.items())
+        text = json.dumps([names, self.config], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def file_of(self, name: str) -> str:
         """The weight file, relative to the folder, that holds the tensor `name`."""

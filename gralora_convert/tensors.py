@@ -29,6 +29,7 @@ __all__ = [
     "open_regular",
     "read_array",
     "read_bytes",
+    "read_into",
     "read_safetensors",
     "read_tensor_file",
     "read_torch",
@@ -280,15 +281,21 @@ def pread_exact(descriptor: int, buffer: memoryview, offset: int, where: object)
 def read_bytes(spec: TensorSpec, start: int = 0, stop: int | None = None) -> bytearray:
     """The bytes `start:stop` of the tensor, in the order of its elements, little endian."""
     stop = spec.nbytes if stop is None else stop
-    if spec.strides is not None:
-        return bytearray(_gather(spec)[start:stop])
     data = bytearray(stop - start)
+    read_into(spec, start, memoryview(data))
+    return data
+
+
+def read_into(spec: TensorSpec, start: int, buffer: memoryview) -> None:
+    """Fills `buffer` with the bytes of the tensor from `start` on; see `read_bytes`."""
+    if spec.strides is not None:
+        buffer[:] = _gather(spec)[start : start + len(buffer)]
+        return
     with open_regular(spec.file) as file:
         try:
-            pread_exact(file.fileno(), memoryview(data), spec.offset + start, spec.file)
+            pread_exact(file.fileno(), buffer, spec.offset + start, spec.file)
         except OSError as error:
             raise UnreadableError(f"cannot be read: {error.strerror}", where=spec.file) from error
-    return data
 
 
 def _gather(spec: TensorSpec) -> bytes:

@@ -1,0 +1,467 @@
+"""`merge`: base + adapters -> a dense checkpoint that every loader reads, from file to file.
+
+Every tensor of the base becomes one of the output: most are copied as bytes, the adapted ones are
+computed in tiles (`tiles.py`), a few are replaced or added whole. The layout of the files is the
+base's own, or shards of a given size.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from gralora_convert.adapter import Adapter
+from gralora_convert.checkpoint import Checkpoint, sidecars
+from gralora_convert.delta import Delta, permute_rows, to_device
+from gralora_convert.errors import CheckFailedError, MisuseError
+from gralora_convert.placement import Placement, place
+from gralora_convert.plan import Copied, OutputFile, Part, Plan, index_json
+from gralora_convert.rounding import Survival
+from gralora_convert.strictjson import load_json
+from gralora_convert.tensors import DTYPE_BITS, FLOATING, TensorSpec
+from gralora_convert.tiles import CastTensor, Contribution, MergedTensor
+from gralora_convert.version import __version__
+
+__all__ = ["merge", "summary"]
+
+DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
+# What a trainer may save beside an adapter and what then describes the merged model better.
+_ADAPTER_SIDECARS = re.compile(
+    r"(config|generation_config|(\w+_)?(pre)?processor_config|special_tokens_map|added_tokens"
+    r"|tokenizer\w*|vocab|chat_template)\.json|vocab\.txt|merges\.txt|.*\.(model|tiktoken|jinja)"
+)
+
+
+def merge(
+    *adapters: Adapter | str | Path,
+    base: Checkpoint | str | Path | None = None,
+    weights: Sequence[float] | None = None,
+    dtype: str = "keep",
+    shard_size: str = "keep",
+    device: str = "cpu",
+    verify: bool = True,
+    key_map: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """The plan of base + sum of weight * delta; `plan.write(output)` carries it out.
+
+    Sums are float32 (float64 for float64 tensors), rounded once to the dtype written. Biases and
+    `modules_to_save` of an adapter replace those of the base. Untouched tensors keep their bytes.
+
+    Arguments:
+        adapters: one or several GraLoRA, Hybrid GraLoRA or LoRA adapters.
+        base: default: the `base_model_name_or_path` that the adapters agree on.
+        weights: one per adapter, default 1.0.
+        dtype: `keep`, `float32`, `bfloat16` or `float16`, of all floating tensors written.
+        shard_size: `keep` for the base's own files, else the largest file, such as `5GB`.
+        verify: recompute one row in sixteen in float64 while it is hot, and refuse to publish what
+            differs by more than one rounding.
+
+    Raises:
+        InvalidAdapterError: an adapter has errors or does not fit the base.
+        MisuseError: arguments that do not go together.
+        UnreadableError, UnsupportedError: the base.
+
+    >>> plan = merge("fixtures/peft-0.21.2/llama-gralora", base="fixtures/bases/llama")
+    >>> len(plan.files)
+    1
+    """
+    opened = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
+    factors = _weights(weights, opened)
+    target = base if isinstance(base, Checkpoint) else Checkpoint.open(base or _base_name(opened))
+    _refuse_twice(opened, target)
+    placements = []
+    for adapter in opened:
+        placement, report = place(
+            adapter, target, key_map=key_map or {}, trust_remote_code=trust_remote_code
+        )
+        report.require_ok(adapter.path)
+        assert placement is not None
+        placements.append(placement)
+    return _Merge(opened, factors, target, placements, dtype, device, verify).plan(shard_size)
+
+
+def _weights(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> list[float]:
+    if not adapters:
+        raise MisuseError("no adapter was given")
+    if weights is None:
+        return [1.0] * len(adapters)
+    if len(weights) != len(adapters):
+        raise MisuseError(
+            f"{len(weights)} weights for {len(adapters)} adapters; one each was needed",
+            hint="Repeat --weight, in the order of the adapters.",
+        )
+    for weight, adapter in zip(weights, adapters, strict=True):
+        if weight != weight or abs(weight) == float("inf"):
+            raise MisuseError(f"the weight {weight} is not a finite number")
+        if weight != 1.0 and (adapter.biases or adapter.saved):
+            raise MisuseError(
+                f"weight {weight:g} was given, but trained biases and saved modules replace those "
+                "of the base and cannot be weighted",
+                where=adapter.path,
+                hint="Use weight 1.",
+            )
+    return list(weights)
+
+
+def _base_name(adapters: Sequence[Adapter]) -> str:
+    names = {adapter.config.base_model_name_or_path for adapter in adapters}
+    name = names.pop()
+    if names or not name:
+        found = "different base models" if names else "no base model"
+        raise MisuseError(
+            f"adapter_config.json names {found}", where=adapters[0].path, hint="Give --base."
+        )
+    return name
+
+
+def _refuse_twice(adapters: Sequence[Adapter], base: Checkpoint) -> None:
+    """A base that already holds one of the adapters would get its update a second time."""
+    merged = set(_merged_before(base))
+    for adapter in adapters:
+        if adapter.sha256() in merged:
+            raise MisuseError(
+                f"the base {base.source} already holds this adapter (its receipt lists it)",
+                where=adapter.path,
+                hint="Merge into the original base.",
+            )
+    paths = [adapter.path.resolve() for adapter in adapters]
+    if len(set(paths)) < len(paths):
+        raise MisuseError("an adapter is named twice", hint="Use --weight 2 to apply it twice.")
+
+
+def _merged_before(base: Checkpoint) -> list[str]:
+    """sha256 of the adapters that a receipt beside the base lists, this merge's and earlier."""
+    receipt = base.receipt or {}
+    listed = receipt.get("merged_adapters")
+    return [value for value in listed if isinstance(value, str)] if isinstance(listed, list) else []
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """Everything one merge knows before it computes."""
+
+    adapters: list[Adapter]
+    weights: list[float]
+    base: Checkpoint
+    placements: list[Placement]
+    dtype: str
+    device: str
+    verify: bool
+
+    def plan(self, shard_size: str) -> Plan:
+        merged = self._merged_tensors()
+        parts = self._parts(merged)
+        files = _layout(self.base, parts, shard_size)
+        texts, copies, notes = self._texts_and_sidecars(files)
+        return Plan(
+            command="merge",
+            files=files,
+            receipt=partial(self._receipt, merged, files, notes),
+            texts=texts,
+            sidecars=copies,
+            inputs=(*self.base.layout.values(), *(a.file for a in self.adapters)),
+            protected=(self.base.path, *(a.path for a in self.adapters)),
+            notes=tuple(notes),
+        )
+
+    def _merged_tensors(self) -> dict[str, MergedTensor]:
+        """Output name -> the tensor that receives updates."""
+        contributions: dict[str, list[Contribution]] = {}
+        sources: dict[str, TensorSpec] = {}
+        for adapter, weight, placement in zip(
+            self.adapters, self.weights, self.placements, strict=True
+        ):
+            for target in placement.targets:
+                for piece in target.pieces:
+                    sources[piece.output] = self.base.tensors[piece.tensor]
+                    contributions.setdefault(piece.output, []).append(
+                        Contribution(
+                            target.module,
+                            _loader(adapter, target.module, piece.order, self.device),
+                            weight,
+                            piece.start,
+                            piece.count,
+                            0 if piece.order else piece.delta_start,
+                            target.transposed,
+                            adapter.factor_bytes(target.module),
+                        )
+                    )
+        return {
+            name: MergedTensor(
+                sources[name],
+                self._written(sources[name].dtype),
+                of_tensor,
+                device=self.device,
+                check=self.verify,
+            )
+            for name, of_tensor in contributions.items()
+        }
+
+    def _written(self, dtype: str) -> str:
+        return DTYPES[self.dtype] if self.dtype != "keep" and dtype in FLOATING else dtype
+
+    def _parts(self, merged: Mapping[str, MergedTensor]) -> dict[str, list[Part]]:
+        """The tensors of the output by weight file of the base, in the base's order; new ones (an
+        untied head, a trained classifier) follow in the last file."""
+        replaced = self._replacements()
+        added = {*merged, *replaced}
+        files: dict[str, list[Part]] = {}
+        for file_name, file in self.base.layout.items():
+            specs = [s for n, s in self.base.tensors.items() if s.file == file.path]
+            parts = files[file_name] = []
+            for spec in specs:
+                parts.append(self._part(spec.name, spec, merged, replaced))
+                added.discard(spec.name)
+        last = files[next(reversed(files))]
+        for name in [*merged, *replaced]:
+            if name in added:
+                last.append(self._part(name, None, merged, replaced))
+        return files
+
+    def _part(
+        self,
+        name: str,
+        spec: TensorSpec | None,
+        merged: Mapping[str, MergedTensor],
+        replaced: Mapping[str, TensorSpec],
+    ) -> Part:
+        if name in merged:
+            tensor = merged[name]
+            shape, dtype = tensor.spec.shape, tensor.dtype
+            return Part(name, dtype, shape, _nbytes(dtype, shape), tensor.source())
+        stored = replaced.get(name, spec)
+        assert stored is not None
+        dtype = self._written(stored.dtype)
+        if name in replaced and spec is not None and spec.dtype in FLOATING:
+            dtype = self._written(spec.dtype)  # a float32 head of a bfloat16 model stays bfloat16
+        same = dtype == stored.dtype
+        source = Copied(stored) if same else CastTensor(stored, dtype).source()
+        return Part(name, dtype, stored.shape, _nbytes(dtype, stored.shape), source)
+
+    def _replacements(self) -> dict[str, TensorSpec]:
+        found: dict[str, TensorSpec] = {}
+        for adapter, placement in zip(self.adapters, self.placements, strict=True):
+            for replacement in placement.replacements:
+                if replacement.output in found:
+                    raise MisuseError(
+                        f"replaces {replacement.output!r}, as another of the adapters does",
+                        where=adapter.path,
+                        hint="Only one adapter can carry a bias or saved module.",
+                    )
+                found[replacement.output] = replacement.source
+        return found
+
+    def _texts_and_sidecars(
+        self, files: Sequence[OutputFile]
+    ) -> tuple[dict[str, bytes], dict[str, Path], list[str]]:
+        """Small files to write, files to copy, and what is worth telling about them."""
+        notes = [note for p in self.placements for note in p.notes]
+        copies = self.base.sidecars()
+        for adapter in self.adapters:
+            beside = {
+                name: path
+                for name, path in sidecars(adapter.path).items()
+                if _ADAPTER_SIDECARS.fullmatch(PurePosixPath(name).name)
+                and (name != "config.json" or self._is_same_model(path))
+            }
+            if beside:
+                notes.append(f"{', '.join(sorted(beside))} taken from {adapter.path}")
+            copies |= beside
+        texts = {}
+        edits = self._config_edits()
+        if edits and "config.json" in copies:
+            texts["config.json"] = _edited(copies.pop("config.json"), edits)
+        if len(files) > 1:
+            texts["model.safetensors.index.json"] = index_json(files)
+        return texts, copies, notes
+
+    def _is_same_model(self, config: Path) -> bool:
+        return load_json(config, allow_non_finite=True).get("model_type") == self.base.model_type
+
+    def _config_edits(self) -> dict[str, object]:
+        edits: dict[str, object] = {}
+        for placement in self.placements:
+            edits = _updated(edits, placement.config_edits())
+        if self.dtype != "keep":
+            edits["dtype"] = self.dtype
+        return edits
+
+    def _receipt(
+        self,
+        merged: Mapping[str, MergedTensor],
+        files: Sequence[OutputFile],
+        notes: Sequence[str],
+    ) -> dict[str, object]:
+        """What was done; raises when the check of what was written says no."""
+        if not any(tensor.changed for tensor in merged.values()) and not self._replacements():
+            raise CheckFailedError(
+                "the merge would change nothing: every update is zero or below the rounding of "
+                "the stored dtype",
+                hint="Is the adapter trained? If it is, write --dtype float32.",
+            )
+        survival = sum((tensor.survival for tensor in merged.values()), Survival())
+        for name, tensor in merged.items():
+            if tensor.worst > 1.0:
+                raise CheckFailedError(
+                    f"differs from base + delta by {tensor.worst:.3g} times what one rounding allows",
+                    where=name,
+                    hint="Nothing was published. Please report this with the two inputs.",
+                )
+        digests = [adapter.sha256() for adapter in self.adapters]
+        return {
+            "tool": "gralora-convert",
+            "version": __version__,
+            "command": "merge",
+            "inputs": {
+                "base": {"source": self.base.source, "headers_sha256": self.base.digest()},
+                "adapters": [
+                    {
+                        "path": str(adapter.path),
+                        "sha256": digest,
+                        "weight": weight,
+                        "kind": adapter.kind,
+                    }
+                    for adapter, digest, weight in zip(
+                        self.adapters, digests, self.weights, strict=True
+                    )
+                ],
+            },
+            "merged_adapters": [*_merged_before(self.base), *digests],
+            "modules": [_row(name, tensor, checked=self.verify) for name, tensor in merged.items()],
+            "replaced": sorted(self._replacements()),
+            "survival": survival.as_json() if self.verify else None,
+            "tensors": sum(len(file.parts) for file in files),
+            "bytes": sum(file.nbytes for file in files),
+            "dtype": self.dtype,
+            "files": [file.name for file in files],
+            "notes": list(notes),
+        }
+
+
+def _loader(
+    adapter: Adapter, module: str, order: tuple[int, ...] | None, device: str
+) -> Callable[[], Delta]:
+    """Reads the factors of one module; with rows in another order on disk, as that permutation of
+    the exact LoRA (a permutation breaks the blocks, not the rank)."""
+
+    def load() -> Delta:
+        delta = adapter.delta(module)
+        ordered = delta if order is None else permute_rows(delta, order)
+        return ordered if device == "cpu" else to_device(ordered, device)
+
+    return load
+
+
+def _row(name: str, tensor: MergedTensor, *, checked: bool) -> dict[str, object]:
+    row: dict[str, object] = {
+        "tensor": name,
+        "modules": list(dict.fromkeys(c.module for c in tensor.contributions)),
+        "shape": list(tensor.spec.shape),
+        "dtype": tensor.dtype,
+    }
+    return row | ({"worst": tensor.worst, **tensor.survival.as_json()} if checked else {})
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    bits = DTYPE_BITS[dtype]
+    for size in shape:
+        bits *= size
+    return bits // 8
+
+
+def _layout(
+    base: Checkpoint, parts: Mapping[str, list[Part]], shard_size: str
+) -> tuple[OutputFile, ...]:
+    """The files of the output: the base's own, or shards of at most `shard_size`."""
+    if shard_size == "keep":
+        return tuple(
+            OutputFile(_safetensors_name(name), tuple(held), _metadata(base, name))
+            for name, held in parts.items()
+        )
+    limit = _parse_size(shard_size)
+    shards: list[list[Part]] = []
+    room = 0
+    for part in (part for held in parts.values() for part in held):
+        if not shards or part.nbytes > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(part)
+        room -= part.nbytes
+    if len(shards) == 1:
+        return (OutputFile("model.safetensors", tuple(shards[0])),)
+    return tuple(
+        OutputFile(f"model-{i:05d}-of-{len(shards):05d}.safetensors", tuple(shard))
+        for i, shard in enumerate(shards, 1)
+    )
+
+
+def _parse_size(text: str) -> int:
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise MisuseError(f"--shard-size {text!r} is neither keep nor a size such as 5GB or 500MB")
+    number, unit, binary = found.groups()
+    size = float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
+    if size < 1:
+        raise MisuseError(f"--shard-size {text!r} is less than a byte")
+    return int(size)
+
+
+def _safetensors_name(name: str) -> str:
+    """A `.bin` base becomes safetensors under the names that transformers looks for."""
+    path = PurePosixPath(name)
+    if path.suffix == ".safetensors":
+        return name
+    return str(path.with_name(path.stem.replace("pytorch_model", "model") + ".safetensors"))
+
+
+def _metadata(base: Checkpoint, name: str) -> Mapping[str, str]:
+    return {**(base.layout[name].metadata or {}), "format": "pt"}
+
+
+def _edited(path: Path, edits: Mapping[str, object]) -> bytes:
+    """The config with `edits`, in its own order of keys."""
+    config = load_json(path, allow_non_finite=True)
+    dtype = edits.get("dtype")
+    if dtype is not None and "torch_dtype" in config and "dtype" not in config:
+        edits = {"torch_dtype" if key == "dtype" else key: v for key, v in edits.items()}
+    return (json.dumps(_updated(config, edits), indent=2) + "\n").encode()
+
+
+def _updated(config: Mapping[str, object], edits: Mapping[str, object]) -> dict[str, object]:
+    """`config` with the edits; an edit that is an object goes into the object of that name."""
+    result = dict(config)
+    for key, value in edits.items():
+        inner = result.get(key)
+        if isinstance(inner, Mapping) and isinstance(value, Mapping) and key.endswith("config"):
+            result[key] = _updated(inner, value)
+        else:
+            result[key] = value
+    return result
+
+
+def summary(receipt: Mapping[str, object], output: str) -> str:
+    """The closing lines of a merge."""
+    modules, survival = receipt["modules"], receipt["survival"]
+    assert isinstance(modules, list)
+    lines = [
+        f"merged {len(modules)} modules into {output} "
+        f"({receipt['tensors']} tensors, {receipt['bytes']:,} bytes)"
+    ]
+    replaced = receipt["replaced"]
+    if isinstance(replaced, list) and replaced:
+        lines.append(f"replaced or added {len(replaced)} tensors (biases, saved modules)")
+    if isinstance(survival, Mapping):
+        lines.append(
+            f"checked: {survival['kept']:.1%} of the update kept, rounding noise "
+            f"{survival['noise']:.1%} of it, {survival['changed']:.1%} of the weights changed"
+        )
+        if survival["kept"] < 0.9 or survival["noise"] > 0.5:
+            lines.append(
+                "the stored dtype loses much of this update: write --dtype float32 or serve the "
+                "adapter unmerged"
+            )
+    return "\n".join(lines)

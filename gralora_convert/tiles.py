@@ -1,0 +1,287 @@
+"""One dense tensor, made tile by tile: read rows, add updates in float32, round once, check.
+
+The workers of a plan call `MergedTensor.produce` for different tiles at the same time. Factors are
+read when the first tile of a tensor needs them and dropped after its last; stored bytes and sums
+live in buffers that each worker uses again and again.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gralora_convert.delta import Delta, add_rows_, rows, terms
+from gralora_convert.errors import CheckFailedError, UnsupportedError
+from gralora_convert.plan import Computed
+from gralora_convert.rounding import (
+    Survival,
+    magnitude_rows,
+    survival,
+    tolerance,
+    worst_ratio,
+)
+from gralora_convert.tensors import DTYPE_BITS, FLOATING, TensorSpec, read_into, torch_dtype
+
+__all__ = ["CastTensor", "Contribution", "MergedTensor"]
+
+TILE_BYTES = 2 * 1024 * 1024  # of sums: small enough to stay in the second-level cache
+CHECKED_SHARE = 16  # one row in so many is recomputed in float64 while it is hot
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One module's update of a stored tensor: delta rows `[delta_start, +count)` are added to its
+    rows `[start, +count)`, times `weight`. `memory` is the size of the factors in bytes."""
+
+    module: str
+    load: Callable[[], Delta]
+    weight: float
+    start: int
+    count: int
+    delta_start: int
+    transposed: bool
+    memory: int
+
+
+class _Shared:
+    """A value made at its first use and dropped after its last."""
+
+    def __init__(self, make: Callable[[], Delta], uses: int) -> None:
+        self._make, self._uses = make, uses
+        self._value: Delta | None = None
+        self._lock = threading.Lock()
+
+    def get(self) -> Delta:
+        with self._lock:
+            if self._value is None:
+                self._value = self._make()
+            return self._value
+
+    def release(self) -> None:
+        with self._lock:
+            self._uses -= 1
+            if self._uses == 0:
+                self._value = None
+
+
+class _Buffers(threading.local):
+    """Each worker's own memory, by purpose; it only grows."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def get(self, purpose: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        count = shape[0] * shape[1]
+        buffer = self._buffers.get((purpose, dtype))
+        if buffer is None or buffer.numel() < count:
+            buffer = self._buffers[purpose, dtype] = torch.empty(count, dtype=dtype)
+        return buffer[:count].view(shape)
+
+
+_buffers = _Buffers()
+
+
+class _Tiles:
+    """A stored matrix cut into tiles of whole rows, each read and cast by a worker."""
+
+    def __init__(self, spec: TensorSpec, dtype: str) -> None:
+        for name in (spec.dtype, dtype):
+            if name not in FLOATING:
+                raise UnsupportedError(
+                    f"tensor {spec.name!r} has dtype {name}, a floating dtype of 16 bits or more "
+                    "was needed",
+                    where=spec.file,
+                )
+        self.spec, self.dtype = spec, dtype
+        self.columns = math.prod(spec.shape[1:]) if spec.shape else 1
+        self.rows = spec.shape[0] if spec.shape else 1
+        self.stored, self.written = torch_dtype(spec.dtype), torch_dtype(dtype)
+        wide = torch.float64 in (self.stored, self.written)
+        self.sums = torch.float64 if wide else torch.float32
+        row_bytes = self.columns * self.sums.itemsize
+        self.tile_rows = max(1, min(self.rows, TILE_BYTES // max(row_bytes, 1)))
+        self.count = math.ceil(self.rows / self.tile_rows)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.columns * DTYPE_BITS[self.dtype] // 8
+
+    def span(self, tile: int) -> tuple[int, int]:
+        start = tile * self.tile_rows
+        return start, min(start + self.tile_rows, self.rows)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `start:stop` as stored, in this worker's buffer."""
+        stored = _buffers.get("stored", (stop - start, self.columns), self.stored)
+        width = self.columns * self.stored.itemsize
+        read_into(self.spec, start * width, _bytes(stored))
+        return stored
+
+    def round(self, sums: torch.Tensor) -> torch.Tensor:
+        """The sums in the dtype that is written: the one rounding."""
+        if self.written == sums.dtype:
+            return sums
+        shape = (sums.shape[0], self.columns)
+        return _buffers.get("written", shape, self.written).copy_(sums)
+
+    def require_finite(self, written: torch.Tensor, stored: torch.Tensor) -> None:
+        # a sum is finite only if every term is; float32 sums of finite 16-bit values stay finite
+        if bool(torch.isfinite(written.sum(dtype=self.sums))) or bool(written.isfinite().all()):
+            return
+        if bool(stored.isfinite().all()):
+            largest = torch.finfo(self.written).max
+            raise CheckFailedError(
+                f"the result exceeds the largest {_name(self.written)} ({largest:g}) or is not a "
+                "number",
+                where=self.spec.name,
+                hint="Write a wider dtype: --dtype float32.",
+            )
+        raise CheckFailedError(
+            "holds NaN or infinity in the base", where=f"{self.spec.file}: {self.spec.name}"
+        )
+
+
+class CastTensor(_Tiles):
+    """A tensor of the base in another dtype."""
+
+    def source(self) -> Computed:
+        return Computed(self.tile_rows * self.row_bytes, self.produce)
+
+    def produce(self, tile: int) -> memoryview:
+        stored = self.read(*self.span(tile))
+        written = self.round(stored)
+        self.require_finite(written, stored)
+        return _bytes(written)
+
+
+class MergedTensor(_Tiles):
+    """A tensor of the base plus the updates of one or several modules.
+
+    With `check`, one row in sixteen is recomputed in float64 by the formula of the forward path and
+    compared with the bytes about to be written; `worst` is then the largest difference relative to
+    the bound that one rounding allows, and `survival` says how much of the update came through.
+    """
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        dtype: str,
+        contributions: Sequence[Contribution],
+        *,
+        device: str = "cpu",
+        check: bool = True,
+    ) -> None:
+        super().__init__(spec, dtype)
+        self.contributions = tuple(contributions)
+        self.device = torch.device(device)
+        self._check = check
+        self._shared = [_Shared(c.load, self.count) for c in contributions]
+        self._lock = threading.Lock()
+        self.worst = 0.0
+        self.changed = False
+        self.survival = Survival()
+
+    def source(self) -> Computed:
+        return Computed(
+            self.tile_rows * self.row_bytes,
+            self.produce,
+            sum(contribution.memory for contribution in self.contributions),
+        )
+
+    def produce(self, tile: int) -> memoryview:
+        start, stop = self.span(tile)
+        stored = self.read(start, stop)
+        updates = self._updates(start, stop)
+        try:
+            sample = self._sample(tile, stop - start)
+            before = stored[sample].to(torch.float64) if self._check else None
+            unchanged = None if self.changed else stored.clone()
+            written = self.round(self._sum(stored, start, stop, updates))
+            if unchanged is not None and not torch.equal(unchanged.to(self.written), written):
+                self.changed = True
+            self.require_finite(written, stored if unchanged is None else unchanged)
+            if before is not None:
+                self._check_rows(before, written[sample], start + sample.start, updates)
+        finally:
+            for shared in self._shared:
+                shared.release()
+        return _bytes(written)
+
+    def _updates(self, start: int, stop: int) -> list[tuple[Contribution, Delta]]:
+        return [
+            (contribution, shared.get())
+            for contribution, shared in zip(self.contributions, self._shared, strict=True)
+            if contribution.start < stop and start < contribution.start + contribution.count
+        ]
+
+    def _sum(
+        self, stored: torch.Tensor, start: int, stop: int, updates: list[tuple[Contribution, Delta]]
+    ) -> torch.Tensor:
+        """Rows `start:stop` of base + updates; in place where the dtype allows it."""
+        if self.device.type != "cpu":
+            sums = stored.to(self.device, self.sums)
+        elif self.stored == self.sums:
+            sums = stored
+        else:
+            sums = _buffers.get("sums", (stop - start, self.columns), self.sums).copy_(stored)
+        for contribution, delta in updates:
+            first = max(start, contribution.start)
+            last = min(stop, contribution.start + contribution.count)
+            add_rows_(
+                sums[first - start : last - start],
+                delta,
+                first - contribution.start + contribution.delta_start,
+                transposed=contribution.transposed,
+                weight=contribution.weight,
+            )
+        return sums
+
+    def _sample(self, tile: int, count: int) -> slice:
+        """The rows of a tile that are checked; their place moves from tile to tile."""
+        size = max(1, count // CHECKED_SHARE)
+        start = int((tile * 0.6180339887498949) % 1.0 * (count - size + 1))
+        return slice(start, start + size)
+
+    def _check_rows(
+        self,
+        before: torch.Tensor,
+        written: torch.Tensor,
+        start: int,
+        updates: list[tuple[Contribution, Delta]],
+    ) -> None:
+        """Compares checked rows (from row `start` of the tensor) with base + delta in float64."""
+        stop = start + len(before)
+        delta = torch.zeros_like(before)
+        magnitude = before.abs()
+        products = 0
+        for contribution, value in updates:
+            first = max(start, contribution.start)
+            last = min(stop, contribution.start + contribution.count)
+            if first >= last:
+                continue
+            begin = first - contribution.start + contribution.delta_start
+            place = slice(first - start, last - start)
+            span = (begin, begin + last - first)
+            weight = contribution.weight
+            delta[place] += weight * rows(value, *span, transposed=contribution.transposed).cpu()
+            bound = magnitude_rows(value, *span, transposed=contribution.transposed).cpu()
+            magnitude[place] += abs(weight) * bound
+            products += terms(value)
+        after = written.to(torch.float64)
+        exact = before + delta
+        bound = tolerance(after, exact, magnitude=magnitude, terms=products, dtype=self.written)
+        worst, kept = worst_ratio(after, exact, bound), survival(before, after, delta)
+        with self._lock:
+            self.worst = max(self.worst, worst)
+            self.survival += kept
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
