@@ -31,7 +31,7 @@ from gralora_convert.tensors import (
 if TYPE_CHECKING:
     from gralora_convert.delta import Gralora, Lora
 
-__all__ = ["Adapter", "scan_adapter"]
+__all__ = ["Adapter", "Scan", "scan_adapter"]
 
 K = TypeVar("K", str, Role)
 
@@ -79,10 +79,10 @@ class Adapter:
         >>> adapter.kind
         'gralora'
         """
-        adapter, report = scan_adapter(path)
-        report.require_ok(path)
-        assert adapter is not None
-        return adapter
+        scan = scan_adapter(path)
+        scan.report.require_ok(path)
+        assert scan.adapter is not None
+        return scan.adapter
 
     @property
     def kind(self) -> Literal["gralora", "hybrid", "lora"]:
@@ -171,8 +171,18 @@ def _beyond_factors(
             yield name
 
 
-def scan_adapter(path: str | Path) -> tuple[Adapter | None, Report]:
-    """The adapter (None when it has errors) and everything there is to say about it alone.
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a folder shows: the adapter (None when it has errors), its weights file (None when it
+    cannot be read) and everything there is to say about them alone."""
+
+    adapter: Adapter | None
+    file: TensorFile | None
+    report: Report
+
+
+def scan_adapter(path: str | Path) -> Scan:
+    """Reads the adapter in the folder `path`, whatever its state.
 
     Raises:
         UnreadableError: `path` is no folder that can be read.
@@ -189,16 +199,16 @@ def scan_adapter(path: str | Path) -> tuple[Adapter | None, Report]:
     findings = list(config.findings)
     file = _read_weights(folder, findings)
     if file is None:
-        return None, Report.of(findings)
-    scan = _Scan(config, file, findings)
+        return Scan(None, None, Report.of(findings))
+    places = _Places(config, file, findings)
     report = Report.of(findings)
     if not report.ok or config.config is None:
-        return None, report
+        return Scan(None, file, report)
     adapter = Adapter(
-        folder, config.config, config.dialect, file, tuple(sorted(scan.roles, key=natural)),
-        scan.roles, scan.biases, scan.saved, scan.ignored, report.findings,
+        folder, config.config, config.dialect, file, tuple(sorted(places.roles, key=natural)),
+        places.roles, places.biases, places.saved, places.ignored, report.findings,
     )  # fmt: skip
-    return adapter, report
+    return Scan(adapter, file, report)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -256,7 +266,7 @@ def _read_weights(folder: Path, findings: list[Finding]) -> TensorFile | None:
     return file
 
 
-class _Scan:
+class _Places:
     """Gives every tensor of the file its place, and collects what is wrong with it."""
 
     def __init__(self, config: ConfigFile, file: TensorFile, findings: list[Finding]) -> None:

@@ -5,6 +5,7 @@ stdout is the result, stderr is progress and notes. Exit status: 0 done / yes, 1
 """
 
 import functools
+import itertools
 import json
 import signal
 import sys
@@ -21,6 +22,7 @@ from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
     from gralora_convert.plan import Plan
+    from gralora_convert.report import Finding
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,11 +63,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:
-    return "--json" in arguments or "json" in [
-        value
-        for option, value in zip(arguments, arguments[1:], strict=False)
-        if option == "--format"
-    ]
+    return "--json" in arguments or ("--format", "json") in itertools.pairwise(arguments)
 
 
 def _refuse(error: Exception, *, as_json: bool) -> None:
@@ -167,9 +165,10 @@ def validate(
     from gralora_convert.checks import validate
 
     report = validate(adapter, base, key_map=_key_map(key_map), trust_remote_code=trust_remote_code)
+    nothing = [f for f in report.errors if f.code in ("config-missing", "weights-missing")]
     match "json" if as_json else style:
         case "json":
-            _echo_json(report.as_json())
+            _echo_json(report.as_json() | ({"error": _nothing_read(nothing[0])} if nothing else {}))
         case "github":
             if report.findings:
                 click.echo(report.as_annotations())
@@ -178,7 +177,13 @@ def validate(
                 click.echo(report.as_text())
             errors = len(report.errors)
             click.echo(f"{adapter}: " + (f"{errors} error(s)" if errors else "valid"))
-    return 0 if report.ok else EXIT_NO
+    return EXIT_REFUSED if nothing else 0 if report.ok else EXIT_NO
+
+
+def _nothing_read(finding: "Finding") -> dict[str, str]:
+    """The refusal that goes with a folder in which there is no adapter to read."""
+    fields = {"message": finding.message, "where": finding.where, "hint": finding.hint}
+    return {"kind": "unreadable", **fields}
 
 
 @commands.command()

@@ -32,6 +32,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def sentences(*parts: str) -> str:
+    """The parts, each closed by a full stop unless it ends a sentence itself."""
+    return " ".join(p if p.endswith((".", "?", "!", ":")) else f"{p}." for p in parts if p)
+
+
 class ConvertError(Exception):
     """A refusal: `message` says what was found and needed, `hint` what to do, `where` the place."""
 
@@ -39,8 +44,8 @@ class ConvertError(Exception):
 
     def __init__(self, message: str, *, where: object = "", hint: str = "") -> None:
         self.where, self.message, self.hint = printable(where), printable(message), printable(hint)
-        parts = [f"{self.where}: {self.message}" if self.where else self.message, self.hint]
-        super().__init__(" ".join(part for part in parts if part))
+        found = f"{self.where}: {self.message}" if self.where else self.message
+        super().__init__(sentences(found, self.hint))
 
 
 class UnreadableError(ConvertError):

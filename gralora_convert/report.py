@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gralora_convert.errors import InvalidAdapterError, printable
+from gralora_convert.errors import InvalidAdapterError, printable, sentences
 
 __all__ = ["Finding", "Report", "Severity"]
 
@@ -25,8 +25,8 @@ class Finding:
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
-        hint = f" {self.hint}" if self.hint else ""
-        return printable(f"{self.severity}[{self.code}]: {place}{self.message}{hint}")
+        text = sentences(f"{place}{self.message}", self.hint)
+        return printable(f"{self.severity}[{self.code}]: {text}")
 
     def as_json(self) -> dict[str, str]:
         return {
@@ -114,6 +114,6 @@ def _annotation(finding: Finding) -> str:
         return printable(text)
 
     title = escape(finding.code, ":,")
-    parts = (f"{finding.where}:" if finding.where else "", finding.message, finding.hint)
-    message = " ".join(part for part in parts if part)
+    place = f"{finding.where}: " if finding.where else ""
+    message = sentences(f"{place}{finding.message}", finding.hint)
     return f"::{_ANNOTATION[finding.severity]} title={title}::{escape(message)}"

@@ -40,11 +40,11 @@ def magnitude_rows(delta: Delta, start: int, stop: int, *, transposed: bool = Fa
             index = torch.arange(start, stop)
             if transposed:
                 left: Tensor = a4[index // m, index % m]  # x, j
-                bound = left[:, :, None] * b4.transpose(0, 1)[index // m]  # x, j, o
+                bound: Tensor = left[:, :, None] * b4.transpose(0, 1)[index // m]  # x, j, o
             else:
                 left = b4[index // p, :, index % p]  # x, n
                 bound = left[:, :, None] * right[index // p]  # x, n, i
-            bound: Tensor = bound.reshape(len(index), -1) * abs(delta.scaling)
+            bound = bound.reshape(len(index), -1) * abs(delta.scaling)
             if delta.general_A is not None and delta.general_B is not None:
                 general = Lora(delta.general_A, delta.general_B, delta.scaling)
                 bound += magnitude_rows(general, start, stop, transposed=transposed)

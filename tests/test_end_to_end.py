@@ -67,9 +67,8 @@ def test_sixteen_bit_weights_are_the_float32_sum_rounded_once(
         wanted = (weight.float() + module.get_delta_weight("default").float()).to(dtype)
         found = merged[module_name + ".weight"]
         assert found.dtype == dtype
-        # the order of the float32 sum may decide a tie: one unit in the last place, rarely
-        differing = (found != wanted).float().mean()
-        assert differing <= 2e-3
+        # a sum at the middle of two neighbours may fall either way: one unit in the last place
+        assert (found != wanted).sum() <= 2
         assert torch.allclose(found.float(), wanted.float(), rtol=2 ** (-7), atol=0)
         checked += 1
     assert checked
