@@ -26,14 +26,14 @@ class Architecture:
     auto: str = "AutoModelForCausalLM"
 
 
-def _llama(cls: str, config: str, **more: Any) -> Callable[[], PreTrainedModel]:
+def llama(cls: str, config: str, **more: Any) -> Callable[[], PreTrainedModel]:
     def build() -> PreTrainedModel:
         sizes = {
             "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
             "head_dim": 4, "tie_word_embeddings": False, **more,
         }  # fmt: skip
-        return getattr(transformers, cls)(getattr(transformers, config)(**sizes))  # type: ignore[no-any-return]
+        return getattr(transformers, cls)(getattr(transformers, config)(**sizes))
 
     return build
 
@@ -43,7 +43,7 @@ def gpt2() -> PreTrainedModel:
         vocab_size=32, n_positions=32, n_embd=16, n_layer=2, n_head=2,
         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
     )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)  # type: ignore[no-any-return]
+    return transformers.GPT2LMHeadModel(config)
 
 
 def t5() -> PreTrainedModel:
@@ -51,7 +51,7 @@ def t5() -> PreTrainedModel:
         vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0,
         decoder_start_token_id=0,
     )  # fmt: skip
-    return transformers.T5ForConditionalGeneration(config)  # type: ignore[no-any-return]
+    return transformers.T5ForConditionalGeneration(config)
 
 
 def bert() -> PreTrainedModel:
@@ -60,17 +60,17 @@ def bert() -> PreTrainedModel:
         intermediate_size=24, max_position_embeddings=32,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    return transformers.BertModel(config)  # type: ignore[no-any-return]
+    return transformers.BertModel(config)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(
-        _llama("LlamaForCausalLM", "LlamaConfig"), ["q_proj", "v_proj", "down_proj"]
+        llama("LlamaForCausalLM", "LlamaConfig"), ["q_proj", "v_proj", "down_proj"]
     ),
     "llama-tied": Architecture(
-        _llama("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=True), ["q_proj", "lm_head"]
+        llama("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=True), ["q_proj", "lm_head"]
     ),
-    "qwen3": Architecture(_llama("Qwen3ForCausalLM", "Qwen3Config"), "all-linear"),
+    "qwen3": Architecture(llama("Qwen3ForCausalLM", "Qwen3Config"), "all-linear"),
     "gpt2": Architecture(gpt2, ["c_attn", "c_proj", "c_fc"]),
     "t5": Architecture(
         t5, ["q", "v", "wo"], "SEQ_2_SEQ_LM", {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]},
@@ -101,14 +101,17 @@ def save_base(
 def load(folder: Path, auto: str, **options: Any) -> PreTrainedModel:
     """What `transformers` makes of a folder, in evaluation mode and the dtype on disk."""
     options.setdefault("dtype", "auto")
-    return getattr(transformers, auto).from_pretrained(folder, **options).eval()  # type: ignore[no-any-return]
+    return getattr(transformers, auto).from_pretrained(folder, **options).eval()
 
 
 def outputs(model: torch.nn.Module, inputs: Inputs = TEXT) -> torch.Tensor:
     """Logits, or the last hidden state of a model without a head; float32."""
     with torch.no_grad():
         result = model.eval()(**inputs)
-    return (result.logits if "logits" in result else result.last_hidden_state).float()
+    found: torch.Tensor = (
+        result.logits if "logits" in result else result.last_hidden_state
+    ).float()
+    return found
 
 
 def train(
@@ -141,7 +144,7 @@ def train(
         result = adapted(**architecture.inputs)
         logits = result.logits if "logits" in result else result.last_hidden_state
         loss = (logits.float() - 1.0).pow(2).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         with torch.no_grad():  # steps of fixed length: every tensor moves, whatever the gradient
             for parameter in trainable:
                 if parameter.grad is not None:
