@@ -1,0 +1,74 @@
+"""The golden files: as other programs wrote them, and merged to the logits recorded."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gralora_convert.adapter import Adapter
+from tests.command import run, run_ok
+from tests.models import close, load, outputs
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+MANIFEST: dict[str, Any] = json.loads((FIXTURES / "manifest.json").read_text())
+ADAPTERS = sorted(name for name in MANIFEST if name.startswith("peft-"))
+# 0.19 and 0.20 trained these biases and did not save them: the adapters are broken
+LOST = {
+    name
+    for name in ADAPTERS
+    if "bias" in MANIFEST[name]["config"] and not name.startswith("peft-0.21")
+}
+
+
+def folder_of(name: str) -> Path:
+    adapter = MANIFEST[name]["adapter_name"]
+    return FIXTURES / name / ("" if adapter == "default" else adapter)
+
+
+def test_every_file_is_the_one_recorded() -> None:
+    recorded = {
+        f"{name}/{file}": digest
+        for name, entry in MANIFEST.items()
+        for file, digest in entry["files"].items()
+    }
+    present = {
+        str(path.relative_to(FIXTURES)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in FIXTURES.iterdir()
+        if folder.is_dir() and folder.name != "__pycache__"
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    assert present == recorded
+    assert all((FIXTURES / name).stat().st_size <= 64 * 1024 for name in present)
+
+
+@pytest.mark.parametrize("name", [n for n in ADAPTERS if n not in LOST])
+def test_merged_golden_adapters_give_the_recorded_logits(name: str, tmp_path: Path) -> None:
+    entry = MANIFEST[name]
+    base = FIXTURES / entry["base"]
+    run_ok("validate", folder_of(name), "--base", base)
+    run_ok("merge", folder_of(name), "--base", base, "-o", tmp_path / "merged")
+    inputs = {"input_ids": torch.tensor(entry["input_ids"])}
+    merged = load(tmp_path / "merged", entry["auto_class"], dtype=torch.float32)
+    found = outputs(merged, inputs)
+    expected = torch.tensor(entry["logits"])
+    tolerance = 0.05 if "bf16" in name else 1e-5  # logits of a bfloat16 model carry 8 bits
+    assert close(found.reshape(expected.shape), expected) <= tolerance
+
+
+@pytest.mark.parametrize("name", sorted(LOST))
+def test_lost_biases_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    base = FIXTURES / MANIFEST[name]["base"]
+    for command in (["validate"], ["merge", "-o", tmp_path / "merged"]):
+        outcome = run(*command, FIXTURES / name, "--base", base)
+        assert outcome.status in (1, 2)
+        assert "bias-missing" in outcome.stdout + outcome.stderr
+        assert "does not save them" in outcome.stdout + outcome.stderr
+
+
+def test_lora_fixtures_are_read_as_lora() -> None:
+    assert Adapter.open(FIXTURES / "peft-0.21.2/lora-patterns").kind == "lora"
+    assert LOST
