@@ -1,0 +1,72 @@
+"""Model surgery on GraLoRA adapters: validate, merge, convert, verify, from file to file.
+
+>>> import gralora_convert as gc
+>>> adapter = gc.Adapter.open("fixtures/peft-0.21.2/llama-gralora")
+>>> adapter.kind, len(adapter.modules), adapter.config.scaling
+('gralora', 4, 2.0)
+
+Names are imported when they are first used, so that reading and validating never import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from gralora_convert.version import __version__
+
+if TYPE_CHECKING:
+    from gralora_convert.adapter import Adapter
+    from gralora_convert.checkpoint import Checkpoint
+    from gralora_convert.checks import validate
+    from gralora_convert.config import GraloraConfig, LoraConfig
+    from gralora_convert.delta import Delta, Dense, Gralora, Lora, dense, gralora_to_lora
+    from gralora_convert.equivalence import Equivalence, verify
+    from gralora_convert.errors import ConvertError
+    from gralora_convert.forward import GraloraLinear, attach
+    from gralora_convert.merging import merge
+    from gralora_convert.plan import Plan
+    from gralora_convert.report import Finding, Report
+
+_HOMES = {
+    "adapter": ("Adapter",),
+    "checkpoint": ("Checkpoint",),
+    "checks": ("validate",),
+    "config": ("GraloraConfig", "LoraConfig"),
+    "delta": ("Delta", "Dense", "Gralora", "Lora", "dense", "gralora_to_lora"),
+    "equivalence": ("Equivalence", "verify"),
+    "errors": ("ConvertError",),
+    "forward": ("GraloraLinear", "attach"),
+    "merging": ("merge",),
+    "plan": ("Plan",),
+    "report": ("Finding", "Report"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "ConvertError",
+    "Delta",
+    "Dense",
+    "Equivalence",
+    "Finding",
+    "Gralora",
+    "GraloraConfig",
+    "GraloraLinear",
+    "Lora",
+    "LoraConfig",
+    "Plan",
+    "Report",
+    "__version__",
+    "attach",
+    "dense",
+    "gralora_to_lora",
+    "merge",
+    "validate",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

@@ -261,7 +261,7 @@ class _Run:
             return 0
         for note in plan.notes:
             click.echo(f"note: {note}", err=True)
-        with self._bar(plan.nbytes) as advance:
+        with _bar(plan.nbytes, self.progress) as advance:
             receipt = plan.write(
                 self.output,
                 overwrite=self.overwrite,
@@ -274,16 +274,6 @@ class _Run:
         else:
             click.echo(summary(receipt, self.output))
         return 0
-
-    @contextmanager
-    def _bar(self, total: int) -> Iterator[Callable[[int], None]]:
-        if not self.progress:
-            yield lambda count: None
-            return
-        from tqdm import tqdm
-
-        with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr) as bar:
-            yield lambda count: bar.update(count) and None
 
     def _print_plan(self, plan: "Plan") -> None:
         document = plan.as_json(Path(self.output), self.jobs)
@@ -315,3 +305,77 @@ def _key_map(entries: Sequence[str]) -> dict[str, str]:
             raise MisuseError(f"--key-map {entry!r} is not FROM=TO")
         mapping[name] = to
     return mapping
+
+
+@commands.command()
+@click.argument("adapter")
+@base_option
+@click.option("--merged", required=True, metavar="MODEL", help="The checkpoint to audit.")
+@click.option("--level", type=click.Choice(["weights", "modules", "model"]), default="model",
+              show_default=True, help="How deep; each includes those before it.")  # fmt: skip
+@click.option("--slack", type=float, default=1.0, show_default=True,
+              help="Widen every bound by this factor.")  # fmt: skip
+@click.option("--text", help="Run the model on this text, through its own tokenizer.")
+@device_option
+@progress_option
+@json_option
+@key_map_option
+@trust_option
+def verify(
+    adapter: str,
+    base: str | None,
+    merged: str,
+    level: str,
+    slack: float,
+    text: str | None,
+    device: str,
+    progress: bool | None,
+    as_json: bool,
+    key_map: Sequence[str],
+    trust_remote_code: bool,
+) -> int:
+    """Do base + ADAPTER and a merged checkpoint compute the same? Whoever made the merge.
+
+    Exits 0 when they do, 1 when they do not; then it says what happened.
+
+    \b
+    Example:
+      gralora-convert verify ./adapter --base ./model --merged ./merged
+    """
+    from gralora_convert.checkpoint import Checkpoint
+    from gralora_convert.equivalence import verify
+
+    opened = Checkpoint.open(merged)
+    show = sys.stderr.isatty() if progress is None else progress
+    with _bar(opened.nbytes, show) as advance:
+        found = verify(
+            adapter,
+            base=base,
+            merged=opened,
+            level=level,
+            slack=slack,
+            device=device,
+            text=text,
+            key_map=_key_map(key_map),
+            trust_remote_code=trust_remote_code,
+            progress=advance,
+        )
+    for line in found.notes:
+        click.echo(f"note: {line}", err=True)
+    if as_json:
+        _echo_json(found.as_json())
+    else:
+        click.echo(found.as_text())
+    return 0 if found.ok else EXIT_NO
+
+
+@contextmanager
+def _bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, advanced by a number of bytes."""
+    if not show:
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr) as bar:
+        yield lambda count: bar.update(count) and None
