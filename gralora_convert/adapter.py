@@ -302,8 +302,8 @@ class _Places:
         if wrapped:
             self._say(error(
                 "key-wrapper-prefix", wrapped[0].key,
-                f"{len(wrapped)} keys hold {', '.join(wrapped[0].wrappers)} of a wrapped model; PEFT "
-                "would not load them",
+                f"{len(wrapped)} keys hold {', '.join(wrapped[0].wrappers)} of a wrapped model; "
+                "PEFT would not load them",
                 "Save the unwrapped model.",
             ))  # fmt: skip
         names = Counter(key.adapter_name for key in factors if key.adapter_name is not None)
@@ -343,7 +343,8 @@ class _Places:
                     if not any(f.code == "peft-type-mismatch" for f in self.findings):
                         self._say(error(
                             "peft-type-mismatch", key.key,
-                            "is a GraLoRA tensor, but peft_type is LORA", "Set peft_type to GRALORA.",
+                            "is a GraLoRA tensor, but peft_type is LORA",
+                            "Set peft_type to GRALORA.",
                         ))  # fmt: skip
                 else:
                     self._put(self.roles.setdefault(key.name, {}), key.role, spec, key)
@@ -358,12 +359,12 @@ class _Places:
     def _say_foreign(self, key: Key) -> None:
         if key.leaf.startswith("gralora_"):
             self._say(error(
-                "key-leaf-unknown", key.key, f"ends in {key.key.removeprefix(key.name)!r}, which is no "
-                "tensor of GraLoRA", "gralora_A and gralora_B stand without '.weight'.",
+                "key-leaf-unknown", key.key, f"ends in {key.leaf!r} and more, which is no tensor "
+                "of GraLoRA", "gralora_A and gralora_B stand without '.weight'.",
             ))  # fmt: skip
         elif not any(f.code == "key-foreign-method" for f in self.findings):
             self._say(error(
-                "key-foreign-method", key.key, "belongs to another method than the config's peft_type"
+                "key-foreign-method", key.key, "belongs to another method than peft_type says"
             ))  # fmt: skip
 
     def _place_base_weight(self, key: Key) -> None:
@@ -524,7 +525,7 @@ class _Places:
         for spec in factors:
             if spec.dtype.startswith("F") and spec.dtype not in FLOATING:
                 self._say(warning(
-                    "tensor-dtype-lossy", spec.name, f"has dtype {spec.dtype}, too coarse for factors"
+                    "tensor-dtype-lossy", spec.name, f"has dtype {spec.dtype}, too coarse for it"
                 ))  # fmt: skip
             elif spec.dtype not in FLOATING:
                 self._say(error(
@@ -555,7 +556,7 @@ class _Places:
         if not chosen:
             self._say(error(
                 "target-matches-nothing", CONFIG_NAME,
-                f"target_modules {targets!r} selects none of the {len(self.roles)} modules in the file",
+                f"target_modules {targets!r} selects none of the {len(self.roles)} modules here",
             ))  # fmt: skip
             return
         for module in self.roles:

@@ -33,8 +33,8 @@ def validate(
 ) -> Report:
     """Everything that is wrong with an adapter, or worth knowing about it.
 
-    Without `base` the adapter is checked against the model that it names, if that is a local folder,
-    and on its own otherwise. The values of all tensors are read once.
+    Without `base` the adapter is checked against the model that it names, if that is a local
+    folder, and on its own otherwise. The values of all tensors are read once.
 
     Raises:
         UnreadableError: `adapter` is no folder, or the given `base` cannot be read.

@@ -201,7 +201,7 @@ def _header_findings(values: Json, where: str) -> Iterator[Finding]:
         yield warning(
             "peft-version-unverified",
             where,
-            f"written by PEFT {version}; this tool was measured against releases up to {PEFT_VERSION}",
+            f"written by PEFT {version}; this tool was measured against up to {PEFT_VERSION}",
         )
 
 
@@ -518,7 +518,7 @@ def _unknown_findings(values: Json, where: str) -> Iterator[Finding]:
 
 
 def _is_authors(values: Json) -> bool:
-    """The original authors' code writes gralora_alpha, and neither peft_version nor init_weights."""
+    """The original authors write gralora_alpha, and neither peft_version nor init_weights."""
     return "gralora_alpha" in values and not values.keys() & {
         "alpha", "peft_version", "init_weights",
     }  # fmt: skip

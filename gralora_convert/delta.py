@@ -1,7 +1,8 @@
 """Delta weights as values: GraLoRA, Hybrid GraLoRA, LoRA, dense; torch only, no files.
 
 Index order (PEFT 0.21.2, tuners/gralora/layer.py, get_delta_weight; arXiv 2505.20355, eq. 4):
-in = k*m, out = k*p, r = k*s; A4 = A.view(k, m, k, s)[n, i, j, t], B4 = B.view(k, k, s, p)[j, n, t, o]
+in = k*m, out = k*p, r = k*s; A4 = A.view(k, m, k, s)[n, i, j, t] and
+B4 = B.view(k, k, s, p)[j, n, t, o]
 
     delta[j*p + o, n*m + i] = scaling * sum_t A4[n, i, j, t] * B4[j, n, t, o]
 """

@@ -1,9 +1,9 @@
-"""A tensor's key in an adapter file <-> its module and role. The only file that spells PEFT's names.
+"""A tensor's key in an adapter <-> its module and role. The only file that spells PEFT's names.
 
 Grammar of PEFT 0.21.2 (peft/utils/save_and_load.py, tuners/gralora/layer.py):
 
     KEY  := "base_model.model." MODULE "." LEAF     with the leaves below
-          | "base_model.model." PARAMETER           a full tensor: modules_to_save, biases, embeddings
+          | "base_model.model." PARAMETER           a full tensor: saved module, bias, embedding
 
 Keys are parsed from the right, because a module may itself be called `gralora_A` or `default`.
 """

@@ -307,7 +307,7 @@ class _Merge:
         for name, tensor in merged.items():
             if tensor.worst > 1.0:
                 raise CheckFailedError(
-                    f"differs from base + delta by {tensor.worst:.3g} times what one rounding allows",
+                    f"differs from base + delta by {tensor.worst:.3g} x what one rounding allows",
                     where=name,
                     hint="Nothing was published. Please report this with the two inputs.",
                 )
