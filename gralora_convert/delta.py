@@ -8,8 +8,9 @@ B4 = B.view(k, k, s, p)[j, n, t, o]
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,12 +21,20 @@ __all__ = [
     "Gralora",
     "Lora",
     "add_rows_",
+    "delta_weight",
     "dense",
     "gralora_to_lora",
+    "hybrid_to_gralora",
+    "lora_to_gralora",
+    "lora_to_hybrid",
+    "pad",
+    "pad_lora",
     "permute_rows",
+    "row_blocks",
     "rows",
     "terms",
     "to_device",
+    "with_scaling",
 ]
 
 
@@ -94,6 +103,7 @@ class Dense:
 
 
 Delta = Gralora | Lora | Dense
+Factored = TypeVar("Factored", Gralora, Lora)
 
 
 def terms(delta: Delta) -> int:
@@ -144,6 +154,180 @@ def gralora_to_lora(delta: Gralora) -> Lora:
         lora_a = torch.cat([lora_a, delta.general_A])
         lora_b = torch.cat([lora_b, delta.general_B], dim=1)
     return Lora(lora_a, lora_b, delta.scaling)
+
+
+def lora_to_gralora(delta: Lora, k: int) -> Gralora:
+    """The GraLoRA with the same delta and r = k*l: each block holds a copy of its factors.
+
+    LoRA  A (l, in), B (out, l)  ->  GraLoRA  A (k, in/k, k*l), B (k, k*l, out/k)
+
+    Nothing is computed; the scaling stays, so alpha = scaling * k*l. k = 1 is the LoRA itself.
+
+    Raises:
+        ValueError: k does not divide in and out.
+
+    >>> lora_to_gralora(Lora(torch.ones(3, 8), torch.ones(12, 3), 2.0), 2).A.shape
+    torch.Size([2, 4, 6])
+
+    Rank min(l, in/k, out/k) of each of the k*k blocks: r is minimal while l fits in a block.
+    """
+    check_divides(k, delta.in_features, delta.out_features)
+    a = delta.A.T.reshape(k, -1, 1, delta.r)  # n, i, j, t
+    b = delta.B.reshape(k, -1, delta.r).transpose(1, 2).unsqueeze(1)  # j, n, t, o
+    return Gralora(
+        a.expand(-1, -1, k, -1).reshape(k, -1, k * delta.r),
+        b.expand(-1, k, -1, -1).reshape(k, k * delta.r, -1),
+        delta.scaling,
+    )
+
+
+def lora_to_hybrid(delta: Lora, k: int, r: int, generator: torch.Generator) -> Gralora:
+    """The Hybrid GraLoRA with the same delta: the LoRA is the general part, the blocks are new.
+
+    LoRA  A (l, in), B (out, l)  ->  general_A, general_B unchanged, A (k, in/k, r), B zero
+
+    New A is uniform in +-1/sqrt(in/k) and new B zero, as PEFT starts a module; the scaling
+    stays, so alpha = scaling * (r + l).
+
+    Raises:
+        ValueError: k does not divide in, out and r, or r < k.
+
+    >>> lora = Lora(torch.ones(3, 8), torch.ones(12, 3), 2.0)
+    >>> lora_to_hybrid(lora, 2, 4, torch.Generator().manual_seed(0)).hybrid_r
+    3
+
+    PEFT 0.21.2, tuners/gralora/layer.py, update_layer.
+    """
+    check_divides(k, delta.in_features, delta.out_features, r)
+    m, p = delta.in_features // k, delta.out_features // k
+    a = kaiming(delta.A.new_empty(k, m, r), m, generator)
+    return Gralora(a, delta.B.new_zeros(k, r, p), delta.scaling, delta.A, delta.B)
+
+
+def hybrid_to_gralora(delta: Gralora) -> Gralora:
+    """The pure GraLoRA with the same delta and r' = r + k*h, by concatenation in each slot.
+
+    A (k, in/k, r), general_A (h, in)  ->  A (k, in/k, r + k*h); B likewise
+
+    Nothing is computed; the scaling stays. A pure GraLoRA comes back as it is.
+
+    >>> A, B = torch.ones(2, 4, 2), torch.ones(2, 2, 6)
+    >>> hybrid_to_gralora(Gralora(A, B, 1.0, torch.ones(3, 8), torch.ones(12, 3))).r
+    8
+
+    Slots after PEFT 0.21.2, tuners/gralora/layer.py, get_delta_weight.
+    """
+    if delta.general_A is None or delta.general_B is None:
+        return delta
+    k, s = delta.k, delta.s
+    tiled = lora_to_gralora(Lora(delta.general_A, delta.general_B, delta.scaling), k)
+    a = [x.reshape(k, -1, k, x.shape[2] // k) for x in (delta.A, tiled.A)]  # n, i, j, t
+    b = [x.reshape(k, k, x.shape[1] // k, -1) for x in (delta.B, tiled.B)]  # j, n, t, o
+    r = k * (s + delta.hybrid_r)
+    return Gralora(
+        torch.cat(a, dim=3).reshape(k, -1, r), torch.cat(b, dim=2).reshape(k, r, -1), delta.scaling
+    )
+
+
+def with_scaling(delta: Factored, scaling: float) -> Factored:
+    """The same delta under another scaling: B and general_B times delta.scaling / scaling.
+
+    The product is taken in float32 (float64 for float64 factors) and rounded to the dtype of B;
+    exact where the ratio is a power of two.
+
+    Raises:
+        ValueError: the scaling is zero or not finite.
+
+    >>> with_scaling(Lora(torch.ones(1, 2), torch.ones(2, 1), 2.0), 0.5).B.flatten()
+    tensor([4., 4.])
+    """
+    if not math.isfinite(scaling) or scaling == 0:
+        raise ValueError(f"scaling={scaling} has no inverse")
+    if scaling == delta.scaling:
+        return delta
+    ratio = delta.scaling / scaling
+
+    def scaled(B: Tensor) -> Tensor:
+        return (B.to(torch.promote_types(B.dtype, torch.float32)) * ratio).to(B.dtype)
+
+    if isinstance(delta, Lora):
+        return replace(delta, B=scaled(delta.B), scaling=scaling)
+    general_B = None if delta.general_B is None else scaled(delta.general_B)
+    return replace(delta, B=scaled(delta.B), general_B=general_B, scaling=scaling)
+
+
+def pad(delta: Gralora, r: int, generator: torch.Generator) -> Gralora:
+    """The GraLoRA of larger r with the same delta: each of the k slots grows from s to r/k.
+
+    A (k, in/k, r_old), B (k, r_old, out/k)  ->  A (k, in/k, r), B (k, r, out/k)
+
+    The new part of A is uniform in +-1/sqrt(in/k), that of B zero, so that both can be trained;
+    the scaling and the general part stay.
+
+    Raises:
+        ValueError: r is smaller than it was, or not a multiple of k.
+
+    >>> delta = Gralora(torch.ones(2, 4, 2), torch.ones(2, 2, 6), 1.0)
+    >>> pad(delta, 4, torch.Generator().manual_seed(0)).B[0, :, 0]
+    tensor([1., 0., 1., 0.])
+
+    PEFT 0.21.2, tuners/gralora/layer.py, update_layer.
+    """
+    k, s, m = delta.k, delta.s, delta.A.shape[1]
+    check_divides(k, r)
+    if r < delta.r:
+        raise ValueError(f"r={r} is smaller than the r={delta.r} of the delta")
+    a = kaiming(delta.A.new_empty(k, m, k, r // k), m, generator)  # n, i, j, t
+    b = delta.B.new_zeros(k, k, r // k, delta.B.shape[2])  # j, n, t, o
+    a[..., :s] = delta.A.reshape(k, m, k, s)
+    b[:, :, :s] = delta.B.reshape(k, k, s, -1)
+    return replace(delta, A=a.reshape(k, m, r), B=b.reshape(k, r, -1))
+
+
+def pad_lora(delta: Lora, r: int, generator: torch.Generator | None = None) -> Lora:
+    """The LoRA of larger rank with the same delta: rows after the end of A, columns after B's.
+
+    A (l, in), B (out, l)  ->  A (r, in), B (out, r)
+
+    The new part is zero. With a generator that of A is uniform in +-1/sqrt(in), so that it can be
+    trained. The scaling stays.
+
+    Raises:
+        ValueError: r is smaller than it was.
+
+    >>> pad_lora(Lora(torch.ones(1, 2), torch.ones(3, 1), 1.0), 2).B[0]
+    tensor([1., 0.])
+
+    PEFT 0.21.2, tuners/lora/layer.py, reset_lora_parameters.
+    """
+    more = r - delta.r
+    if more < 0:
+        raise ValueError(f"r={r} is smaller than the r={delta.r} of the delta")
+    a = delta.A.new_zeros(more, delta.in_features)
+    if generator is not None:
+        a = kaiming(a, delta.in_features, generator)
+    b = delta.B.new_zeros(delta.out_features, more)
+    return replace(delta, A=torch.cat([delta.A, a]), B=torch.cat([delta.B, b], dim=1))
+
+
+def kaiming(tensor: Tensor, fan_in: int, generator: torch.Generator) -> Tensor:
+    """The tensor filled uniformly in +-1/sqrt(fan_in): kaiming_uniform_ with a = sqrt(5).
+
+    >>> float(kaiming(torch.empty(100), 4, torch.Generator().manual_seed(0)).abs().max()) <= 0.5
+    True
+
+    PEFT 0.21.2, tuners/gralora/layer.py, update_layer.
+    """
+    bound = 1 / math.sqrt(fan_in)
+    values = torch.empty(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.copy_(values.uniform_(-bound, bound, generator=generator))
+
+
+def check_divides(k: int, *sizes: int) -> None:
+    """Raises ValueError unless k >= 1 divides all sizes and none of them is zero."""
+    for size in sizes:
+        if k < 1 or size < 1 or size % k:
+            raise ValueError(f"{size} is not a positive multiple of k={k}")
 
 
 def permute_rows(delta: Gralora | Lora, order: Sequence[int]) -> Lora:
@@ -204,6 +388,46 @@ def dense(delta: Delta, dtype: torch.dtype = torch.float32) -> Tensor:
     return matrix
 
 
+def delta_weight(
+    A: Tensor,
+    B: Tensor,
+    scaling: float = 1.0,
+    general_A: Tensor | None = None,
+    general_B: Tensor | None = None,
+) -> Tensor:
+    """The delta weight (out, in) of GraLoRA factors: what a merge adds to a Linear's weight.
+
+    A (k, in/k, r)   B (k, r, out/k)   general_A (h, in)   general_B (out, h)  ->  (out, in)
+
+    In float32, or in float64 if A is; half-precision factors are not rounded again. The weight
+    of a Conv1D is stored transposed and takes the transpose.
+
+    Raises:
+        ValueError: the shapes do not belong together, or only one general factor is given.
+
+    >>> delta_weight(torch.ones(2, 3, 4), torch.ones(2, 4, 5), scaling=0.5).shape
+    torch.Size([10, 6])
+
+    PEFT 0.21.2, tuners/gralora/layer.py, get_delta_weight; arXiv 2505.20355, eq. 4.
+    """
+    delta = Gralora(A, B, scaling, general_A, general_B)
+    if A.ndim != 3 or B.ndim != 3 or (B.shape[0], B.shape[1]) != (A.shape[0], A.shape[2]):
+        raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} need one k and one r")
+    if delta.k < 1 or delta.r % delta.k:
+        raise ValueError(f"r={delta.r} is not a multiple of k={delta.k}")
+    if (general_A is None) != (general_B is None):
+        raise ValueError("general_A and general_B come together")
+    if general_A is not None and general_B is not None:
+        found = (tuple(general_A.shape), tuple(general_B.shape))
+        h = delta.hybrid_r if general_A.ndim else 0
+        if found != ((h, delta.in_features), (delta.out_features, h)):
+            raise ValueError(
+                f"general_A {found[0]} and general_B {found[1]} need shapes "
+                f"(h, {delta.in_features}) and ({delta.out_features}, h)"
+            )
+    return dense(delta, torch.promote_types(A.dtype, torch.float32))
+
+
 def rows(
     delta: Delta,
     start: int,
@@ -212,38 +436,44 @@ def rows(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """delta[start:stop] by the formula of the forward path, independent of add_rows_."""
+    """delta[start:stop] (rows of delta.T with `transposed`), by the sum over t of the formula
+    above: shares no code with `add_rows_`, so that each can check the other.
+
+    >>> delta = Gralora(torch.ones(2, 3, 4), torch.ones(2, 4, 5), scaling=0.5)
+    >>> rows(delta, 0, 1)
+    tensor([[1., 1., 1., 1., 1., 1.]], dtype=torch.float64)
+    """
     match delta:
         case Gralora():
-            k, s = delta.k, delta.s
-            a4 = delta.A.to(dtype).view(k, -1, k, s)
-            b4 = delta.B.to(dtype).view(k, k, s, -1)
-            if transposed:
-                m = a4.shape[1]
-                picks = torch.arange(start, stop)
-                result = torch.einsum(
-                    "xjt,xjto->xjo", a4[picks // m, picks % m], b4.transpose(0, 1)[picks // m]
-                ).reshape(stop - start, -1)
-            else:
-                p = b4.shape[3]
-                picks = torch.arange(start, stop)
-                result = torch.einsum(
-                    "xnt,xnit->xni",
-                    b4[picks // p, :, :, picks % p],
-                    a4.permute(2, 0, 1, 3)[picks // p],
-                ).reshape(stop - start, -1)
-            result *= delta.scaling
+            parts = [
+                torch.einsum("xvt,vyt->xvy", left.to(dtype), right.to(dtype)).flatten(1)
+                for left, right in row_blocks(delta, start, stop, transposed=transposed)
+            ]
+            result = torch.cat(parts).mul_(delta.scaling)
             if delta.general_A is not None and delta.general_B is not None:
-                result += rows(
-                    Lora(delta.general_A, delta.general_B, delta.scaling),
-                    start,
-                    stop,
-                    dtype,
-                    transposed=transposed,
-                )
+                general = Lora(delta.general_A, delta.general_B, delta.scaling)
+                result += rows(general, start, stop, dtype, transposed=transposed)
             return result
         case Lora(A=A, B=B):
             left, right = (A.T, B.T) if transposed else (B, A)
             return delta.scaling * (left[start:stop].to(dtype) @ right.to(dtype))
         case Dense(weight=weight):
             return (weight.T if transposed else weight)[start:stop].to(dtype)
+
+
+def row_blocks(
+    delta: Gralora, start: int, stop: int, *, transposed: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The factors behind rows start:stop, a block row at a time: left (x, k, s), right (k, y, s);
+    row x of the block row is the concatenation over v of left[x, v] @ right[v].T."""
+    k, s = delta.k, delta.s
+    a4, b4 = delta.A.view(k, -1, k, s), delta.B.view(k, k, s, -1)
+    height = a4.shape[1] if transposed else b4.shape[3]
+    for u in range(start // height, math.ceil(stop / height)):
+        within = slice(
+            max(start, u * height) - u * height, min(stop, (u + 1) * height) - u * height
+        )
+        if transposed:  # u = n: left[i, j, t], right[j, o, t]
+            yield a4[u, within], b4[:, u].transpose(1, 2)
+        else:  # u = j: left[o, n, t], right[n, i, t]
+            yield b4[u, :, :, within].permute(2, 0, 1), a4[:, :, u]
