@@ -91,6 +91,11 @@ class Adapter:
         return "hybrid" if self.config.hybrid_r else "gralora"
 
     @property
+    def blocks(self) -> int:
+        """k: blocks per side of each module's delta; 1 for LoRA."""
+        return self.config.gralora_k if isinstance(self.config, GraloraConfig) else 1
+
+    @property
     def tensors(self) -> Mapping[str, TensorSpec]:
         return self.file.tensors
 

@@ -57,7 +57,7 @@ def merge(
         weights: one per adapter, default 1.0.
         dtype: `keep`, `float32`, `bfloat16` or `float16`, of all floating tensors written.
         shard_size: `keep` for the base's own files, else the largest file, such as `5GB`.
-        verify: recompute one row in sixteen in float64 while it is hot, and refuse to publish what
+        verify: recompute one row in 64 in float64 while it is hot, and refuse to publish what
             differs by more than one rounding.
 
     Raises:
@@ -187,6 +187,7 @@ class _Merge:
                             piece.count,
                             0 if piece.order else piece.delta_start,
                             target.transposed,
+                            adapter.blocks,
                             adapter.factor_bytes(target.module),
                         )
                     )

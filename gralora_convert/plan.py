@@ -324,6 +324,7 @@ class _Target:
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path, self._descriptor = path, descriptor
+        self._lock = threading.Lock()
 
     @classmethod
     @contextlib.contextmanager
@@ -342,7 +343,8 @@ class _Target:
             os.close(descriptor)
 
     def write(self, data: memoryview, position: int) -> None:
-        with _writing(self.path):
+        # the kernel lets one writer into a file at a time and lets the others spin for it
+        with _writing(self.path), self._lock:
             while len(data):
                 count = os.pwrite(self._descriptor, data, position)
                 data, position = data[count:], position + count

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gralora_convert.delta import Delta, Dense, Gralora, Lora
+from gralora_convert.delta import Delta, Dense, Gralora, Lora, row_blocks
 
 __all__ = ["Survival", "half_ulp", "magnitude_rows", "survival", "tolerance", "worst_ratio"]
 
@@ -28,35 +28,28 @@ def magnitude_rows(delta: Delta, start: int, stop: int, *, transposed: bool = Fa
     Cauchy-Schwarz per block, so that no product of absolute factors has to be formed."""
     match delta:
         case Gralora():
-            k = delta.k
-            a4 = torch.linalg.vector_norm(
-                delta.A.double().view(k, -1, k, delta.s), dim=3
-            )  # n, i, j
-            b4 = torch.linalg.vector_norm(
-                delta.B.double().view(k, k, delta.s, -1), dim=2
-            )  # j, n, o
-            right: Tensor = a4.permute(2, 0, 1)  # j, n, i
-            m, p = a4.shape[1], b4.shape[2]
-            index = torch.arange(start, stop)
-            if transposed:
-                left: Tensor = a4[index // m, index % m]  # x, j
-                bound: Tensor = left[:, :, None] * b4.transpose(0, 1)[index // m]  # x, j, o
-            else:
-                left = b4[index // p, :, index % p]  # x, n
-                bound = left[:, :, None] * right[index // p]  # x, n, i
-            bound = bound.reshape(len(index), -1) * abs(delta.scaling)
+            bound = torch.cat(
+                [
+                    torch.einsum("xv,vy->xvy", _lengths(left), _lengths(right)).flatten(1)
+                    for left, right in row_blocks(delta, start, stop, transposed=transposed)
+                ]
+            ) * abs(delta.scaling)
             if delta.general_A is not None and delta.general_B is not None:
                 general = Lora(delta.general_A, delta.general_B, delta.scaling)
                 bound += magnitude_rows(general, start, stop, transposed=transposed)
             return bound
         case Lora(A=A, B=B):
-            left = torch.linalg.vector_norm(B.double(), dim=1)
-            right = torch.linalg.vector_norm(A.double(), dim=0)
-            if transposed:
-                left, right = right, left
-            return abs(delta.scaling) * left[start:stop, None] * right
+            left, right = (A.T, B) if transposed else (B, A.T)
+            return abs(delta.scaling) * _lengths(left[start:stop])[:, None] * _lengths(right)
         case Dense(weight=weight):
             return (weight.T if transposed else weight)[start:stop].double().abs()
+
+
+def _lengths(factor: Tensor) -> Tensor:
+    """Upper bounds of the Euclidean lengths over the last dimension, float64; summed in the
+    factor's own dtype, whose rounding the margin covers."""
+    lengths: Tensor = torch.linalg.vector_norm(factor, dim=-1)
+    return lengths.double() * (1 + 1e-4)
 
 
 def tolerance(

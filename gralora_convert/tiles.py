@@ -27,13 +27,14 @@ from gralora_convert.tensors import DTYPE_BITS, FLOATING, TensorSpec, read_into,
 __all__ = ["CastTensor", "Contribution", "MergedTensor"]
 
 TILE_BYTES = 2 * 1024 * 1024  # of sums: small enough to stay in the second-level cache
-CHECKED_SHARE = 16  # one row in so many is recomputed in float64 while it is hot
+CHECKED_SHARE = 64  # one row in so many is recomputed in float64 while it is hot
+PARTS = 4  # a tensor is checked in at least so many places
 
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
     """One module's update of a stored tensor: delta rows `[delta_start, +count)` are added to its
-    rows `[start, +count)`, times `weight`. `memory` is the size of the factors in bytes."""
+    rows `[start, +count)`, times `weight`. `blocks` is the k of its factors, `memory` their size in bytes."""
 
     module: str
     load: Callable[[], Delta]
@@ -42,6 +43,7 @@ class Contribution:
     count: int
     delta_start: int
     transposed: bool
+    blocks: int
     memory: int
 
 
@@ -126,17 +128,18 @@ class _Tiles:
         shape = (sums.shape[0], self.columns)
         return _buffers.get("written", shape, self.written).copy_(sums)
 
-    def require_finite(self, written: torch.Tensor, stored: torch.Tensor) -> None:
-        # a sum is finite only if every term is; float32 sums of finite 16-bit values stay finite
-        if bool(torch.isfinite(written.sum(dtype=self.sums))) or bool(written.isfinite().all()):
+    def require_finite(self, sums: torch.Tensor, stored: Callable[[], torch.Tensor]) -> None:
+        """Raises `CheckFailedError` when a sum is no number or exceeds the dtype written."""
+        low, high = torch.aminmax(sums)
+        largest = torch.finfo(self.written).max
+        if -largest <= float(low) and float(high) <= largest:
             return
-        if bool(stored.isfinite().all()):
-            largest = torch.finfo(self.written).max
+        if bool(stored().isfinite().all()):
             raise CheckFailedError(
                 f"the result exceeds the largest {_name(self.written)} ({largest:g}) or is not a "
                 "number",
                 where=self.spec.name,
-                hint="Write a wider dtype: --dtype float32.",
+                hint="Write a wider dtype (--dtype float32), or check the adapter's values.",
             )
         raise CheckFailedError(
             "holds NaN or infinity in the base", where=f"{self.spec.file}: {self.spec.name}"
@@ -151,15 +154,14 @@ class CastTensor(_Tiles):
 
     def produce(self, tile: int) -> memoryview:
         stored = self.read(*self.span(tile))
-        written = self.round(stored)
-        self.require_finite(written, stored)
-        return _bytes(written)
+        self.require_finite(stored, lambda: stored)
+        return _bytes(self.round(stored))
 
 
 class MergedTensor(_Tiles):
     """A tensor of the base plus the updates of one or several modules.
 
-    With `check`, one row in sixteen is recomputed in float64 by the formula of the forward path and
+    With `check`, one row in 64 is recomputed in float64 by the formula of the forward path and
     compared with the bytes about to be written; `worst` is then the largest difference relative to
     the bound that one rounding allows, and `survival` says how much of the update came through.
     """
@@ -176,7 +178,8 @@ class MergedTensor(_Tiles):
         super().__init__(spec, dtype)
         self.contributions = tuple(contributions)
         self.device = torch.device(device)
-        self._check = check
+        groups = max(PARTS, *(c.blocks for c in contributions)) if check else 0
+        self._checked = self._samples(min(groups, self.rows)) if groups else {}
         self._shared = [_Shared(c.load, self.count) for c in contributions]
         self._lock = threading.Lock()
         self.worst = 0.0
@@ -194,16 +197,17 @@ class MergedTensor(_Tiles):
         start, stop = self.span(tile)
         stored = self.read(start, stop)
         updates = self._updates(start, stop)
+        checked = self._checked.get(tile, ())
         try:
-            sample = self._sample(tile, stop - start)
-            before = stored[sample].to(torch.float64) if self._check else None
+            before = [stored[sample].to(torch.float64) for sample in checked]
             unchanged = None if self.changed else stored.clone()
-            written = self.round(self._sum(stored, start, stop, updates))
+            sums = self._sum(stored, start, stop, updates)
+            self.require_finite(sums, lambda: self.read(start, stop))
+            written = self.round(sums)
             if unchanged is not None and not torch.equal(unchanged.to(self.written), written):
                 self.changed = True
-            self.require_finite(written, stored if unchanged is None else unchanged)
-            if before is not None:
-                self._check_rows(before, written[sample], start + sample.start, updates)
+            for sample, rows_before in zip(checked, before, strict=True):
+                self._check_rows(rows_before, written[sample], start + sample.start, updates)
         finally:
             for shared in self._shared:
                 shared.release()
@@ -238,11 +242,21 @@ class MergedTensor(_Tiles):
             )
         return sums
 
-    def _sample(self, tile: int, count: int) -> slice:
-        """The rows of a tile that are checked; their place moves from tile to tile."""
-        size = max(1, count // CHECKED_SHARE)
-        start = int((tile * 0.6180339887498949) % 1.0 * (count - size + 1))
-        return slice(start, start + size)
+    def _samples(self, groups: int) -> dict[int, list[slice]]:
+        """Tile -> the rows in it that are checked: a run of rows from each of `groups` equal parts
+        of the tensor, so that no block of an update goes unseen; its place differs from part to
+        part."""
+        samples: dict[int, list[slice]] = {}
+        height = self.rows / groups
+        count = max(1, round(height / CHECKED_SHARE))
+        for group in range(groups):
+            place = (group * 0.6180339887498949) % 1.0
+            row = int(height * group + place * max(height - count, 0))
+            tile = row // self.tile_rows
+            start = row - tile * self.tile_rows
+            first, last = self.span(tile)
+            samples.setdefault(tile, []).append(slice(start, min(start + count, last - first)))
+        return samples
 
     def _check_rows(
         self,
