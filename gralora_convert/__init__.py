@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from gralora_convert.checkpoint import Checkpoint
     from gralora_convert.checks import validate
     from gralora_convert.config import GraloraConfig, LoraConfig
-    from gralora_convert.delta import Delta, Dense, Gralora, Lora, dense, gralora_to_lora
+    from gralora_convert.conversion import convert
+    from gralora_convert.delta import (
+        Delta,
+        Dense,
+        Gralora,
+        Lora,
+        delta_weight,
+        dense,
+        gralora_to_lora,
+        lora_to_gralora,
+        lora_to_hybrid,
+    )
     from gralora_convert.equivalence import Equivalence, verify
     from gralora_convert.errors import ConvertError
     from gralora_convert.forward import GraloraLinear, attach
@@ -31,7 +42,18 @@ _HOMES = {
     "checkpoint": ("Checkpoint",),
     "checks": ("validate",),
     "config": ("GraloraConfig", "LoraConfig"),
-    "delta": ("Delta", "Dense", "Gralora", "Lora", "dense", "gralora_to_lora"),
+    "conversion": ("convert",),
+    "delta": (
+        "Delta",
+        "Dense",
+        "Gralora",
+        "Lora",
+        "delta_weight",
+        "dense",
+        "gralora_to_lora",
+        "lora_to_gralora",
+        "lora_to_hybrid",
+    ),
     "equivalence": ("Equivalence", "verify"),
     "errors": ("ConvertError",),
     "forward": ("GraloraLinear", "attach"),
@@ -58,8 +80,12 @@ __all__ = [
     "Report",
     "__version__",
     "attach",
+    "convert",
+    "delta_weight",
     "dense",
     "gralora_to_lora",
+    "lora_to_gralora",
+    "lora_to_hybrid",
     "merge",
     "validate",
     "verify",

@@ -170,7 +170,7 @@ def _project(block: Tensor, rank: int, options: Options) -> Block:
     if options.method == "exact" or (options.method == "auto" and small) or width >= side:
         return Block(block)
     start = torch.randn(block.shape[1], width, dtype=block.dtype, generator=options.generator)
-    basis = _qr(block @ start)[0]
+    basis = _qr(block @ start.to(block.device))[0]
     for _ in range(POWER_ITERATIONS):
         basis = _qr(block @ _qr(block.T @ basis)[0])[0]
     core = basis.T @ block

@@ -21,6 +21,7 @@ from gralora_convert.errors import ConvertError, InvalidAdapterError, MisuseErro
 from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
+    from gralora_convert.conversion import Kind
     from gralora_convert.plan import Plan
     from gralora_convert.report import Finding
 
@@ -139,6 +140,26 @@ def commands() -> None:
 
 
 @commands.command()
+@click.argument("path")
+@json_option
+def inspect(path: str, as_json: bool) -> int:
+    """What is PATH? An adapter or a checkpoint; reads headers only.
+
+    \b
+    Example:
+      gralora-convert inspect ./adapter
+    """
+    from gralora_convert.inspection import inspect
+
+    found = inspect(path)
+    if as_json:
+        _echo_json(found.document)
+    else:
+        click.echo(found.text)
+    return 0
+
+
+@commands.command()
 @click.argument("adapter")
 @base_option
 @click.option("--format", "style", type=click.Choice(["text", "json", "github"]), default="text",
@@ -233,6 +254,69 @@ def merge(
         verify=verify,
         key_map=_key_map(key_map),
         trust_remote_code=trust_remote_code,
+    )
+    run = _Run(output, jobs, dry_run, overwrite, verify, progress, as_json)
+    return run.carry_out(plan, summary)
+
+
+shape_options = _options(
+    click.option("--to", type=click.Choice(["gralora", "hybrid", "lora"]), required=True,
+                 help="Kind of the result."),
+    click.option("--k", type=click.IntRange(min=1),
+                 help="Blocks per side.  [default: the source's, or 2]"),
+    click.option("--r", type=click.IntRange(min=1), help="Rank.  [default: the smallest exact]"),
+    click.option("--hybrid-r", type=click.IntRange(min=1), help="Rank of the general part."),
+    click.option("--alpha", type=float,
+                 help="Numerator of the scaling.  [default: keep the scaling]"),
+    click.option("--max-error", type=float,
+                 help="Smallest rank with this relative Frobenius error; excludes --r."),
+)  # fmt: skip
+
+
+@commands.command()
+@click.argument("adapter")
+@shape_options
+@click.option("--allow-inexact", is_flag=True, help="Approximate optimally, print the error.")
+@writing_options
+def convert(
+    adapter: str,
+    to: "Kind",
+    k: int | None,
+    r: int | None,
+    hybrid_r: int | None,
+    alpha: float | None,
+    max_error: float | None,
+    allow_inexact: bool,
+    output: str,
+    dtype: str,
+    jobs: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    verify: bool,
+    device: str,
+    progress: bool | None,
+    as_json: bool,
+) -> int:
+    """Write ADAPTER as GraLoRA, Hybrid GraLoRA or LoRA, exactly unless told otherwise.
+
+    \b
+    Examples:
+      gralora-convert convert ./lora --to gralora --k 2 -o ./gralora
+      gralora-convert convert ./gralora --to lora -o ./servable
+    """
+    from gralora_convert.conversion import convert, summary
+
+    plan = convert(
+        adapter,
+        to=to,
+        k=k,
+        r=r,
+        hybrid_r=hybrid_r,
+        alpha=alpha,
+        max_error=max_error,
+        allow_inexact=allow_inexact,
+        dtype=dtype,
+        verify=verify,
     )
     run = _Run(output, jobs, dry_run, overwrite, verify, progress, as_json)
     return run.carry_out(plan, summary)

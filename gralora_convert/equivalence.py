@@ -15,10 +15,10 @@ from torch import Tensor
 
 from gralora_convert.adapter import Adapter
 from gralora_convert.checkpoint import Checkpoint
-from gralora_convert.delta import Delta, Dense, Gralora, Lora, permute_rows, rows, terms
+from gralora_convert.delta import Delta, Gralora, permute_rows, rows, terms
 from gralora_convert.diagnosis import BlockShares, mistakes, verdict
 from gralora_convert.errors import MisuseError
-from gralora_convert.layer import gralora_product
+from gralora_convert.layer import forward_path
 from gralora_convert.outputs import ModelComparison, compare_models
 from gralora_convert.placement import Piece, Placement, Target, place
 from gralora_convert.rounding import Survival, magnitude_rows, survival, tolerance, worst_ratio
@@ -525,20 +525,3 @@ class _Probe:
 
     def worst(self) -> float:
         return worst_ratio(self.difference, torch.zeros_like(self.difference), self.bound)
-
-
-def forward_path(delta: Delta, x: Tensor) -> Tensor:
-    """What an adapter adds to a layer's output: the forward path, not the product of a matrix.
-
-    x (..., in) -> (..., out), in x's dtype.
-    """
-    match delta:
-        case Gralora():
-            y = gralora_product(x, delta.A.to(x.dtype), delta.B.to(x.dtype))
-            if delta.general_A is not None and delta.general_B is not None:
-                y = y + x @ delta.general_A.to(x.dtype).T @ delta.general_B.to(x.dtype).T
-            return y * delta.scaling
-        case Lora():
-            return x @ delta.A.to(x.dtype).T @ delta.B.to(x.dtype).T * delta.scaling
-        case Dense():
-            return x @ delta.weight.to(x.dtype).T

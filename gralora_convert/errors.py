@@ -23,13 +23,21 @@ __all__ = [
 ]
 
 
+LONGEST = 1000  # characters of one part of a message: a hostile file may hold names of megabytes
+
+
 def printable(text: object) -> str:
-    """`text` on one line: control characters of a hostile file become escapes.
+    """`text` on one line: control characters of a hostile file become escapes, and the middle of
+    what is absurdly long is left out.
 
     >>> printable("a\\nb")
     'a\\\\nb'
     """
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    shown = str(text)
+    if len(shown) > LONGEST:
+        head, tail = shown[: LONGEST * 3 // 4], shown[-LONGEST // 4 :]
+        shown = f"{head}[... {len(shown) - LONGEST} characters ...]{tail}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
 
 
 def sentences(*parts: str) -> str:

@@ -197,11 +197,9 @@ def to_hybrid(
         before, after = math.sqrt(blocks.error2), math.sqrt(following[1].error2)
         if after < before:
             general, blocks = following
-        if before - after < LEAST_GAIN * before:
+        if before - after <= LEAST_GAIN * before:
             break
-    part = blocks.delta
-    factors = (x.to(dtype) for x in (part.A, part.B))
-    a, b = factors
+    a, b = blocks.delta.A.to(dtype), blocks.delta.B.to(dtype)
     hybrid = Gralora(a, b, scaling, general.A.to(dtype), general.B.to(dtype))
     return Fit(hybrid, blocks.error2, float(target.square().sum()))
 

@@ -19,7 +19,7 @@ from gralora_convert.delta import Delta, Dense, Gralora, Lora
 from gralora_convert.errors import MisuseError, UnsupportedError
 from gralora_convert.report import Finding, Report, error
 
-__all__ = ["GraloraLinear", "gralora_product"]
+__all__ = ["GraloraLinear", "forward_path", "gralora_product"]
 
 
 def gralora_product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -42,6 +42,23 @@ def gralora_product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     # Column j*s + t of A[n] feeds output block j; row n*s + t of B[j] takes input block n.
     mixed = inner.reshape(-1, k, k, r // k).transpose(1, 2).reshape(-1, k, r)
     return torch.einsum("tjr,jro->tjo", mixed, B).reshape(*x.shape[:-1], k * B.shape[2])
+
+
+def forward_path(delta: Delta, x: Tensor) -> Tensor:
+    """What an adapter adds to a layer's output: the forward path, not the product of a matrix.
+
+    x (..., in) -> (..., out), in x's dtype.
+    """
+    match delta:
+        case Gralora():
+            y = gralora_product(x, delta.A.to(x.dtype), delta.B.to(x.dtype))
+            if delta.general_A is not None and delta.general_B is not None:
+                y = y + x @ delta.general_A.to(x.dtype).T @ delta.general_B.to(x.dtype).T
+            return y * delta.scaling
+        case Lora():
+            return x @ delta.A.to(x.dtype).T @ delta.B.to(x.dtype).T * delta.scaling
+        case Dense():
+            return x @ delta.weight.to(x.dtype).T
 
 
 class Branch(nn.Module):

@@ -1,13 +1,20 @@
 """JSON as untrusted files hold it: every ambiguity that a lenient parser hides is a `JsonError`."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 from gralora_convert.errors import UnreadableError
+from gralora_convert.files import open_regular, reading
 
 __all__ = ["JsonError", "load_json", "parse_json"]
 
-MAX_JSON_BYTES = 256 * 1024 * 1024  # the index of the largest public checkpoints is below 100 MB
+MAX_JSON_BYTES = 100_000_000  # the cap of safetensors' headers; the largest public index has 10 MB
+MAX_DEPTH = 127  # of serde_json, which reads the same files in other tools
+_INTEGER_DIGITS = 300  # longer integers may exceed every float; longer than 4300 Python refuses
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_MAYBE_INCOMPLETE = "Is the file complete? Copy or download it again."
 
 
 class JsonError(UnreadableError):
@@ -34,20 +41,27 @@ def parse_json(data: bytes, *, where: object, allow_non_finite: bool = False) ->
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            seen: set[str] = set()
-            key = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
             raise JsonError(
                 "duplicate-key",
-                f"the key {key!r} stands twice in one object",
+                f"the key {_first_repeated(pairs)!r} stands twice in one object",
                 where=where,
                 hint="Keep one of them; which one is meant cannot be told.",
             )
         return result
 
-    def constant(text: str) -> float:
-        if allow_non_finite:
-            return float(text.replace("Infinity", "inf"))
-        raise JsonError("non-finite", f"{text} is not a number in JSON", where=where)
+    def number(text: str) -> float:
+        value = float(text.replace("Infinity", "inf"))
+        if math.isfinite(value) or allow_non_finite:
+            return value
+        raise JsonError("non-finite", f"{text[:40]} is not a finite number", where=where)
+
+    def integer(text: str) -> int | float:
+        if text == "-0" or len(text) > _INTEGER_DIGITS:
+            return number(text)
+        return int(text)
+
+    def wrong(what: str, hint: str = "") -> JsonError:
+        return JsonError("not-json", what, where=where, hint=hint)
 
     if data.startswith(b"\xef\xbb\xbf"):
         raise JsonError(
@@ -57,21 +71,60 @@ def parse_json(data: bytes, *, where: object, allow_non_finite: bool = False) ->
             hint="Save the file as UTF-8 without BOM.",
         )
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=number,
+            parse_float=number,
+            parse_int=integer,
+        )
     except RecursionError:
-        raise JsonError("not-json", "is nested too deeply", where=where) from None
+        raise wrong("is nested too deeply") from None
     except ValueError as error:
-        raise JsonError(
-            "not-json",
-            f"is not valid JSON: {error}",
-            where=where,
-            hint="Is the file complete? Copy or download it again.",
-        ) from error
+        raise wrong(f"is not valid JSON: {error}", _MAYBE_INCOMPLETE) from error
     if not isinstance(value, dict):
         raise JsonError(
             "not-object", f"holds a JSON {type(value).__name__}, an object was needed", where=where
         )
+    if _is_deeper_than(MAX_DEPTH, value):
+        raise wrong("is nested too deeply")
+    if _SURROGATE.search(data) and not _is_unicode(value):
+        raise wrong("holds half of a surrogate pair, which is no character")
     return value
+
+
+def _first_repeated(pairs: list[tuple[str, object]]) -> str:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            break
+        seen.add(key)
+    return key
+
+
+def _is_deeper_than(limit: int, value: object) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return False
+    return True
+
+
+def _children(parent: object) -> list[object]:
+    """The objects and arrays in an object or array."""
+    if isinstance(parent, dict):
+        parent = list(parent.values())
+    assert isinstance(parent, list)
+    return [child for child in parent if isinstance(child, (dict, list))]
+
+
+def _is_unicode(value: object) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_json(path: Path, *, allow_non_finite: bool = False) -> dict[str, object]:
@@ -81,9 +134,7 @@ def load_json(path: Path, *, allow_non_finite: bool = False) -> dict[str, object
         UnreadableError: missing, not a regular file, too large, or not readable.
         JsonError: see `parse_json`.
     """
-    from gralora_convert.tensors import open_regular
-
-    with open_regular(path) as file:
+    with open_regular(path) as file, reading(path):
         data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         raise UnreadableError(f"is larger than {MAX_JSON_BYTES} bytes", where=path)

@@ -6,14 +6,15 @@ Safetensors headers are checked as strictly as the official reader does (format 
 
 import json
 import math
+import mmap
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from gralora_convert.errors import ChangedInputError, UnreadableError, UnsupportedError
+from gralora_convert.files import Stamp, file_stamp, open_regular, pread_exact, reading
 from gralora_convert.strictjson import parse_json
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ DTYPE_BITS: Mapping[str, int] = {
     "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64,
 }  # fmt: skip
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+_WORD = 2**64
 MAX_HEADER_BYTES = 100_000_000  # the cap of the official reader
 _TORCH_NAMES: Mapping[str, str] = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -100,7 +102,7 @@ class TensorFile:
     tensors: Mapping[str, TensorSpec]
     metadata: Mapping[str, str] | None
     pickled: bool
-    stamp: tuple[int, int, int]
+    stamp: Stamp
 
     def require_unchanged(self) -> None:
         """Raises `ChangedInputError` when the file is not the one whose header was read."""
@@ -116,28 +118,6 @@ class TensorFile:
                 where=self.path,
                 hint="Run again when nothing writes to it.",
             )
-
-
-def file_stamp(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """`path` opened for reading, if it is a regular file (a FIFO or device would block or lie).
-
-    Raises:
-        UnreadableError: missing, not a regular file, or not permitted.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise UnreadableError(f"cannot be opened: {error.strerror}", where=path) from error
-    except ValueError as error:  # a NUL in the name
-        raise UnreadableError(f"is not a file name: {error}", where=path) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UnreadableError("is not a regular file", where=path)
-    return os.fdopen(descriptor, "rb")
 
 
 def read_tensor_file(path: Path) -> TensorFile:
@@ -163,7 +143,7 @@ def read_safetensors(path: Path) -> TensorFile:
         UnreadableError: missing, not a regular file.
         TensorFileError: lengths, offsets, dtypes or shapes that do not agree with the file.
     """
-    with open_regular(path) as file:
+    with open_regular(path) as file, reading(path):
         status = os.fstat(file.fileno())
         start = file.read(8)
         length = int.from_bytes(start, "little")
@@ -219,20 +199,30 @@ def _spec(name: str, info: object, path: Path, data_start: int) -> TensorSpec:
         raise wrong(f"shape {shape!r} is not a list of sizes")
     if not are_sizes(offsets) or len(offsets) != 2:
         raise wrong(f"data_offsets {offsets!r} are not two positions")
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    bits = count((*shape, DTYPE_BITS[dtype]))
+    if bits is None:
+        raise wrong(f"shape {shape} is larger than any memory")
     begin, end = offsets
     if bits % 8 or end - begin != bits // 8:
-        raise wrong(
-            f"{dtype} of shape {shape} needs {bits / 8:g} bytes, its offsets span {end - begin}"
-        )
+        needed = f"{bits // 8} bytes" if bits % 8 == 0 else f"{bits} bits, no whole bytes"
+        raise wrong(f"{dtype} of shape {shape} needs {needed}, its offsets span {end - begin}")
     return TensorSpec(name, dtype, tuple(shape), path, data_start + begin, bits // 8)
 
 
 def are_sizes(value: object) -> TypeGuard[Sequence[int]]:
     """Whether `value` is a list or tuple of numbers that can be sizes; JSON's `true` is none."""
-    return isinstance(value, (list, tuple)) and all(
-        type(v) is int and 0 <= v < 2**63 for v in value
-    )
+    return isinstance(value, (list, tuple)) and all(type(v) is int and 0 <= v < _WORD for v in value)
+
+
+def count(sizes: Sequence[int]) -> int | None:
+    """The product of the sizes, or None as soon as it exceeds 64 bits, as the official reader
+    computes it: in order, so that a zero hides only what comes after it."""
+    product = 1
+    for size in sizes:
+        product *= size
+        if product >= _WORD:
+            return None
+    return product
 
 
 def _require_cover(specs: list[TensorSpec], path: Path, position: int, size: int) -> None:
@@ -268,16 +258,6 @@ def encode_header(
     return len(text).to_bytes(8, "little") + text
 
 
-def pread_exact(descriptor: int, buffer: memoryview, offset: int, where: object) -> None:
-    """Fills `buffer` from `offset`; short reads are continued, an early end is a changed file."""
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        if count == 0:
-            raise ChangedInputError("became shorter while it was read", where=where)
-        done += count
-
-
 def read_bytes(spec: TensorSpec, start: int = 0, stop: int | None = None) -> bytearray:
     """The bytes `start:stop` of the tensor, in the order of its elements, little endian."""
     stop = spec.nbytes if stop is None else stop
@@ -288,38 +268,44 @@ def read_bytes(spec: TensorSpec, start: int = 0, stop: int | None = None) -> byt
 
 def read_into(spec: TensorSpec, start: int, buffer: memoryview) -> None:
     """Fills `buffer` with the bytes of the tensor from `start` on; see `read_bytes`."""
-    if spec.strides is not None:
-        buffer[:] = _gather(spec)[start : start + len(buffer)]
-        return
     with open_regular(spec.file) as file:
-        try:
+        if spec.strides is None:
             pread_exact(file.fileno(), buffer, spec.offset + start, spec.file)
-        except OSError as error:
-            raise UnreadableError(f"cannot be read: {error.strerror}", where=spec.file) from error
+        elif len(buffer):
+            _gather(spec, spec.strides, file.fileno(), start, buffer)
 
 
-def _gather(spec: TensorSpec) -> bytes:
-    """The elements of a strided tensor, in order, from a mapping of the file."""
+def _gather(
+    spec: TensorSpec, strides: tuple[int, ...], descriptor: int, start: int, buffer: memoryview
+) -> None:
+    """Fills `buffer` from a tensor whose elements do not lie in order, through a mapping of the
+    file: what is needed may lie anywhere in it."""
     import numpy
 
-    assert spec.strides is not None
     size = DTYPE_BITS[spec.dtype] // 8
-    span = 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.strides, strict=True))
-    mapped = numpy.memmap(spec.file, dtype=f"V{size}", mode="r", offset=spec.offset, shape=span)
-    view = numpy.lib.stride_tricks.as_strided(
-        mapped, spec.shape, tuple(s * size for s in spec.strides), writeable=False
-    )
-    return view.tobytes()
+    last = sum((n - 1) * stride for n, stride in zip(spec.shape, strides, strict=True))
+    if os.fstat(descriptor).st_size < spec.offset + (last + 1) * size:  # a mapping would crash
+        raise ChangedInputError("became shorter while it was read", where=spec.file)
+    with reading(spec.file), mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as mapped:
+        view: numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.unsignedinteger]] = numpy.ndarray(
+            spec.shape, f"<u{size}", mapped, spec.offset, [stride * size for stride in strides]
+        )
+        first, stop = start // size, -(-(start + len(buffer)) // size)
+        data = view.flat[first:stop].tobytes()
+        del view  # or the mapping cannot be closed
+    skip = start - first * size
+    buffer[:] = data[skip : skip + len(buffer)]
 
 
 def read_array(spec: TensorSpec) -> "numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.generic]]":
     """The tensor's values in numpy, shape `spec.shape`; BF16 comes widened to float32.
 
     Raises:
-        UnsupportedError: a dtype that numpy has not (float8 and smaller).
+        UnsupportedError: a dtype that numpy has not (float8 and smaller), or an absurd shape.
     """
     import numpy
 
+    _require_holdable(spec)
     data = read_bytes(spec)
     if spec.dtype == "BF16":
         wide = numpy.frombuffer(data, "<u2").astype("<u4") << numpy.uint32(16)
@@ -329,6 +315,14 @@ def read_array(spec: TensorSpec) -> "numpy.ndarray[tuple[int, ...], numpy.dtype[
             f"tensor {spec.name!r} has dtype {spec.dtype}, which numpy cannot hold", where=spec.file
         )
     return numpy.frombuffer(data, _NUMPY_NAMES[spec.dtype]).reshape(spec.shape)
+
+
+def _require_holdable(spec: TensorSpec) -> None:
+    """Refuses shapes that a header may state but no array can have: empty ones with absurd sizes."""
+    if len(spec.shape) > 64 or (count([n or 1 for n in spec.shape]) or _WORD) >= 2**60:
+        raise UnsupportedError(
+            f"tensor {spec.name!r} has shape {spec.shape}, which no array can have", where=spec.file
+        )
 
 
 def torch_dtype(dtype: str) -> "torch.dtype":
@@ -346,6 +340,7 @@ def read_torch(spec: TensorSpec) -> "torch.Tensor":
     """The tensor itself, in its own dtype, in memory of its own."""
     import torch
 
+    _require_holdable(spec)
     dtype = torch_dtype(spec.dtype)
     if spec.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype)

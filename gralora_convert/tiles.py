@@ -34,7 +34,8 @@ PARTS = 4  # a tensor is checked in at least so many places
 @dataclass(frozen=True, slots=True)
 class Contribution:
     """One module's update of a stored tensor: delta rows `[delta_start, +count)` are added to its
-    rows `[start, +count)`, times `weight`. `blocks` is the k of its factors, `memory` their size in bytes."""
+    rows `[start, +count)`, times `weight`. `blocks` is the k of its factors, `memory` their
+    size in bytes."""
 
     module: str
     load: Callable[[], Delta]

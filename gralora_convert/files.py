@@ -1,0 +1,67 @@
+"""Regular files, read whole or in part: nothing that blocks, and no short read that goes unseen."""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from gralora_convert.errors import ChangedInputError, UnreadableError
+
+__all__ = ["Stamp", "file_stamp", "open_regular", "pread_exact", "reading"]
+
+Stamp = tuple[int, int, int]
+
+
+def file_stamp(status: os.stat_result) -> Stamp:
+    """What differs when another file took the name, or when the file was written to."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """`path` opened for reading, if it is a regular file (a FIFO or device would block or lie).
+
+    Raises:
+        UnreadableError: missing, not a regular file, or not permitted.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise UnreadableError(f"cannot be opened: {error.strerror}", where=path) from error
+    except ValueError as error:  # a NUL or a lone surrogate in the name
+        raise UnreadableError(f"is not a file name: {error}", where=path) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnreadableError("is not a regular file", where=path)
+    return os.fdopen(descriptor, "rb")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns failures of the disk or the network behind `path` into `UnreadableError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {error.strerror}", where=path) from error
+
+
+def pread_exact(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fills `buffer` from `offset` of the open file `path`; short reads are continued.
+
+    Raises:
+        UnreadableError: the disk fails.
+        ChangedInputError: the file ends before the buffer is full.
+    """
+    done = 0
+    while done < len(buffer):
+        with reading(path):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise ChangedInputError(
+                "became shorter while it was read",
+                where=path,
+                hint="Run again when nothing writes to it.",
+            )
+        done += count
