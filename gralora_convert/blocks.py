@@ -66,7 +66,15 @@ def shape_of(delta: Delta) -> tuple[int, int]:
 
 
 def blocks_of(delta: Delta, k: int, rank: int, options: Options) -> Iterator[Block]:
-    """The k*k blocks of the delta, in the order (0, 0), (0, 1), ... of (j, n)."""
+    """The k*k blocks of the delta, in the order (0, 0), (0, 1), ... of (j, n).
+
+    `rank` is what a randomised decomposition of a dense block must reach.
+    """
+    if not isinstance(delta, Dense):
+        general = () if isinstance(delta, Lora) else (delta.general_A, delta.general_B)
+        for factor in (delta.A, delta.B, *general):
+            if factor is not None:
+                finite(factor)
     match delta:
         case Dense(weight=weight):
             for block_rows in weight.chunk(k):

@@ -239,10 +239,10 @@ def spectra(
     check_divides(1, count)
     tails = torch.zeros(count + 1, dtype=torch.float64)
     for block in blocks_of(delta, k, count, options):
-        squares = torch.zeros(max(full, count) + 1, dtype=torch.float64)
-        values = torch.linalg.svdvals(finite(block.core)).square()
-        squares[: len(values)] = values
-        tails += squares.flip(0).cumsum(0).flip(0)[: count + 1] + block.lost2
+        squares = torch.linalg.svdvals(finite(block.core)).square().cpu()
+        dropped = squares.flip(0).cumsum(0).flip(0)[: count + 1]
+        tails[: len(dropped)] += dropped
+        tails += block.lost2
     return tails
 
 
