@@ -1,6 +1,6 @@
 """A tensor's key in an adapter <-> its module and role. The only file that spells PEFT's names.
 
-Grammar of PEFT 0.21.2 (peft/utils/save_and_load.py, tuners/gralora/layer.py):
+Grammar of PEFT 0.21.2 (utils/save_and_load.py, tuners/gralora/layer.py, tuners/lora/layer.py):
 
     KEY  := "base_model.model." MODULE "." LEAF     with the leaves below
           | "base_model.model." PARAMETER           a full tensor: saved module, bias, embedding
@@ -8,7 +8,7 @@ Grammar of PEFT 0.21.2 (peft/utils/save_and_load.py, tuners/gralora/layer.py):
 Keys are parsed from the right, because a module may itself be called `gralora_A` or `default`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,19 +39,26 @@ _LEAVES: Mapping[tuple[str, ...], tuple[Method, Role]] = {
 _WRITTEN: Mapping[tuple[Method, Role], tuple[str, ...]] = {
     value: leaf for leaf, value in reversed(list(_LEAVES.items()))
 }
-# first words of other methods' leaves: recognised to be refused by name
-_FOREIGN = (
-    "gralora_", "lora_", "hada_", "lokr_", "oft_", "boft_", "vera_", "ia3_", "vblora_",
-    "randlora_", "bone_", "miss_", "fourierft_", "hra_", "poly_", "ln_tuning_", "shira_", "road_",
-    "c3a_", "waveft_", "delora_", "osf_", "prompt_", "trainable_tokens_",
-)  # fmt: skip
+# Other leaves that PEFT's methods write (adapter_layer_names of 0.21.2), to be refused by name.
+_FOREIGN_STARTS = ("gralora_", "lora_", "hada_", "lokr_", "trainable_tokens_", "_osf_")
+_FOREIGN = frozenset(
+    "adamss_A adamss_B beft_bias boft_R boft_s c3a_kernel deft_P deft_R delora_A delora_B "
+    "delora_lambda fourierft_spectrum frod_U frod_V glora_A glora_B hira_A hira_B hra_u ia3_l "
+    "lily_A lily_B ln_tuning_layers miss_block bone_block oft_R oft_r osf_svd_params peanut_A "
+    "peanut_B poly_lora_A poly_lora_B poly_router prompt_embeddings psoft_R pvera_lambda_b "
+    "pvera_lambda_d randlora_lambda randlora_gamma road_alpha road_theta shadow_down shadow_up "
+    "shira_weight supertuning_values tinylora_v unilora_theta_d vblora_logits_A vblora_logits_B "
+    "vblora_vector_bank vera_lambda_b vera_lambda_d waveft_spectrum".split()
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
     """What a key says, and how its spelling differs from PEFT's own.
 
-    `name` is the module in memory; for the role `parameter` it is the parameter's whole path.
+    `name` is the module in memory; for the roles `parameter` and `foreign` it is the whole path.
+    `leaf` is the word of the key that tells the method. `copy_of` is set for a key inside the
+    wrapper of a saved module: the paths of the parameter that it may be a second copy of.
     """
 
     key: str
@@ -61,8 +68,8 @@ class Key:
     prefixed: bool = True
     adapter_name: str | None = None
     wrappers: tuple[str, ...] = ()
-    infix: Literal["modules_to_save", "original_module"] | None = None
     leaf: str = ""
+    copy_of: tuple[str, ...] = ()
 
 
 def key_of(module: str, role: Role, method: Method = "gralora") -> str:
@@ -71,11 +78,15 @@ def key_of(module: str, role: Role, method: Method = "gralora") -> str:
     >>> key_of("layers.0.q_proj", "general_A")
     'base_model.model.layers.0.q_proj.gralora_A_general.weight'
     """
-    if role == "parameter":
-        return f"{PREFIX}{module}"
-    if role == "bias":
-        return f"{PREFIX}{module}.base_layer.bias"
-    return ".".join((PREFIX + module, *_WRITTEN[method, role]))
+    match role:
+        case "parameter":
+            return f"{PREFIX}{module}"
+        case "bias":
+            return f"{PREFIX}{module}.base_layer.bias"
+        case "base_weight":
+            return f"{PREFIX}{module}.base_layer.weight"
+        case _:
+            return ".".join((PREFIX + module, *_WRITTEN[method, role]))
 
 
 def parse_key(key: str) -> Key:
@@ -87,36 +98,38 @@ def parse_key(key: str) -> Key:
     """
     path, wrappers = _without_wrappers(key)
     prefixed = path.startswith(PREFIX)
-    if prefixed:
-        path = path.removeprefix(PREFIX)
-        inner = path.split(".")
-        while inner[:1] == ["module"] and len(inner) > 2:  # wrapped before PEFT saw the model
-            wrappers, inner = (*wrappers, "module"), inner[1:]
-        path = ".".join(inner)
+    path = path.removeprefix(PREFIX)
     words = path.split(".")
-    found = _adapter_leaf(words)
+
+    def made(
+        name: str, role: Role, method: Method | None = None, adapter_name: str | None = None,
+        leaf: str = "", copy_of: tuple[str, ...] = (),
+    ) -> Key:  # fmt: skip
+        return Key(key, name, role, method, prefixed, adapter_name, wrappers, leaf, copy_of)
+
+    found = _factor(words)
     if found is not None:
-        module, (method, role), adapter_name, leaf = found
-        return Key(key, module, role, method, prefixed, adapter_name, wrappers, leaf=leaf)
+        size, leaf, adapter_name = found
+        method, role = _LEAVES[leaf]
+        return made(".".join(words[:-size]), role, method, adapter_name, leaf[0])
     if words[-2:] == ["base_layer", "bias"]:
-        return Key(key, ".".join(words[:-2]), "bias", None, prefixed, None, wrappers)
+        return made(".".join(words[:-2]), "bias")
     if words[-2:] == ["base_layer", "weight"]:
-        return Key(key, ".".join(words[:-2]), "base_weight", None, prefixed, None, wrappers)
-    for infix in ("modules_to_save", "original_module"):
-        if infix in words[:-1]:
-            place = words.index(infix)
-            return Key(
-                key, ".".join(words[:place] + words[-1:]), "parameter", None, prefixed, None,
-                wrappers, infix,
-            )  # fmt: skip
-    foreign = next((word for word in words[-3:] if word.startswith(_FOREIGN)), None)
+        return made(".".join(words[:-2]), "base_weight")
+    copied = _copied(words)
+    if copied:
+        return made(path, "parameter", copy_of=copied)
+    foreign = next((word for word in reversed(words[-3:]) if _is_foreign(word)), None)
     if foreign is not None:
-        return Key(key, path, "foreign", None, prefixed, None, wrappers, leaf=foreign)
-    return Key(key, path, "parameter", None, prefixed, None, wrappers)
+        return made(path, "foreign", leaf=foreign)
+    return made(path, "parameter")
 
 
 def _without_wrappers(key: str) -> tuple[str, tuple[str, ...]]:
-    """The key without the names that compiling, DDP and FSDP put into it, and those names."""
+    """The key without the names that compiling, DDP and FSDP put into it, and those names.
+
+    DDP's `module` is one only in front: elsewhere a module may really be called so.
+    """
     words = key.split(".")
     wrappers = [word for word in words if word in _WRAPPERS]
     words = [word for word in words if word not in _WRAPPERS]
@@ -126,22 +139,33 @@ def _without_wrappers(key: str) -> tuple[str, tuple[str, ...]]:
     return ".".join(words), tuple(dict.fromkeys(wrappers))
 
 
-def _adapter_leaf(
-    words: list[str],
-) -> tuple[str, tuple[Method, Role], str | None, str] | None:
-    """Module, method and role, adapter name, leaf; None when the key is no factor."""
-    for leaf, meaning in _LEAVES.items():
-        size = len(leaf)
-        if tuple(words[-size:]) == leaf and len(words) > size:
-            return ".".join(words[:-size]), meaning, None, ".".join(leaf)
-    for leaf, meaning in _LEAVES.items():  # with the adapter's name: gralora_A.default,
-        size = len(leaf) + 1  # gralora_A_general.default.weight
-        named = (*words[-size:][:1], *words[-size:][2:])
-        if named == leaf and len(words) > size:
-            name = words[-size:][1]
-            if leaf == ("gralora_A",) and name in ("weight", "bias"):
-                return None
-            if leaf == ("gralora_B",) and name in ("weight", "bias"):
-                return None
-            return ".".join(words[:-size]), meaning, name, ".".join(leaf)
+def _factor(words: Sequence[str]) -> tuple[int, tuple[str, ...], str | None] | None:
+    """How many words belong to the leaf, the leaf, and the adapter's name if it holds one."""
+    for leaf in _LEAVES:
+        if tuple(words[-len(leaf) :]) == leaf and len(words) > len(leaf):
+            return len(leaf), leaf, None
+    for leaf in _LEAVES:  # gralora_A.default, gralora_A_general.default.weight
+        size = len(leaf) + 1
+        end = words[-size:]
+        if len(words) > size and (end[0], *end[2:]) == leaf:
+            is_name = end[1] not in ("weight", "bias")
+            return (size, leaf, end[1]) if is_name else None
     return None
+
+
+def _copied(words: Sequence[str]) -> tuple[str, ...]:
+    """`head.modules_to_save.default.bias` and `head.original_module.bias` stand for `head.bias`;
+    whether the adapter's name follows depends on the parameter (PEFT 0.21.2)."""
+    for wrapper in ("modules_to_save", "original_module"):
+        if wrapper in words[:-1]:
+            place = words.index(wrapper)
+            before, after = words[:place], words[place + 1 :]
+            paths = [[*before, *after]]
+            if wrapper == "modules_to_save" and len(after) > 1:
+                paths.append([*before, *after[1:]])
+            return tuple(".".join(path) for path in paths)
+    return ()
+
+
+def _is_foreign(word: str) -> bool:
+    return word in _FOREIGN or word.startswith(_FOREIGN_STARTS)

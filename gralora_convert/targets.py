@@ -10,7 +10,7 @@ from typing import Protocol
 
 from gralora_convert.errors import UnsupportedError
 
-__all__ = ["DEFAULT_TARGETS", "Selection", "is_saved", "select"]
+__all__ = ["DEFAULT_TARGETS", "Selection", "is_saved", "matches", "select"]
 
 _Q_V = ("q_proj", "v_proj")
 _QKV = ("query_key_value",)
@@ -65,16 +65,25 @@ def select(config: Selection, modules: Iterable[str]) -> list[str]:
     """
     targets = config.target_modules
     excluded = [rf"(^|.*\.){name}($|\..*)" for name in config.modules_to_save or ()]
-    chosen = [m for m in modules if not any(_match(pattern, m) for pattern in excluded)]
+    chosen = [m for m in modules if not any(matches(pattern, m) for pattern in excluded)]
+    out = getattr(config, "exclude_modules", None)  # LoRA has it, GraLoRA has not
+    if isinstance(out, str):
+        chosen = [m for m in chosen if _match(out, m, full=True) is None]
+    elif out:
+        chosen = [m for m in chosen if m not in out and not _ends_in(set(out), m)]
     if isinstance(targets, str):
-        return [m for m in chosen if _match(targets, m, full=True)]
+        return [m for m in chosen if _match(targets, m, full=True) is not None]
     names = set(targets or ())
     return [m for m in chosen if m in names or _by_suffix(config, names, m)]
 
 
-def _by_suffix(config: Selection, names: set[str], module: str) -> bool:
+def _ends_in(names: set[str], module: str) -> bool:
     words = module.split(".")
-    if not any(".".join(words[i:]) in names for i in range(1, len(words))):
+    return any(".".join(words[i:]) in names for i in range(1, len(words)))
+
+
+def _by_suffix(config: Selection, names: set[str], module: str) -> bool:
+    if not _ends_in(names, module):
         return False
     layers = config.layers_to_transform
     if layers is None or layers == []:
@@ -89,19 +98,26 @@ def _by_suffix(config: Selection, names: set[str], module: str) -> bool:
         index = _match(expression, module)
         if index is not None:
             wanted = [layers] if isinstance(layers, int) else layers
-            return int(index) in wanted
+            return len(index) < 10 and int(index) in wanted
     return False
 
 
 def is_saved(config: Selection, parameter: str) -> str | None:
     """The entry of `modules_to_save` that holds `parameter`; PEFT compares the ends of module
     names without a dot boundary (utils/other.py, `_set_trainable`)."""
-    words = parameter.split(".")
-    holders = [".".join(words[:i]) for i in range(1, len(words))]
-    for entry in config.modules_to_save or ():
-        if any(holder.endswith(entry) for holder in holders):
-            return entry
-    return None
+    return next((e for e in config.modules_to_save or () if f"{e}." in parameter), None)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern` matches `name` from its start.
+
+    Raises:
+        UnsupportedError: a pattern that takes too long on this name.
+
+    >>> matches(r"(.*\.)?(q_proj)$", "layers.0.q_proj")
+    True
+    """
+    return _match(pattern, name) is not None
 
 
 def _match(pattern: str, name: str, *, full: bool = False) -> str | None:
