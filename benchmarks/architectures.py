@@ -2,16 +2,15 @@
 
     python -m benchmarks.architectures [MODEL_TYPE ...]
 
-For each model type: a tiny model with random weights is saved, PEFT trains nothing but draws an
-adapter on `all-linear`, the command line merges, transformers loads the result, and its outputs (and
-every weight) are compared with PEFT's unmerged model. Prints a line per model type and a count of
+For each model type: a tiny model with random weights is saved, PEFT makes an `all-linear` adapter
+with random factors, the command line merges, transformers loads the result, and every weight is
+compared with base + PEFT's delta weight. Prints a line per model type and a count of
 right, refused (with the code), not run (the model does not build small, or PEFT refuses) and WRONG.
 """
 
 import contextlib
 import io
 import json
-import shutil
 import sys
 import tempfile
 import warnings
@@ -82,14 +81,15 @@ def try_one(model_type: str, auto: str, folder: Path) -> str:
         model = getattr(transformers, auto).from_pretrained(folder / "base", dtype=torch.float32)
         config = GraloraConfig(r=4, alpha=8, target_modules="all-linear", task_type=task)
         adapted = get_peft_model(model, config)
-    except Exception as error:  # a model type that does not build at this size is no finding
-        return f"not run: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "gralora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-    adapted.save_pretrained(folder / "adapter")
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "gralora_" in name:
+                    parameter.copy_(torch.randn_like(parameter) * 0.3)
+        adapted.save_pretrained(folder / "adapter")
+    except Exception as error:  # a model that does not build, or PEFT does not adapt: no finding
+        reason = (str(error).splitlines() or [""])[0][:80]
+        return f"not run: {type(error).__name__}: {reason}"
     err = io.StringIO()
     arguments = ["merge", str(folder / "adapter"), "--base", str(folder / "base"),
                  "-o", str(folder / "out")]  # fmt: skip
@@ -147,10 +147,8 @@ def main() -> None:
             mapping = getattr(transformers, f"MODEL{_MAPPINGS[auto]}_MAPPING")
             if type_config(model_type) not in mapping:
                 continue
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 verdict = try_one(model_type, auto, Path(folder))
-                shutil.rmtree(folder, ignore_errors=True)
-                Path(folder).mkdir(exist_ok=True)
             counts[verdict.partition(":")[0]] += 1
             print(f"{model_type:28} {auto:24} {verdict}", flush=True)
     print(json.dumps(counts))

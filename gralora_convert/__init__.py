@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from gralora_convert.equivalence import Equivalence, verify
     from gralora_convert.errors import ConvertError
+    from gralora_convert.extraction import extract
     from gralora_convert.forward import GraloraLinear, attach
     from gralora_convert.merging import merge
     from gralora_convert.plan import Plan
@@ -56,6 +57,7 @@ _HOMES = {
     ),
     "equivalence": ("Equivalence", "verify"),
     "errors": ("ConvertError",),
+    "extraction": ("extract",),
     "forward": ("GraloraLinear", "attach"),
     "merging": ("merge",),
     "plan": ("Plan",),
@@ -83,6 +85,7 @@ __all__ = [
     "convert",
     "delta_weight",
     "dense",
+    "extract",
     "gralora_to_lora",
     "lora_to_gralora",
     "lora_to_hybrid",

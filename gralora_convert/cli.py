@@ -21,7 +21,7 @@ from gralora_convert.errors import ConvertError, InvalidAdapterError, MisuseErro
 from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
-    from gralora_convert.conversion import Kind
+    from gralora_convert.assembly import Kind
     from gralora_convert.plan import Plan
     from gralora_convert.report import Finding
 
@@ -304,7 +304,8 @@ def convert(
       gralora-convert convert ./lora --to gralora --k 2 -o ./gralora
       gralora-convert convert ./gralora --to lora -o ./servable
     """
-    from gralora_convert.conversion import convert, summary
+    from gralora_convert.assembly import summary
+    from gralora_convert.conversion import convert
 
     plan = convert(
         adapter,
@@ -317,6 +318,63 @@ def convert(
         allow_inexact=allow_inexact,
         dtype=dtype,
         verify=verify,
+    )
+    run = _Run(output, jobs, dry_run, overwrite, verify, progress, as_json)
+    return run.carry_out(plan, summary)
+
+
+@commands.command()
+@click.option("--base", required=True, metavar="MODEL", help="Folder, file or Hub id.")
+@click.option("--tuned", required=True, metavar="MODEL", help="The fine-tuned model.")
+@shape_options
+@click.option("--include", multiple=True, metavar="PATTERN", help="Only modules like this.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="No modules like this.")
+@writing_options
+@trust_option
+def extract(
+    base: str,
+    tuned: str,
+    to: "Kind",
+    k: int | None,
+    r: int | None,
+    hybrid_r: int | None,
+    alpha: float | None,
+    max_error: float | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    output: str,
+    dtype: str,
+    jobs: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    verify: bool,
+    device: str,
+    progress: bool | None,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> int:
+    """Find the adapter that takes the base to a fine-tuned model, optimally for its rank.
+
+    \b
+    Example:
+      gralora-convert extract --base ./model --tuned ./tuned --to gralora --k 2 --r 32 -o ./adapter
+    """
+    from gralora_convert.assembly import summary
+    from gralora_convert.extraction import extract
+
+    plan = extract(
+        base=base,
+        tuned=tuned,
+        to=to,
+        k=k,
+        r=r,
+        hybrid_r=hybrid_r,
+        alpha=alpha,
+        max_error=max_error,
+        include=include,
+        exclude=exclude,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
     run = _Run(output, jobs, dry_run, overwrite, verify, progress, as_json)
     return run.carry_out(plan, summary)

@@ -6,16 +6,28 @@ approximate Hybrid is asked for.
 """
 
 import math
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar, assert_never
+from typing import assert_never
 
 import torch
 
 from gralora_convert.adapter import Adapter
+from gralora_convert.assembly import (
+    EXACT,
+    SERVED_RANKS,
+    Kind,
+    Loss,
+    Made,
+    Shape,
+    copied,
+    loss_json,
+    module_parts,
+    relative,
+    rounded,
+)
 from gralora_convert.checkpoint import sidecars
 from gralora_convert.config import CONFIG_NAME, PEFT_VERSION, GraloraConfig, LoraConfig
 from gralora_convert.delta import (
@@ -39,38 +51,16 @@ from gralora_convert.factorize import (
     to_hybrid,
     to_lora,
 )
-from gralora_convert.keys import Role, key_of
+from gralora_convert.keys import key_of
 from gralora_convert.layer import forward_path
-from gralora_convert.plan import Computed, Copied, OutputFile, Part, Plan
-from gralora_convert.tensors import DTYPE_BITS, TensorSpec, torch_dtype
+from gralora_convert.plan import OutputFile, Part, Plan
+from gralora_convert.tensors import TensorSpec, torch_dtype
 from gralora_convert.version import __version__
 
-Made = TypeVar("Made", Gralora, Lora)
+__all__ = ["convert"]
 
-__all__ = ["Kind", "convert", "summary"]
-
-Kind = Literal["gralora", "hybrid", "lora"]
 DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-EXACT = 1e-6  # relative errors below it are those of float32 factors
 PROBES = 4
-# vLLM's choices of --max-lora-rank (vllm/config/lora.py)
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What every module of the result looks like; `k` is 1 for LoRA."""
-
-    kind: Kind
-    k: int
-    r: int
-    hybrid_r: int
-    scaling: float
-
-    @property
-    def alpha(self) -> float:
-        alpha = self.scaling * (self.r + self.hybrid_r)
-        return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def convert(
@@ -185,28 +175,19 @@ def _require_divisible(adapter: Adapter, k: int) -> None:
             )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """One converted module: its tensors by role, and what was lost."""
-
-    tensors: Mapping[Role, torch.Tensor]
-    error2: float
-    norm2: float
-
-
 @dataclass
 class _Conversion:
     adapter: Adapter
     shape: Shape
     dtype: str
     verify: bool
-    lost: dict[str, tuple[float, float]] = field(default_factory=dict)
+    lost: dict[str, Loss] = field(default_factory=dict)
 
     def plan(self) -> Plan:
         notes = [f"{key}: {reason}; left out" for key, reason in self.adapter.ignored.items()]
         notes += _serving_notes(self.adapter, self.shape)
         parts = [part for module in self.adapter.modules for part in self._parts(module)]
-        parts += [_copied(name, spec) for name, spec in self._carried().items()]
+        parts += [copied(name, spec) for name, spec in self._carried().items()]
         return Plan(
             command="convert",
             files=(OutputFile("adapter_model.safetensors", tuple(parts)),),
@@ -223,11 +204,8 @@ class _Conversion:
         short = [m for m in self.adapter.modules if self._needed(m) is not None]
         if not short:
             return
-        error2 = norm2 = 0.0
-        for module in self.adapter.modules:
-            fit = self._fit(module)
-            error2, norm2 = error2 + fit.error2, norm2 + fit.norm2
-        error = math.sqrt(error2 / norm2) if norm2 else 0.0
+        fits = (self._fit(module) for module in self.adapter.modules)
+        error = relative([(fit.error2, fit.norm2) for fit in fits])
         if error <= EXACT:
             return
         needed = max(self._needed(module) or 0 for module in short)
@@ -268,22 +246,18 @@ class _Conversion:
             case other:
                 assert_never(other)
 
-    def _result(self, module: str) -> _Result:
+    def _made(self, module: str) -> Gralora | Lora:
+        """The converted module; what was lost is kept for the receipt."""
         fit = self._fit(module)
-        dtype = torch_dtype(self._dtype_of(module))
-        delta = fit.delta
-        stored = _rounded(delta, dtype)
         if self.verify:
-            self._check(module, stored, fit.relative_error, dtype)
+            self._check(module, fit.delta, fit.relative_error)
         self.lost[module] = (fit.error2, fit.norm2)
-        tensors: dict[Role, torch.Tensor] = {"A": stored.A, "B": stored.B}
-        if isinstance(stored, Gralora) and stored.general_A is not None:
-            assert stored.general_B is not None
-            tensors |= {"general_A": stored.general_A, "general_B": stored.general_B}
-        return _Result({r: t.contiguous() for r, t in tensors.items()}, fit.error2, fit.norm2)
+        return fit.delta
 
-    def _check(self, module: str, stored: Gralora | Lora, error: float, dtype: torch.dtype) -> None:
-        """The forward paths of source and result on probe inputs, in float64."""
+    def _check(self, module: str, made: Gralora | Lora, error: float) -> None:
+        """The forward paths of source and result (as stored) on probe inputs, in float64."""
+        dtype = torch_dtype(self._dtype_of(module))
+        stored = rounded(made, dtype)
         source = self.adapter.delta(module)
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(PROBES, source.in_features, dtype=torch.float64, generator=generator)
@@ -302,23 +276,13 @@ class _Conversion:
         return DTYPES.get(self.dtype, self.adapter.roles[module]["A"].dtype)
 
     def _parts(self, module: str) -> list[Part]:
-        rows, columns = self.adapter.shape(module)
-        k, r, h = self.shape.k, self.shape.r, self.shape.hybrid_r
-        if self.shape.kind == "lora":
-            sizes: dict[Role, tuple[int, ...]] = {"A": (r, columns), "B": (rows, r)}
-        else:
-            sizes = {"A": (k, columns // k, r), "B": (k, r, rows // k)}
-            if h:
-                sizes |= {"general_A": (h, columns), "general_B": (rows, h)}
-        method: Literal["gralora", "lora"] = "lora" if self.shape.kind == "lora" else "gralora"
-        shared = _Shared(partial(self._result, module), len(sizes))
-        dtype = self._dtype_of(module)
-        parts = []
-        for role, size in sizes.items():
-            nbytes = math.prod(size) * DTYPE_BITS[dtype] // 8
-            source = Computed(nbytes, partial(shared.bytes_of, role), nbytes)
-            parts.append(Part(key_of(module, role, method), dtype, size, nbytes, source))
-        return parts
+        return module_parts(
+            module,
+            self.adapter.shape(module),
+            self.shape,
+            self._dtype_of(module),
+            partial(self._made, module),
+        )
 
     # the rest of the adapter ----------------------------------------------------------------------
 
@@ -364,13 +328,6 @@ class _Conversion:
         )  # fmt: skip
 
     def _receipt(self, notes: Sequence[str]) -> dict[str, object]:
-        rows = [
-            {"module": module, "error": math.sqrt(e / n) if n else 0.0}
-            for module, (e, n) in sorted(self.lost.items())
-        ]
-        error2, norm2 = (sum(pair[i] for pair in self.lost.values()) for i in (0, 1))
-        worst = max(self.lost, key=lambda m: self.lost[m][0] / (self.lost[m][1] or 1.0))
-        shape = self.shape
         return {
             "tool": "gralora-convert",
             "version": __version__,
@@ -382,36 +339,10 @@ class _Conversion:
                     "kind": self.adapter.kind,
                 }
             },
-            "to": shape.kind,
-            "r": shape.r,
-            "k": shape.k,
-            "hybrid_r": shape.hybrid_r,
-            "alpha": shape.alpha,
-            "scaling": shape.scaling,
-            "error": math.sqrt(error2 / norm2) if norm2 else 0.0,
-            "worst_module": worst,
-            "modules": rows,
             "notes": list(notes),
+            **self.shape.as_json(),
+            **loss_json(self.lost),
         }
-
-
-class _Shared:
-    """The tensors of one module, made when the first is asked for, dropped after the last."""
-
-    def __init__(self, make: Callable[[], _Result], uses: int) -> None:
-        self._make, self._uses = make, uses
-        self._value: _Result | None = None
-        self._lock = threading.Lock()
-
-    def bytes_of(self, role: Role, tile: int) -> memoryview:
-        with self._lock:
-            if self._value is None:
-                self._value = self._make()
-            tensor = self._value.tensors[role]
-            self._uses -= 1
-            if self._uses == 0:
-                self._value = None
-        return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
 
 
 def _as_lora(delta: Gralora | Lora, shape: Shape) -> Fit[Lora]:
@@ -462,19 +393,6 @@ def _exact(delta: Made) -> Fit[Made]:
     return Fit(delta, 0.0, float(spectra(delta)[0]) if delta.scaling else 0.0)
 
 
-def _rounded(delta: Gralora | Lora, dtype: torch.dtype) -> Gralora | Lora:
-    """The factors in the dtype that is written."""
-    if isinstance(delta, Lora):
-        return replace(delta, A=delta.A.to(dtype), B=delta.B.to(dtype))
-    general = (None if t is None else t.to(dtype) for t in (delta.general_A, delta.general_B))
-    a, b = general
-    return replace(delta, A=delta.A.to(dtype), B=delta.B.to(dtype), general_A=a, general_B=b)
-
-
-def _copied(name: str, spec: TensorSpec) -> Part:
-    return Part(name, spec.dtype, spec.shape, spec.nbytes, Copied(spec))
-
-
 def _serving_notes(adapter: Adapter, shape: Shape) -> list[str]:
     """Where an exported LoRA meets a server's limits."""
     if shape.kind != "lora":
@@ -488,28 +406,3 @@ def _serving_notes(adapter: Adapter, shape: Shape) -> list[str]:
     if adapter.biases or adapter.saved:
         notes.append("vLLM and SGLang do not load biases or saved modules: merge to serve those")
     return notes
-
-
-def summary(receipt: Mapping[str, object], output: str) -> str:
-    """The closing lines of a conversion."""
-    kind, r, error = receipt["to"], receipt["r"], receipt["error"]
-    modules, k, h = receipt["modules"], receipt["k"], receipt["hybrid_r"]
-    assert isinstance(modules, list)
-    assert isinstance(error, float)
-    assert isinstance(r, int)
-    names = {"gralora": "GraLoRA", "hybrid": "Hybrid GraLoRA", "lora": "LoRA"}
-    shape = f"r={r}" + ("" if kind == "lora" else f" k={k} hybrid_r={h}")
-    lines = [f"wrote {len(modules)} modules as {names[str(kind)]} {shape} to {output}"]
-    if error <= EXACT:
-        lines.append("exact: the update is the same, up to the rounding of stored factors")
-    else:
-        worst = max(modules, key=lambda row: row["error"])
-        lines.append(
-            f"approximate: relative error {error:.3g} (Frobenius), worst module "
-            f"{worst['module']} {worst['error']:.3g}"
-        )
-    if kind == "lora":
-        served = next((rank for rank in SERVED_RANKS if rank >= r), None)
-        if served is not None:
-            lines.append(f"to serve: vllm --enable-lora --max-lora-rank {served}")
-    return "\n".join(lines)

@@ -1,0 +1,172 @@
+"""The files of a new adapter, module by module: sizes now, factors when they are written.
+
+What `convert` and `extract` share: the shape of the result, its tensors as parts of a plan, its
+config, and the lines about what was lost and how to serve it.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, TypeVar
+
+import torch
+
+from gralora_convert.delta import Gralora, Lora
+from gralora_convert.factorize import Fit
+from gralora_convert.keys import Role, key_of
+from gralora_convert.plan import Computed, Copied, Part
+from gralora_convert.tensors import DTYPE_BITS, TensorSpec, torch_dtype
+
+__all__ = ["Kind", "Loss", "Shape", "copied", "loss_json", "module_parts", "rounded", "summary"]
+
+Made = TypeVar("Made", Gralora, Lora)
+Kind = Literal["gralora", "hybrid", "lora"]
+NAMES: Mapping[Kind, str] = {"gralora": "GraLoRA", "hybrid": "Hybrid GraLoRA", "lora": "LoRA"}
+EXACT = 1e-6  # relative errors below it are those of float32 factors
+# vLLM's choices of --max-lora-rank (vllm/config/lora.py)
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+# What one module lost: squared error and squared norm (Frobenius).
+Loss = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What every module of the result looks like; `k` is 1 for LoRA."""
+
+    kind: Kind
+    k: int
+    r: int
+    hybrid_r: int
+    scaling: float
+
+    @property
+    def alpha(self) -> float:
+        """scaling * (r + hybrid_r), whole where it can be."""
+        alpha = self.scaling * (self.r + self.hybrid_r)
+        return int(alpha) if float(alpha).is_integer() else alpha
+
+    def sizes(self, rows: int, columns: int) -> dict[Role, tuple[int, ...]]:
+        """The shapes of a module's tensors by role, for a weight (rows, columns) = (out, in)."""
+        if self.kind == "lora":
+            return {"A": (self.r, columns), "B": (rows, self.r)}
+        blocks: dict[Role, tuple[int, ...]] = {
+            "A": (self.k, columns // self.k, self.r),
+            "B": (self.k, self.r, rows // self.k),
+        }
+        if not self.hybrid_r:
+            return blocks
+        return blocks | {"general_A": (self.hybrid_r, columns), "general_B": (rows, self.hybrid_r)}
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "to": self.kind,
+            "r": self.r,
+            "k": self.k,
+            "hybrid_r": self.hybrid_r,
+            "alpha": self.alpha,
+            "scaling": self.scaling,
+        }
+
+
+class _Shared:
+    """The tensors of one module, made when the first is asked for, dropped after the last."""
+
+    def __init__(self, make: Callable[[], Gralora | Lora], dtype: str, uses: int) -> None:
+        self._make, self._dtype, self._uses = make, dtype, uses
+        self._value: Gralora | Lora | None = None
+        self._lock = threading.Lock()
+
+    def bytes_of(self, role: Role, tile: int) -> memoryview:
+        with self._lock:
+            if self._value is None:
+                self._value = rounded(self._make(), torch_dtype(self._dtype))
+            tensor = getattr(self._value, role)
+            assert isinstance(tensor, torch.Tensor)
+            self._uses -= 1
+            if self._uses == 0:
+                self._value = None
+        return memoryview(tensor.contiguous().view(torch.uint8).numpy().data).cast("B")
+
+
+def module_parts(
+    module: str,
+    weight: tuple[int, int],
+    shape: Shape,
+    dtype: str,
+    make: Callable[[], Gralora | Lora],
+) -> list[Part]:
+    """The tensors of one module under PEFT's keys; `make` is called once, when they are written."""
+    method: Literal["gralora", "lora"] = "lora" if shape.kind == "lora" else "gralora"
+    sizes = shape.sizes(*weight)
+    shared = _Shared(make, dtype, len(sizes))
+    parts = []
+    for role, size in sizes.items():
+        nbytes = math.prod(size) * DTYPE_BITS[dtype] // 8
+        source = Computed(nbytes, partial(shared.bytes_of, role), nbytes)
+        parts.append(Part(key_of(module, role, method), dtype, size, nbytes, source))
+    return parts
+
+
+def rounded(delta: Gralora | Lora, dtype: torch.dtype) -> Gralora | Lora:
+    """The factors in the dtype that is written."""
+    if isinstance(delta, Lora):
+        return replace(delta, A=delta.A.to(dtype), B=delta.B.to(dtype))
+    a, b = (None if t is None else t.to(dtype) for t in (delta.general_A, delta.general_B))
+    return replace(delta, A=delta.A.to(dtype), B=delta.B.to(dtype), general_A=a, general_B=b)
+
+
+def copied(name: str, spec: TensorSpec) -> Part:
+    """A tensor of an input under another key, byte for byte."""
+    return Part(name, spec.dtype, spec.shape, spec.nbytes, Copied(spec))
+
+
+def relative(losses: Sequence[Loss]) -> float:
+    """The relative error of several modules together."""
+    error2, norm2 = (sum(loss[i] for loss in losses) for i in (0, 1))
+    return math.sqrt(error2 / norm2) if norm2 else 0.0
+
+
+def loss_of(fit: Fit[Made]) -> Loss:
+    return fit.error2, fit.norm2
+
+
+def loss_json(losses: Mapping[str, Loss]) -> dict[str, object]:
+    """Overall error, worst module and a row for each, for a receipt."""
+    rows = [{"module": m, "error": relative([loss])} for m, loss in sorted(losses.items())]
+    worst = max(losses, key=lambda m: relative([losses[m]]), default="")
+    return {"error": relative(list(losses.values())), "worst_module": worst, "modules": rows}
+
+
+def summary(receipt: Mapping[str, object], output: str) -> str:
+    """The closing lines: what was written, what was lost, how to serve a LoRA."""
+    kind, r, error = receipt["to"], receipt["r"], receipt["error"]
+    modules, k, h = receipt["modules"], receipt["k"], receipt["hybrid_r"]
+    assert isinstance(modules, list)
+    assert isinstance(error, float)
+    assert isinstance(r, int)
+    assert kind == "gralora" or kind == "hybrid" or kind == "lora"
+    shape = f"r={r}" + ("" if kind == "lora" else f" k={k} hybrid_r={h}")
+    lines = [f"wrote {len(modules)} modules as {NAMES[kind]} {shape} to {output}"]
+    if error <= EXACT:
+        lines.append("exact: the update is the same, up to the rounding of stored factors")
+    else:
+        worst = max(modules, key=lambda row: row["error"])
+        lines.append(
+            f"approximate: relative error {error:.3g} (Frobenius), worst module "
+            f"{worst['module']} {worst['error']:.3g}"
+        )
+    for key, what in (
+        ("lora_error", "a LoRA of the same number of parameters would have relative error"),
+        ("rounding_floor", "rounding of the tuned model alone accounts for"),
+    ):
+        value = receipt.get(key)
+        if isinstance(value, float):
+            lines.append(f"{what} {value:.3g}")
+    if kind == "lora":
+        served = next((rank for rank in SERVED_RANKS if rank >= r), None)
+        if served is not None:
+            lines.append(f"to serve: vllm --enable-lora --max-lora-rank {served}")
+    return "\n".join(lines)
