@@ -185,7 +185,12 @@ class MergedTensor(_Tiles):
         self._lock = threading.Lock()
         self.worst = 0.0
         self.changed = False
-        self.survival = Survival()
+        self._kept: dict[int, Survival] = {}  # by first row, so that threads do not change sums
+
+    @property
+    def survival(self) -> Survival:
+        """What rounding kept of the update, over the rows that were checked."""
+        return sum((self._kept[row] for row in sorted(self._kept)), Survival())
 
     def source(self) -> Computed:
         return Computed(
@@ -290,7 +295,7 @@ class MergedTensor(_Tiles):
         worst, kept = worst_ratio(after, exact, bound), survival(before, after, delta)
         with self._lock:
             self.worst = max(self.worst, worst)
-            self.survival += kept
+            self._kept[start] = kept
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

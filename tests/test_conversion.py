@@ -184,7 +184,7 @@ def test_loras_that_are_more_than_their_factors_are_refused_by_name(
     for command in (["convert", "--to", "gralora"], ["merge", "--base", base]):
         refused = run(*command, tmp_path / "lora", "-o", tmp_path / "out")
         assert refused.status == 2
-        assert "DoRA" in refused.stderr or str(feature["init_lora_weights"]) in refused.stderr
+        assert (feature.get("init_lora_weights") or "dora") in refused.stderr.lower()
         assert not (tmp_path / "out").exists()
 
 
