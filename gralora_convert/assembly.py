@@ -6,7 +6,7 @@ config, and the lines about what was lost and how to serve it.
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -14,7 +14,6 @@ from typing import Literal, TypeVar
 import torch
 
 from gralora_convert.delta import Gralora, Lora
-from gralora_convert.factorize import Fit
 from gralora_convert.keys import Role, key_of
 from gralora_convert.plan import Computed, Copied, Part
 from gralora_convert.tensors import DTYPE_BITS, TensorSpec, torch_dtype
@@ -123,21 +122,21 @@ def copied(name: str, spec: TensorSpec) -> Part:
     return Part(name, spec.dtype, spec.shape, spec.nbytes, Copied(spec))
 
 
-def relative(losses: Sequence[Loss]) -> float:
-    """The relative error of several modules together."""
-    error2, norm2 = (sum(loss[i] for loss in losses) for i in (0, 1))
+def relative(losses: Mapping[str, Loss]) -> float:
+    """The relative error of several modules together, summed in the order of their names, so that
+    it does not depend on which thread was first."""
+    error2, norm2 = (sum(losses[module][i] for module in sorted(losses)) for i in (0, 1))
     return math.sqrt(error2 / norm2) if norm2 else 0.0
-
-
-def loss_of(fit: Fit[Made]) -> Loss:
-    return fit.error2, fit.norm2
 
 
 def loss_json(losses: Mapping[str, Loss]) -> dict[str, object]:
     """Overall error, worst module and a row for each, for a receipt."""
-    rows = [{"module": m, "error": relative([loss])} for m, loss in sorted(losses.items())]
-    worst = max(losses, key=lambda m: relative([losses[m]]), default="")
-    return {"error": relative(list(losses.values())), "worst_module": worst, "modules": rows}
+    errors = {module: relative({module: losses[module]}) for module in sorted(losses)}
+    return {
+        "error": relative(losses),
+        "worst_module": max(errors, key=errors.__getitem__, default=""),
+        "modules": [{"module": module, "error": error} for module, error in errors.items()],
+    }
 
 
 def summary(receipt: Mapping[str, object], output: str) -> str:

@@ -204,8 +204,8 @@ class _Conversion:
         short = [m for m in self.adapter.modules if self._needed(m) is not None]
         if not short:
             return
-        fits = (self._fit(module) for module in self.adapter.modules)
-        error = relative([(fit.error2, fit.norm2) for fit in fits])
+        fits = ((module, self._fit(module)) for module in self.adapter.modules)
+        error = relative({module: (fit.error2, fit.norm2) for module, fit in fits})
         if error <= EXACT:
             return
         needed = max(self._needed(module) or 0 for module in short)

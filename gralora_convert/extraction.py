@@ -350,7 +350,7 @@ class _Extraction:
             **loss_json(self.lost),
         }
         if self.lost_by_lora:
-            receipt["lora_error"] = relative(list(self.lost_by_lora.values()))
+            receipt["lora_error"] = relative(self.lost_by_lora)
         if self.floor:
-            receipt["rounding_floor"] = relative(list(self.floor.values()))
+            receipt["rounding_floor"] = relative(self.floor)
         return receipt
