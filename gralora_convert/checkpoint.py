@@ -5,22 +5,23 @@ Which files hold the weights is decided as transformers 5.23 does (modeling_util
 folders that transformers did not write may hold safetensors files under other names.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from gralora_convert.errors import UnreadableError, UnsupportedError
+from gralora_convert.files import open_regular, reading
 from gralora_convert.strictjson import JsonError, load_json, parse_json
 from gralora_convert.tensors import (
     DTYPE_BITS,
     TensorFile,
     TensorFileError,
     TensorSpec,
-    open_regular,
     read_array,
     read_bytes,
     read_tensor_file,
@@ -84,16 +85,20 @@ class Checkpoint:
         'llama'
         """
         path = locate(source)
+        names: Mapping[str, list[str] | None]
         if path.is_dir():
-            names, index_name = _weight_files(path)
             folder = path
+            names, index_name = _weight_files(path)
+            layout = {name: read_tensor_file(_inside(folder, name)) for name in names}
         else:
-            names, index_name, folder = {path.name: None}, None, path.parent
+            folder = path.parent
+            names, index_name = {path.name: None}, None
             if path.suffix == ".gguf":
                 raise _gguf(path)
-        layout = {name: read_tensor_file(_inside(folder, name)) for name in names}
-        config_path = folder / "config.json"
-        config = load_json(config_path, allow_non_finite=True) if config_path.exists() else {}
+            layout = {path.name: read_tensor_file(path)}
+        config = {}
+        if os.path.lexists(folder / "config.json"):
+            config = load_json(_inside(folder, "config.json"), allow_non_finite=True)
         return cls(path, str(source), layout, _gather(layout, names, path), config, index_name)
 
     @property
@@ -117,8 +122,9 @@ class Checkpoint:
     @property
     def receipt(self) -> Mapping[str, object] | None:
         """What this tool wrote beside a checkpoint that it made, or None."""
-        path = self.folder / RECEIPT_NAME
-        return load_json(path) if self.path.is_dir() and path.exists() else None
+        if not self.path.is_dir() or not os.path.lexists(self.path / RECEIPT_NAME):
+            return None
+        return load_json(_inside(self.path, RECEIPT_NAME))
 
     def digest(self) -> str:
         """A digest of all names, dtypes and shapes, and of the configuration: the same for copies
@@ -135,7 +141,7 @@ class Checkpoint:
     def sidecars(self) -> dict[str, Path]:
         """Every other file of the folder that belongs to the model, by relative name: config,
         tokenizer, templates, code. Weights in any format, indexes, adapters, the receipt, the
-        model card and hidden files are left out.
+        model card, hidden files and links to folders are left out.
 
         Raises:
             UnreadableError: a link that leaves the folder, or a special file.
@@ -164,14 +170,17 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(model, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass
+    cached = None
+    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
+        cached = Path(snapshot_download(model, local_files_only=True))
+    if cached and _holds_weights(cached):
+        return cached
     ignore = ["*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ot", "original/*", "consolidated*"]
     try:
         return Path(snapshot_download(model, ignore_patterns=ignore))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if cached:
+            return cached  # whoever opens it says what is missing
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnreadableError(
             f"there is no such file or folder, and no model of this name could be had from the "
@@ -179,6 +188,15 @@ def _from_hub(model: str) -> Path:
             where=model,
             hint="Name a local folder, or download the model first.",
         ) from error
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether a folder of the Hub's cache is more than the few files that others asked it for."""
+    try:
+        _weight_files(folder)
+    except (UnreadableError, UnsupportedError):
+        return any(folder.glob("adapter_model*"))
+    return True
 
 
 def _weight_files(folder: Path) -> tuple[dict[str, list[str] | None], str | None]:
@@ -239,7 +257,7 @@ def _listing(folder: Path) -> list[Path]:
 
 
 def _indexed(folder: Path, index_name: str) -> dict[str, list[str] | None]:
-    where = folder / index_name
+    where = _inside(folder, index_name)
     weight_map = load_json(where, allow_non_finite=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UnreadableError("has no weight_map from tensor names to files", where=where)
@@ -252,7 +270,7 @@ def _indexed(folder: Path, index_name: str) -> dict[str, list[str] | None]:
         listed = files.setdefault(name, [])
         assert listed is not None
         listed.append(tensor)
-    missing = [name for name in sorted(files) if not (folder / name).exists()]
+    missing = [name for name in sorted(files) if not os.path.exists(folder / name)]  # noqa: PTH110
     if missing:
         raise UnreadableError(
             f"{len(missing)} of the {len(files)} shards that the index names are missing, "
@@ -266,12 +284,11 @@ def _indexed(folder: Path, index_name: str) -> dict[str, list[str] | None]:
 def _is_plain_relative(name: str) -> bool:
     path = PurePosixPath(name)
     return (
-        bool(name)
+        name == str(path)  # one file has one name
         and not path.is_absolute()
-        and ".." not in path.parts
+        and not any(part.startswith(".") for part in path.parts)
         and name.isprintable()
         and path.suffix in (".safetensors", ".bin")
-        and not path.name.startswith(".")
     )
 
 
@@ -282,8 +299,8 @@ def _inside(folder: Path, name: str) -> Path:
     """
     path = folder / name
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    roots = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
-    if any(real.is_relative_to(allowed) for allowed in roots):
+    blobs = [p.parent / "blobs" for p in root.parents if p.name == "snapshots"]
+    if any(real.is_relative_to(allowed) for allowed in (root, *blobs)):
         return path
     raise UnreadableError(
         f"is a link that leaves its folder (to {real})",
@@ -322,21 +339,22 @@ def _gather(
 
 def sidecars(folder: Path) -> dict[str, Path]:
     """The files beside the weights of `folder`, by relative name; see `Checkpoint.sidecars`."""
-    return dict(_sidecars(folder, PurePosixPath()))
-
-
-def _sidecars(root: Path, below: PurePosixPath) -> Iterable[tuple[str, Path]]:
-    for entry in _listing(root / below):
-        name = below / entry.name
-        if entry.name.startswith(".") or _is_weights_or_ours(entry.name):
-            continue
-        if entry.is_dir():
-            if not entry.is_symlink() and not _holds_a_model(entry):
-                yield from _sidecars(root, name)
-            continue
-        _inside(root, str(name))
-        open_regular(entry).close()
-        yield str(name), entry
+    found: dict[str, Path] = {}
+    folders = [PurePosixPath()]
+    with reading(folder):
+        while folders:
+            below = folders.pop()
+            for entry in _listing(folder / below):
+                name = below / entry.name
+                if entry.name.startswith(".") or _is_weights_or_ours(entry.name):
+                    continue
+                if not entry.is_dir():
+                    _inside(folder, str(name))
+                    open_regular(entry).close()
+                    found[str(name)] = entry
+                elif not entry.is_symlink() and not _holds_a_model(entry):
+                    folders.append(name)
+    return dict(sorted(found.items()))
 
 
 def _is_weights_or_ours(name: str) -> bool:
@@ -347,4 +365,4 @@ def _is_weights_or_ours(name: str) -> bool:
 
 def _holds_a_model(folder: Path) -> bool:
     """A folder with weights of its own (a training checkpoint, an adapter) is no sidecar."""
-    return any(PurePosixPath(entry.name).suffix in _WEIGHT_SUFFIXES for entry in folder.iterdir())
+    return any(PurePosixPath(entry.name).suffix in _WEIGHT_SUFFIXES for entry in _listing(folder))

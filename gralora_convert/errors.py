@@ -52,8 +52,11 @@ class ConvertError(Exception):
 
     def __init__(self, message: str, *, where: object = "", hint: str = "") -> None:
         self.where, self.message, self.hint = printable(where), printable(message), printable(hint)
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
         found = f"{self.where}: {self.message}" if self.where else self.message
-        super().__init__(sentences(found, self.hint))
+        return sentences(found, self.hint)
 
 
 class UnreadableError(ConvertError):

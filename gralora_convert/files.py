@@ -9,14 +9,27 @@ from typing import BinaryIO
 
 from gralora_convert.errors import ChangedInputError, UnreadableError
 
-__all__ = ["Stamp", "file_stamp", "open_regular", "pread_exact", "reading"]
+__all__ = ["Stamp", "file_stamp", "open_regular", "pread_exact", "reading", "require_stamp"]
 
 Stamp = tuple[int, int, int]
+_AGAIN = "Run again when nothing writes to it."
 
 
 def file_stamp(status: os.stat_result) -> Stamp:
     """What differs when another file took the name, or when the file was written to."""
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def require_stamp(path: Path, stamp: Stamp) -> None:
+    """Raises `ChangedInputError` when `path` is not the file that had `stamp`, or not as it was."""
+    try:
+        now = file_stamp(path.stat())
+    except OSError as error:
+        raise ChangedInputError(
+            f"disappeared while it was read ({error.strerror})", where=path, hint=_AGAIN
+        ) from error
+    if now != stamp:
+        raise ChangedInputError("changed while it was read", where=path, hint=_AGAIN)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -62,6 +75,6 @@ def pread_exact(descriptor: int, buffer: memoryview, offset: int, path: Path) ->
             raise ChangedInputError(
                 "became shorter while it was read",
                 where=path,
-                hint="Run again when nothing writes to it.",
+                hint=_AGAIN,
             )
         done += count

@@ -1,114 +1,40 @@
 """`torch.save` files as tensor files: read without torch, and without running anything in them.
 
 A file of `torch.save` (torch >= 1.6) is an uncompressed zip: `data.pkl` names the tensors, one
-entry per storage holds raw bytes. The unpickler below knows dictionaries and tensors only, so
-every tensor becomes a place in the file, like one of a safetensors file.
-Layout after torch 2.13: `_save` of torch/serialization.py, `_rebuild_tensor_v2` of torch/_utils.py.
+entry per storage holds raw bytes. What `data.pkl` says is worked out by `unpickling.py`; here every
+tensor becomes a place in the file, like one of a safetensors file.
+Layout after torch 2.13, `_save` of torch/serialization.py.
 """
 
-import io
 import math
 import os
-import pickle
 import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from gralora_convert.errors import printable
+from gralora_convert.files import file_stamp, open_regular, reading
 from gralora_convert.tensors import (
     DTYPE_BITS,
-    DTYPE_OF_TORCH,
+    MAX_DIMENSIONS,
     TensorFile,
     TensorFileError,
     TensorSpec,
     are_sizes,
-    file_stamp,
-    open_regular,
+    count,
     refuse_pointer,
+)
+from gralora_convert.unpickling import (
+    DamagedPickleError,
+    PickledTensor,
+    UnsafePickleError,
+    unpickle,
 )
 
 __all__ = ["read_pickle"]
 
-MAX_PICKLE_BYTES = 64 * 1024 * 1024
-_STORAGES: Mapping[str, str] = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
-    "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
-}  # fmt: skip
+MAX_PICKLE_BYTES = 16 * 1024 * 1024  # some 80 000 tensors
 _RESAVE = "Save it again as safetensors: `safetensors.torch.save_file(tensors, path)`."
-
-
-@dataclass(frozen=True)
-class _Storage:
-    dtype: str
-    key: str
-    numel: int
-
-
-class _Tensor:
-    """A tensor as the pickle describes it; nothing in it is trusted yet."""
-
-    def __init__(self, storage: object, offset: object, shape: object, strides: object) -> None:
-        self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
-
-    def __setstate__(self, state: object) -> None:
-        """Attributes that a pickle would set are dropped."""
-
-
-def _rebuild_tensor(
-    storage: object, offset: object, shape: object, strides: object, *_: object
-) -> _Tensor:
-    return _Tensor(storage, offset, shape, strides)
-
-
-def _rebuild_tensor_v3(
-    storage: object, offset: object, shape: object, strides: object, *rest: object
-) -> _Tensor:
-    match storage, rest:  # an untyped storage; the dtype stands beside it (float8 and the like)
-        case _Storage(key=key, numel=numel), (_, _, _TypedStorage(dtype=dtype), *_):
-            return _Tensor(_Storage(dtype, key, numel), offset, shape, strides)
-    raise pickle.UnpicklingError("a tensor is not described as torch.save does")
-
-
-def _rebuild_parameter(data: object, *_: object) -> object:
-    return data
-
-
-class _TypedStorage:
-    def __init__(self, dtype: str) -> None:
-        self.dtype = dtype
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Understands `dict`, `OrderedDict`, numbers, strings and tensors; refuses every other name."""
-
-    def find_class(self, module: str, name: str) -> object:
-        match module, name:
-            case "collections", "OrderedDict":
-                return OrderedDict
-            case "torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor":
-                return _rebuild_tensor
-            case "torch._utils", "_rebuild_tensor_v3":
-                return _rebuild_tensor_v3
-            case "torch._utils", "_rebuild_parameter":
-                return _rebuild_parameter
-            case "torch", "Size":
-                return tuple
-            case "torch" | "torch.storage", _ if name in _STORAGES:
-                return _TypedStorage(_STORAGES[name])
-            case "torch", _ if name in DTYPE_OF_TORCH:
-                return _TypedStorage(DTYPE_OF_TORCH[name])
-            case "torch.storage", "UntypedStorage":
-                return _TypedStorage("U8")
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no tensor")
-
-    def persistent_load(self, pid: object) -> _Storage:
-        match pid:
-            case ("storage", _TypedStorage(dtype=dtype), str(key), _, int(numel)) if numel >= 0:
-                return _Storage(dtype, key, numel)
-        raise pickle.UnpicklingError("it refers to something that is no storage")
+_Storages = Mapping[str, tuple[int, int]]  # key -> position in the file, bytes
 
 
 def read_pickle(path: Path) -> TensorFile:
@@ -119,12 +45,12 @@ def read_pickle(path: Path) -> TensorFile:
         TensorFileError: not such a file; `reason` tells an unsafe pickle, a nested dictionary and
             the format before torch 1.6 from damage.
     """
-    with open_regular(path) as file:
+    with open_regular(path) as file, reading(path):
         status = os.fstat(file.fileno())
         start = file.read(128)
         refuse_pointer(start, path)
         if not start.startswith(b"PK\x03\x04"):
-            legacy = start.startswith((b"\x80\x02\x8a\x0a\x6c\xfc\x9c", b"\x80"))
+            legacy = start.startswith(b"\x80")  # the pickle protocol; then a magic number of torch
             raise TensorFileError(
                 "is a pickle of torch before 1.6" if legacy else "is not a file of torch.save",
                 where=path,
@@ -133,69 +59,64 @@ def read_pickle(path: Path) -> TensorFile:
             )
         try:
             with zipfile.ZipFile(file) as archive:
-                description, storages = _entries(archive, path)
-                tensors = _unpickle(description, path)
-                places = {key: _data_start(file.fileno(), info) for key, info in storages.items()}
-        except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+                description, entries = _entries(archive, path)
+                storages = _places(file.fileno(), entries, status.st_size)
+        except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, MemoryError) as error:
             raise TensorFileError(f"is a damaged zip archive: {error}", where=path) from error
-    specs = {name: _place(name, tensor, places, storages, path) for name, tensor in tensors.items()}
+    tensors = _unpickle(description, path)
+    specs = {name: _spec(name, tensor, storages, path) for name, tensor in tensors.items()}
     return TensorFile(path, specs, None, True, file_stamp(status))
 
 
 def _entries(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, zipfile.ZipInfo]]:
     """The bytes of `data.pkl`, and the archive's entry of each storage."""
-    infos = archive.infolist()
-    pickles = [info for info in infos if info.filename.endswith("/data.pkl")]
+    infos = {info.filename: info for info in archive.infolist()}
+    if len(infos) < len(archive.infolist()):
+        raise TensorFileError("is a zip archive that holds one name twice", where=path)
+    for info in infos.values():
+        if (
+            info.compress_type != zipfile.ZIP_STORED
+            or info.compress_size != info.file_size
+            or info.flag_bits & 1
+        ):
+            raise TensorFileError(
+                "is compressed or encrypted, which torch.save never does", where=path, hint=_RESAVE
+            )
+    pickles = [info for name, info in infos.items() if name.endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
         raise TensorFileError("is not a file of torch.save: no single data.pkl", where=path)
     prefix = pickles[0].filename.removesuffix("data.pkl")
-    for info in infos:
-        if info.filename == f"{prefix}byteorder" and archive.read(info) != b"little":
-            raise TensorFileError("holds big-endian tensors", where=path, hint=_RESAVE)
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise TensorFileError("is compressed, which torch.save never does", where=path)
+    order = infos.get(f"{prefix}byteorder")
+    if order and (order.file_size > 16 or archive.read(order) != b"little"):
+        raise TensorFileError("holds big-endian tensors", where=path, hint=_RESAVE)
     data = f"{prefix}data/"
     return archive.read(pickles[0]), {
-        info.filename.removeprefix(data): info for info in infos if info.filename.startswith(data)
+        name.removeprefix(data): info for name, info in infos.items() if name.startswith(data)
     }
 
 
-def _unpickle(description: bytes, path: Path) -> dict[str, _Tensor]:
-    try:
-        value = _TensorUnpickler(io.BytesIO(description)).load()
-    except pickle.UnpicklingError as error:
-        raise TensorFileError(
-            f"is a pickle that holds more than tensors: {printable(error)}; it was not run",
-            where=path,
-            hint=_RESAVE,
-            reason="unsafe-pickle",
-        ) from error
-    except (
-        AttributeError, EOFError, ImportError, IndexError, KeyError, MemoryError, OverflowError,
-        RecursionError, TypeError, ValueError,
-    ) as error:  # what the pickle machine raises on damaged opcodes  # fmt: skip
-        raise TensorFileError(f"is a damaged pickle: {error!r}", where=path) from error
-    if not isinstance(value, dict):
-        raise TensorFileError(
-            f"holds a {type(value).__name__}, a dictionary of tensors was needed",
-            where=path,
-            hint=_RESAVE,
-            reason="nested",
-        )
-    for name, tensor in value.items():
-        if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-            raise TensorFileError(
-                f"the entry {name!r} is a {type(tensor).__name__.lstrip('_')}, a tensor was needed",
-                where=path,
-                hint="Save the inner dictionary of tensors alone.",
-                reason="nested",
-            )
-    return value
+def _places(descriptor: int, entries: Mapping[str, zipfile.ZipInfo], size: int) -> _Storages:
+    """Where each storage lies in the file of `size` bytes.
+
+    Raises:
+        BadZipFile: one lies beyond its end, or two overlap.
+    """
+    found = {key: (_data_start(descriptor, info), info.file_size) for key, info in entries.items()}
+    end = 0
+    for start, nbytes in sorted(found.values()):
+        if start < end:
+            raise zipfile.BadZipFile("two storages overlap")
+        end = start + nbytes
+    if end > size:
+        raise zipfile.BadZipFile("a storage reaches beyond the end of the file")
+    return found
 
 
 def _data_start(descriptor: int, info: zipfile.ZipInfo) -> int:
     """The position of an entry's bytes: after its local header, whose length may differ from the
     central one (torch pads it for alignment)."""
+    if not 0 <= info.header_offset < 2**63:
+        raise zipfile.BadZipFile(f"an absurd position of {info.filename!r}")
     local = os.pread(descriptor, 30, info.header_offset)
     if len(local) < 30 or local[:4] != b"PK\x03\x04":
         raise zipfile.BadZipFile(f"no local header for {info.filename!r}")
@@ -203,45 +124,81 @@ def _data_start(descriptor: int, info: zipfile.ZipInfo) -> int:
     return info.header_offset + 30 + name + extra
 
 
-def _place(
-    name: str,
-    tensor: _Tensor,
-    places: Mapping[str, int],
-    storages: Mapping[str, zipfile.ZipInfo],
-    path: Path,
-) -> TensorSpec:
-    storage, offset, shape, strides = tensor.storage, tensor.offset, tensor.shape, tensor.strides
+def _unpickle(description: bytes, path: Path) -> dict[str, PickledTensor]:
+    try:
+        value = unpickle(description)
+    except UnsafePickleError as error:
+        raise TensorFileError(
+            f"is a pickle that holds more than tensors: {error}; it was not run",
+            where=path,
+            hint=_RESAVE,
+            reason="unsafe-pickle",
+        ) from error
+    except DamagedPickleError as error:
+        raise TensorFileError(f"is a damaged pickle: {error}", where=path) from error
+
+    def nested(what: str) -> TensorFileError:
+        return TensorFileError(
+            what, where=path, hint="Save the dictionary of tensors alone.", reason="nested"
+        )
+
+    if not isinstance(value, dict):
+        raise nested(f"holds one {_kind(value)}, a dictionary of tensors was needed")
+    for name, tensor in value.items():
+        if not isinstance(name, str):
+            raise nested(f"the key {name!r} is of type {_kind(name)}, a string was needed")
+        if not isinstance(tensor, PickledTensor):
+            raise nested(f"the entry {name!r} is of type {_kind(tensor)}, a tensor was needed")
+    return value
+
+
+def _kind(value: object) -> str:
+    return "tensor" if isinstance(value, PickledTensor) else type(value).__name__.lstrip("_")
+
+
+def _spec(name: str, tensor: PickledTensor, storages: _Storages, path: Path) -> TensorSpec:
+    def wrong(what: str, hint: str = "") -> TensorFileError:
+        return TensorFileError(f"tensor {name!r} {what}", where=path, hint=hint)
+
+    shape, strides, offset = tensor.shape, tensor.strides, tensor.offset
     if (
-        not isinstance(storage, _Storage)
-        or storage.key not in places
+        tensor.storage not in storages
         or not isinstance(offset, int)
+        or offset < 0
         or not are_sizes(shape)
         or not are_sizes(strides)
         or len(shape) != len(strides)
+        or len(shape) > MAX_DIMENSIONS
     ):
-        raise TensorFileError(f"tensor {name!r} is not described as torch.save does", where=path)
-    size = DTYPE_BITS[storage.dtype] // 8
-    numel = math.prod(shape)
-    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if numel else 0
-    if offset < 0 or (numel and (last + 1) * size > storages[storage.key].file_size):
-        raise TensorFileError(f"tensor {name!r} reaches beyond its storage", where=path)
-    if numel > max(storages[storage.key].file_size, 1):
-        raise TensorFileError(f"tensor {name!r} repeats its storage (expanded view)", where=path)
+        raise wrong("is not described as torch.save does")
+    start, nbytes = storages[tensor.storage]
+    size = DTYPE_BITS[tensor.dtype] // 8
+    numel = count(shape)
+    if numel == 0:
+        return TensorSpec(name, tensor.dtype, tuple(shape), path, start, 0)
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if (last + 1) * size > nbytes:
+        raise wrong("reaches beyond its storage")
+    if numel is None or numel > nbytes:
+        raise wrong("repeats its storage (expanded view)", "Save a contiguous copy of it.")
     return TensorSpec(
         name,
-        storage.dtype,
+        tensor.dtype,
         tuple(shape),
         path,
-        places[storage.key] + offset * size,
+        start + offset * size,
         numel * size,
-        None if _is_contiguous(shape, strides) else tuple(strides),
+        None if _is_contiguous(shape, strides) else _used(shape, strides),
     )
 
 
+def _used(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """The strides, without those of single elements, which may be any number."""
+    return tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))
+
+
 def _is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    expected = 1
-    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if n != 1 and stride != expected:
-            return math.prod(shape) == 0
-        expected *= n
-    return True
+    wanted = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return all(
+        n == 1 or stride == step for n, stride, step in zip(shape, strides, wanted, strict=True)
+    )

@@ -9,8 +9,8 @@ appears complete or not at all.
 import contextlib
 import errno
 import json
+import math
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gralora_convert.checkpoint import RECEIPT_NAME
-from gralora_convert.errors import CheckFailedError, OutputError, UnreadableError
+from gralora_convert.errors import CheckFailedError, MisuseError, OutputError
+from gralora_convert.files import file_stamp, open_regular, pread_exact, reading, require_stamp
 from gralora_convert.staging import Staging
 from gralora_convert.tensors import (
     TensorFile,
     TensorSpec,
     encode_header,
-    open_regular,
     read_bytes,
     read_safetensors,
 )
@@ -109,7 +109,7 @@ class Plan:
         return (
             sum(file.nbytes for file in self.files)
             + sum(len(text) for text in self.texts.values())
-            + sum(path.stat().st_size for path in self.sidecars.values())
+            + sum(_size(path) for path in self.sidecars.values())
         )
 
     def peak_memory(self, jobs: int | None = None) -> int:
@@ -163,7 +163,9 @@ class Plan:
             UnreadableError, ChangedInputError: an input failed or changed on the way.
             CheckFailedError: with `verify`, when what was written is not what was planned.
         """
-        jobs = jobs or default_jobs()
+        jobs = default_jobs() if jobs is None else jobs
+        if jobs < 1:
+            raise MisuseError(f"{jobs} jobs were asked for, at least 1 is needed")
         staging = Staging(Path(output), overwrite=overwrite, protected=self._protected())
         with staging.open(self.nbytes) as folder:
             self._write_tensors(folder, jobs, progress or (lambda count: None))
@@ -186,15 +188,19 @@ class Plan:
     def _write_tensors(self, folder: Path, jobs: int, progress: Callable[[int], None]) -> None:
         with contextlib.ExitStack() as stack:
             targets = [
-                stack.enter_context(_Target.create(folder / file.name, file)) for file in self.files
+                stack.enter_context(_Target.create(folder / file.name, file.nbytes))
+                for file in self.files
             ]
+            for file, target in zip(self.files, targets, strict=True):
+                target.write(memoryview(file.header), 0)
             sources = stack.enter_context(_Sources())
             tasks = (
                 task
                 for file, target in zip(self.files, targets, strict=True)
                 for task in _tasks(file, target, sources)
             )
-            _run(tasks, jobs, progress)
+            written = _run(tasks, jobs, progress)
+            assert written == sum(part.nbytes for file in self.files for part in file.parts)
             for target in targets:
                 target.sync()
 
@@ -221,7 +227,7 @@ def index_json(files: Sequence[OutputFile]) -> bytes:
     parts = [(part, file.name) for file in files for part in file.parts]
     index = {
         "metadata": {
-            "total_parameters": sum(_numel(part.shape) for part, _ in parts),
+            "total_parameters": sum(math.prod(part.shape) for part, _ in parts),
             "total_size": sum(part.nbytes for part, _ in parts),
         },
         "weight_map": {part.name: name for part, name in parts},
@@ -229,11 +235,9 @@ def index_json(files: Sequence[OutputFile]) -> bytes:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _size(path: Path) -> int:
+    with reading(path):
+        return path.stat().st_size
 
 
 # A task writes some bytes of the output and says how many.
@@ -252,12 +256,10 @@ def _tasks(file: OutputFile, target: "_Target", sources: "_Sources") -> Iterator
                 else:
                     yield from _copies(run, target, sources)
                     run = (spec.file, spec.offset, position, spec.nbytes)
-            case Copied(spec=spec):  # elements out of order: only `.bin` files hold such tensors
-                yield _strided(spec, target, position)
-            case Computed() as source:
+            case source:
                 yield from _copies(run, target, sources)
                 run = None
-                yield from _tiles(part, source, target, position)
+                yield from _pieces(part, source, target, position)
         position += part.nbytes
     yield from _copies(run, target, sources)
 
@@ -278,23 +280,24 @@ def _copies(
         yield copy
 
 
-def _strided(spec: TensorSpec, target: "_Target", position: int) -> _Task:
-    def gather() -> int:
-        target.write(memoryview(read_bytes(spec)), position)
-        return spec.nbytes
+def _pieces(
+    part: Part, source: Copied | Computed, target: "_Target", position: int
+) -> Iterator[_Task]:
+    """The work of one tensor that is computed, or whose elements are out of order in its file."""
+    size = source.tile_bytes if isinstance(source, Computed) else COPY_CHUNK
+    for tile, start in enumerate(range(0, part.nbytes, size)):
 
-    return gather
+        def write(tile: int = tile, start: int = start) -> int:
+            stop = min(start + size, part.nbytes)
+            if isinstance(source, Computed):
+                data = source.produce(tile)
+            else:
+                data = memoryview(read_bytes(source.spec, start, stop))
+            assert data.nbytes == stop - start, (part.name, tile, data.nbytes, stop - start)
+            target.write(data.cast("B"), position + start)
+            return stop - start
 
-
-def _tiles(part: Part, source: Computed, target: "_Target", position: int) -> Iterator[_Task]:
-    for tile, start in enumerate(range(0, part.nbytes, source.tile_bytes)):
-
-        def compute(tile: int = tile, start: int = start) -> int:
-            data = source.produce(tile)
-            target.write(data, position + start)
-            return len(data)
-
-        yield compute
+        yield write
 
 
 class _Sources:
@@ -328,17 +331,16 @@ class _Target:
 
     @classmethod
     @contextlib.contextmanager
-    def create(cls, path: Path, file: OutputFile) -> Iterator["_Target"]:
+    def create(cls, path: Path, nbytes: int) -> Iterator["_Target"]:
+        """A new file of `nbytes` bytes, so far all zero."""
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             descriptor = os.open(path, flags, 0o666)
         try:
-            target = cls(path, descriptor)
             with _writing(path):
-                os.ftruncate(descriptor, file.nbytes)
-            target.write(memoryview(file.header), 0)
-            yield target
+                os.ftruncate(descriptor, nbytes)
+            yield cls(path, descriptor)
         finally:
             os.close(descriptor)
 
@@ -350,30 +352,26 @@ class _Target:
                 data, position = data[count:], position + count
 
     def copy_from(self, source: int, start: int, to: int, count: int, path: Path) -> None:
-        """Copies in the kernel where the file systems allow it (a reflink where they can)."""
+        """Copies in the kernel where the file systems allow it (a reflink where they can), else
+        through memory, which also finds out which side has failed."""
         while count:
             try:
                 done = os.copy_file_range(source, self._descriptor, count, start, to)
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise _write_failed(self.path, error, f" (copying from {path})") from error
-                return self._copy_through_memory(source, start, to, count, path)
-            if done == 0:  # some file systems answer 0 instead of an error; reading decides
-                return self._copy_through_memory(source, start, to, count, path)
+            except OSError:
+                done = 0  # some file systems answer 0 instead of an error
+            if done == 0:
+                self._copy_through_memory(source, start, to, count, path)
+                return
             start, to, count = start + done, to + done, count - done
 
     def _copy_through_memory(
         self, source: int, start: int, to: int, count: int, path: Path
     ) -> None:
-        while count:
-            try:
-                data = os.pread(source, min(count, 1 << 20), start)
-            except OSError as error:
-                raise UnreadableError(f"cannot be read: {error.strerror}", where=path) from error
-            if not data:
-                raise UnreadableError("became shorter while it was read", where=path)
-            self.write(memoryview(data), to)
-            start, to, count = start + len(data), to + len(data), count - len(data)
+        buffer = memoryview(bytearray(min(count, 1 << 20)))
+        for done in range(0, count, len(buffer)):
+            piece = buffer[: count - done]
+            pread_exact(source, piece, start + done, path)
+            self.write(piece, to + done)
 
     def sync(self) -> None:
         with _writing(self.path):
@@ -388,9 +386,9 @@ def _writing(path: Path) -> Iterator[None]:
         raise _write_failed(path, error) from error
 
 
-def _write_failed(path: Path, error: OSError, detail: str = "") -> OutputError:
+def _write_failed(path: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"cannot be written{detail}: {error.strerror}",
+        f"cannot be written: {error.strerror}",
         where=path.name,
         hint="Nothing was published; free space or choose another output."
         if error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -399,27 +397,27 @@ def _write_failed(path: Path, error: OSError, detail: str = "") -> OutputError:
 
 
 def _write_text(path: Path, text: bytes) -> None:
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+    with _Target.create(path, len(text)) as target:
+        target.write(memoryview(text), 0)
+        target.sync()
 
 
 def _copy_sidecar(source: Path, to: Path) -> None:
-    with _writing(to):
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with open_regular(source) as reader, to.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
-            writer.flush()
-            os.fsync(writer.fileno())
+    with open_regular(source) as file:
+        before = file_stamp(os.fstat(file.fileno()))
+        size = before[1]
+        with _Target.create(to, size) as target:
+            target.copy_from(file.fileno(), 0, 0, size, source)
+            target.sync()
+        require_stamp(source, before)
 
 
-def _run(tasks: Iterator[_Task], jobs: int, progress: Callable[[int], None]) -> None:
-    """Carries out the tasks, taken in order by `jobs` threads; the first failure stops all."""
+def _run(tasks: Iterator[_Task], jobs: int, progress: Callable[[int], None]) -> int:
+    """Carries out the tasks, taken in order by `jobs` threads, and returns the bytes written; the
+    first failure stops all."""
     lock, stop = threading.Lock(), threading.Event()
     failures: list[BaseException] = []
+    counts: list[int] = []
 
     def work() -> None:
         try:
@@ -429,23 +427,40 @@ def _run(tasks: Iterator[_Task], jobs: int, progress: Callable[[int], None]) -> 
                         task = next(tasks, None)
                     if task is None:
                         return
-                    progress(task())
+                    counts.append(task())
+                    progress(counts[-1])
         except BaseException as error:  # carried to the caller's thread, whatever it is
             failures.append(error)
             stop.set()
 
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
-    for worker in workers:
-        worker.start()
+    workers: list[threading.Thread] = []
     try:
+        while len(workers) < jobs:
+            workers.append(threading.Thread(target=work, daemon=True))
+            try:
+                workers[-1].start()
+            except RuntimeError:  # the system has no more threads: those that run do all the work
+                workers.pop()
+                if not workers:
+                    raise
+                break
         for worker in workers:
             worker.join()
     finally:
         stop.set()
-        for worker in workers:
-            worker.join()
+        _join(workers)
     if failures:
         raise failures[0]
+    return sum(counts)
+
+
+def _join(workers: Sequence[threading.Thread]) -> None:
+    """Waits for all, however often the user interrupts: a worker that outlives the files it writes
+    to would write into whatever takes their descriptors."""
+    for worker in workers:
+        while worker.is_alive():
+            with contextlib.suppress(KeyboardInterrupt):
+                worker.join()
 
 
 @contextlib.contextmanager

@@ -13,25 +13,31 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from gralora_convert.errors import MisuseError, OutputError
+from gralora_convert.errors import ConvertError, MisuseError, OutputError
 
 __all__ = ["Staging"]
 
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
 _MARGIN = 4 * 1024 * 1024  # bytes left free for the receipt and directory blocks
-# A folder with none of these was not written by a tool of this kind and is never replaced.
-_MODEL_FILES = ("config.json", "adapter_config.json", "gralora_convert.json")
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# What file systems say that know no locks, or no flushing of folders.
+_NOT_OFFERED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
+_ELSEWHERE = "Choose an output outside the input folders."
+_CHOOSE = "Choose another output, or replace it with --overwrite."
+_DELETE = "Delete it yourself or choose another output."
 
 
 class Staging:
     """The way from nothing to a published folder; use `open`, fill the folder, `publish`."""
 
     def __init__(self, output: Path, *, overwrite: bool, protected: tuple[Path, ...] = ()) -> None:
-        self.output = Path(os.path.realpath(output))
+        self.output = _resolved(output)
         self.folder = self.output.with_name(f".{self.output.name}.partial")
+        self._aside = self.output.with_name(f".{self.output.name}.replaced")
         self._overwrite, self._protected = overwrite, protected
-        self._lock: int | None = None
+        self._locks = contextlib.ExitStack()
+        self._leftover: Path | None = None
         self._made: list[Path] = []
 
     @contextlib.contextmanager
@@ -43,57 +49,75 @@ class Staging:
             OutputError: it exists, another run writes to it, it cannot be made, no space.
         """
         self.require_allowed()
-        self._require_space(nbytes)
         try:
-            self._make()
-        except OSError as error:
-            self._remove()
-            raise OutputError(
-                f"cannot be made: {error.strerror}", where=self.output, hint="Nothing was written."
-            ) from error
-        try:
+            with _failing(self.output, "cannot be made", "Nothing was written."):
+                self._make()
+            self._require_space(nbytes)
             yield self.folder
-        finally:
+        except BaseException as error:
             self._remove()
+            if self._leftover and isinstance(error, ConvertError):
+                error.hint = f"{error.hint} {_removal(self._leftover)}".strip()
+            raise
+        with contextlib.suppress(KeyboardInterrupt):  # it is published: too late to interrupt
+            self._remove()
+        if self._leftover:
+            raise OutputError(
+                "is complete, but something was left beside it",
+                where=self.output,
+                hint=_removal(self._leftover),
+            )
 
     def require_allowed(self) -> None:
         """Raises when the output may not be written, before anything is computed."""
-        if not self.output.name:
-            raise MisuseError("is not a folder that can be replaced", where=self.output)
         for path in self._protected:
-            real = Path(os.path.realpath(path))
-            folder = real if real.is_dir() else real.parent
-            if self.output == folder or self.output.is_relative_to(folder):
+            self._require_apart(Path(os.path.realpath(path)))
+        with contextlib.suppress(FileNotFoundError):  # of a working directory that was removed
+            if Path.cwd().is_relative_to(self.output):
                 raise MisuseError(
-                    f"the output {self.output} lies in the input {folder}",
-                    hint="Choose an output outside the input folders.",
-                )
-            if folder.is_relative_to(self.output):
-                raise MisuseError(
-                    f"the output {self.output} holds the input {folder}",
-                    hint="Choose an output outside the input folders.",
+                    "is the current folder or holds it",
+                    where=self.output,
+                    hint="Choose a folder inside it, or run from elsewhere.",
                 )
         if not os.path.lexists(self.output):
             return
         if not self.output.is_dir():
-            raise OutputError("exists and is not a folder", where=self.output, hint=_CHOOSE)
-        entries = {entry.name for entry in self.output.iterdir()}
+            raise OutputError("exists and is not a folder", where=self.output, hint=_DELETE)
+        if self.output.is_mount():
+            raise OutputError(
+                "is where a disk is mounted, which no folder can replace in one step",
+                where=self.output,
+                hint="Choose a folder inside it.",
+            )
+        with _failing(self.output, "cannot be listed", _DELETE):
+            entries = {entry.name for entry in self.output.iterdir()}
         if entries and not self._overwrite:
             raise OutputError("exists and is not empty", where=self.output, hint=_CHOOSE)
-        if entries and not entries.intersection(_MODEL_FILES):
+        if entries and not _holds_a_model(entries):
             raise OutputError(
                 "exists and holds no model, so --overwrite does not replace it",
                 where=self.output,
-                hint="Delete it yourself or choose another output.",
+                hint=_DELETE,
             )
+
+    def _require_apart(self, path: Path) -> None:
+        """Refuses an output that is an input, lies in one or holds one."""
+        for ours in (self.output, self.folder, self._aside):
+            if path.is_relative_to(ours):
+                raise MisuseError(
+                    f"would replace the input {path}", where=self.output, hint=_ELSEWHERE
+                )
+        if path.is_dir() and self.output.is_relative_to(path):
+            raise MisuseError(f"lies in the input {path}", where=self.output, hint=_ELSEWHERE)
 
     @staticmethod
     def free_bytes(output: Path) -> int:
         """Free bytes where `output` would be written."""
-        place = Path(os.path.realpath(output)).parent
-        while not place.exists():
-            place = place.parent
-        return shutil.disk_usage(place).free
+        place = _resolved(output).parent
+        with _failing(output, "cannot be made", "Choose another output."):
+            while not place.exists():
+                place = place.parent
+            return shutil.disk_usage(place).free
 
     def _require_space(self, nbytes: int) -> None:
         free = self.free_bytes(self.output)
@@ -107,22 +131,74 @@ class Staging:
     def _make(self) -> None:
         for parent in reversed(self.output.parents):
             if not parent.exists():
-                parent.mkdir()
-                self._made.append(parent)
-        self.folder.mkdir(exist_ok=True)
-        lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+                with contextlib.suppress(FileExistsError):  # a run beside this one was faster
+                    parent.mkdir()
+                    self._made.append(parent)
+        self._make_locked()
+        self._leftover = self.folder
+        self._clear()
+
+    def _make_locked(self) -> None:
+        """Makes the hidden folder, or takes over what a killed run has left; nobody else has it."""
+        for _ in range(100):
+            is_new = True
+            try:
+                self.folder.mkdir()
+            except FileExistsError:
+                is_new = False
+            try:
+                lock = self._locked(self.folder, required=not is_new)
+                now = self.folder.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue  # the run that had it has just published or removed it
+            if os.path.samestat(os.fstat(lock), now):
+                return self._require_own(now)
+        raise self._busy()
+
+    def _locked(self, folder: Path, *, required: bool) -> int:
+        """A descriptor of `folder`, locked. Where the file system has no locks, only a folder that
+        nobody else can be using will do."""
+        lock = os.open(folder, _FOLDER)
+        self._locks.callback(os.close, lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise self._busy() from error
         except OSError as error:
-            os.close(lock)
+            if error.errno not in _NOT_OFFERED:
+                raise
+            if required:
+                raise OutputError(
+                    f"another run is writing this output, or was killed and left {folder}",
+                    where=self.output,
+                    hint="Without file locks here this cannot be told: wait for it or delete that.",
+                ) from error
+        return lock
+
+    def _busy(self) -> OutputError:
+        return OutputError(
+            "another run is writing this output",
+            where=self.output,
+            hint="Wait for it, or choose another output.",
+        )
+
+    def _require_own(self, status: os.stat_result) -> None:
+        if status.st_uid != os.geteuid():
             raise OutputError(
-                "another run is writing this output",
-                where=self.output,
-                hint="Wait for it, or choose another output.",
-            ) from error
-        self._lock = lock
-        for entry in self.folder.iterdir():  # what a killed run has left
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                "belongs to another user", where=self.folder, hint="Choose another output."
+            )
+
+    def _clear(self) -> None:
+        """Undoes what a killed run has left."""
+        for entry in self.folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        if not os.path.lexists(self._aside):
+            return
+        if os.path.lexists(self.output):
+            shutil.rmtree(self._aside)
+        else:
+            self._aside.rename(self.output)
+            self.require_allowed()
 
     def publish(self) -> None:
         """Makes the folder the output, in one rename, and durable.
@@ -130,55 +206,94 @@ class Staging:
         Raises:
             OutputError: the rename failed; the output is what it was.
         """
-        try:
+        with _failing(self.output, "cannot be published", "It is what it was before."):
             for folder in (self.folder, *(p for p in self.folder.rglob("*") if p.is_dir())):
                 _sync_folder(folder)
-            if self.output.is_dir() and any(self.output.iterdir()):
-                self._exchange()
+            self.require_allowed()  # something may have come there since
+            if self._overwrite and self.output.is_dir() and any(self.output.iterdir()):
+                self._replace()
             else:
                 self.folder.rename(self.output)
-                self._made.clear()
+                self._leftover = None
+        self._made.clear()
+        with _failing(
+            self.output, "is complete, but the disk did not confirm it", "Check the disk."
+        ):
             _sync_folder(self.output.parent)
-        except OSError as error:
-            raise OutputError(
-                f"cannot be published: {error.strerror}",
-                where=self.output,
-                hint="It is what it was before.",
-            ) from error
 
-    def _exchange(self) -> None:
-        """Swaps the new folder with the old one; the old one, now hidden, is then removed."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        old, new = os.fsencode(self.folder), os.fsencode(self.output)
-        if libc.renameat2(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_EXCHANGE) == 0:
+    def _replace(self) -> None:
+        """Swaps the new folder with the old one; the old one, now hidden, is removed later."""
+        self._locked(self.output, required=False)  # or another run might take it over while hidden
+        if _exchange(self.folder, self.output):
             return
-        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        aside = self.output.with_name(f".{self.output.name}.old")
-        self.output.rename(aside)
+        self.output.rename(self._aside)
         try:
             self.folder.rename(self.output)
-        except OSError:
-            aside.rename(self.output)
+        except BaseException:
+            self._aside.rename(self.output)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+        self._leftover = self._aside
 
     def _remove(self) -> None:
-        if self._lock is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = None
+        """Removes what need not stay; afterwards `_leftover` is what could not be removed."""
+        if self._leftover:
+            shutil.rmtree(self._leftover, ignore_errors=True)
+            if not os.path.lexists(self._leftover):
+                self._leftover = None
+        self._locks.close()
         for parent in reversed(self._made):
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
-_CHOOSE = "Choose another output, or replace it with --overwrite."
+@contextlib.contextmanager
+def _failing(output: Path, what: str, hint: str) -> Iterator[None]:
+    """Turns failures of the file system into `OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise OutputError(f"{what}: {error.strerror}{place}", where=output, hint=hint) from error
+
+
+def _resolved(output: Path) -> Path:
+    try:
+        resolved = Path(os.path.realpath(output))
+    except ValueError as error:
+        raise MisuseError(f"is not a file name: {error}", where=output) from error
+    if not resolved.name:
+        raise MisuseError("is not a folder that can be replaced", where=resolved)
+    return resolved
+
+
+def _holds_a_model(names: set[str]) -> bool:
+    """Whether a folder with these files was written by a tool of this kind."""
+    if "adapter_config.json" in names or "gralora_convert.json" in names:
+        return True
+    return "config.json" in names and any(
+        name.endswith((".safetensors", ".bin", ".index.json")) for name in names
+    )
+
+
+def _removal(path: Path) -> str:
+    return f"Delete {path}, which could not be removed."
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step, where kernel, C library and file system can."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(folder, _FOLDER)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
     finally:
         os.close(descriptor)

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 from gralora_convert.errors import ChangedInputError, UnreadableError, UnsupportedError
-from gralora_convert.files import Stamp, file_stamp, open_regular, pread_exact, reading
+from gralora_convert.files import (
+    Stamp,
+    file_stamp,
+    open_regular,
+    pread_exact,
+    reading,
+    require_stamp,
+)
 from gralora_convert.strictjson import parse_json
 
 if TYPE_CHECKING:
@@ -46,6 +53,7 @@ DTYPE_BITS: Mapping[str, int] = {
 }  # fmt: skip
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 _WORD = 2**64
+MAX_DIMENSIONS = 64  # of numpy 2
 MAX_HEADER_BYTES = 100_000_000  # the cap of the official reader
 _TORCH_NAMES: Mapping[str, str] = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -106,18 +114,7 @@ class TensorFile:
 
     def require_unchanged(self) -> None:
         """Raises `ChangedInputError` when the file is not the one whose header was read."""
-        try:
-            now = file_stamp(self.path.stat())
-        except OSError as error:
-            raise ChangedInputError(
-                f"disappeared while it was read ({error.strerror})", where=self.path
-            ) from error
-        if now != self.stamp:
-            raise ChangedInputError(
-                "changed while it was read",
-                where=self.path,
-                hint="Run again when nothing writes to it.",
-            )
+        require_stamp(self.path, self.stamp)
 
 
 def read_tensor_file(path: Path) -> TensorFile:
@@ -211,7 +208,9 @@ def _spec(name: str, info: object, path: Path, data_start: int) -> TensorSpec:
 
 def are_sizes(value: object) -> TypeGuard[Sequence[int]]:
     """Whether `value` is a list or tuple of numbers that can be sizes; JSON's `true` is none."""
-    return isinstance(value, (list, tuple)) and all(type(v) is int and 0 <= v < _WORD for v in value)
+    return isinstance(value, (list, tuple)) and all(
+        type(v) is int and 0 <= v < _WORD for v in value
+    )
 
 
 def count(sizes: Sequence[int]) -> int | None:
@@ -247,6 +246,7 @@ def encode_header(
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, dtype, shape, nbytes in tensors:
+        assert name not in header, name
         header[name] = {
             "dtype": dtype,
             "shape": list(shape),
@@ -318,8 +318,8 @@ def read_array(spec: TensorSpec) -> "numpy.ndarray[tuple[int, ...], numpy.dtype[
 
 
 def _require_holdable(spec: TensorSpec) -> None:
-    """Refuses shapes that a header may state but no array can have: empty ones with absurd sizes."""
-    if len(spec.shape) > 64 or (count([n or 1 for n in spec.shape]) or _WORD) >= 2**60:
+    """Refuses what a header may state of an empty tensor, and no array can have."""
+    if len(spec.shape) > MAX_DIMENSIONS or (count([n or 1 for n in spec.shape]) or _WORD) >= 2**60:
         raise UnsupportedError(
             f"tensor {spec.name!r} has shape {spec.shape}, which no array can have", where=spec.file
         )
