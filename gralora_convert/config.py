@@ -152,7 +152,9 @@ class GraloraConfig(_Configured):
 
     def __post_init__(self) -> None:
         self._normalise()
-        Report.of(gralora_findings(self._values(), "GraloraConfig")).require_ok("GraloraConfig")
+        values, where = self._values(), "GraloraConfig"
+        findings = [*header_findings(values, where), *gralora_findings(values, where)]
+        Report.of(findings).require_ok(where)
 
     @property
     def scaling(self) -> float:
@@ -202,8 +204,9 @@ class LoraConfig(_Configured):
         for name in ("rank_pattern", "alpha_pattern"):  # old releases write null
             if getattr(self, name) is None:
                 object.__setattr__(self, name, {})
-        values = dict(self.extra) | self._values()
-        Report.of(lora_findings(values, "LoraConfig")).require_ok("LoraConfig")
+        values, where = dict(self.extra) | self._values(), "LoraConfig"
+        findings = [*header_findings(values, where), *lora_findings(values, where)]
+        Report.of(findings).require_ok(where)
 
     @property
     def exclude_modules(self) -> Sequence[str] | str | None:
