@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import torch
 
 from gralora_convert.delta import Gralora, Lora
+from gralora_convert.errors import MisuseError
 from gralora_convert.keys import Role, key_of
 from gralora_convert.plan import Computed, Copied, Part
 from gralora_convert.tensors import DTYPE_BITS, TensorSpec, torch_dtype
@@ -68,6 +69,43 @@ class Shape:
             "alpha": self.alpha,
             "scaling": self.scaling,
         }
+
+
+def blocks_for(to: Kind, k: int | None, hybrid_r: int | None, default: int) -> int:
+    """k of the result, when the options go together.
+
+    Raises:
+        MisuseError: they do not.
+    """
+    if to == "lora" and (k is not None or hybrid_r):
+        raise MisuseError("a LoRA has neither k nor hybrid_r")
+    if to == "gralora" and hybrid_r:
+        raise MisuseError("a pure GraLoRA has no hybrid_r", hint="Use --to hybrid.")
+    return 1 if to == "lora" else k or default
+
+
+def shape_of(to: Kind, k: int, r: int, hybrid_r: int, alpha: float | None, scaling: float) -> Shape:
+    """The shape of the result, with `alpha` in place of `scaling` where it is given.
+
+    Raises:
+        MisuseError: k does not divide r, or the scaling is zero or not finite.
+    """
+    if r < 1 or r % k:
+        raise MisuseError(f"r={r} is not a positive multiple of k={k}")
+    scaling = scaling if alpha is None else alpha / (r + hybrid_r)
+    if not math.isfinite(scaling) or scaling == 0:
+        raise MisuseError(f"a scaling of {scaling} cannot carry an update")
+    return Shape(to, k, r, hybrid_r, scaling)
+
+
+def require_divisible(k: int, module: str, weight: tuple[int, int]) -> None:
+    """Raises `MisuseError` unless k divides both sides of a module's weight."""
+    if k < 1 or any(size % k for size in weight):
+        raise MisuseError(
+            f"k={k} does not divide its {weight[0]} x {weight[1]} weight",
+            where=module,
+            hint="Choose a k that divides every adapted layer.",
+        )
 
 
 class _Shared:

@@ -5,7 +5,6 @@ when its tensors are written, from its factors; the dense matrix is formed only 
 approximate Hybrid is asked for.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,11 +21,14 @@ from gralora_convert.assembly import (
     Loss,
     Made,
     Shape,
+    blocks_for,
     copied,
     loss_json,
     module_parts,
     relative,
+    require_divisible,
     rounded,
+    shape_of,
 )
 from gralora_convert.checkpoint import sidecars
 from gralora_convert.config import CONFIG_NAME, PEFT_VERSION, GraloraConfig, LoraConfig
@@ -121,24 +123,14 @@ def _shape(
     """The shape asked for, with defaults filled in."""
     config = adapter.config
     own = config.gralora_k if isinstance(config, GraloraConfig) else 2
-    if to == "lora" and (k is not None or hybrid_r):
-        raise MisuseError("a LoRA has neither k nor hybrid_r")
-    if to == "gralora" and hybrid_r:
-        raise MisuseError("a pure GraLoRA has no hybrid_r", hint="Use --to hybrid.")
-    blocks = 1 if to == "lora" else k or own
-    _require_divisible(adapter, blocks)
+    blocks = blocks_for(to, k, hybrid_r, own)
+    for module in adapter.modules:
+        require_divisible(blocks, module, adapter.shape(module))
     general = _general(adapter, hybrid_r) if to == "hybrid" else 0
     if r is None:
         r = _default_rank(adapter, to, blocks, general, max_error)
-    if r < 1 or r % blocks:
-        raise MisuseError(f"r={r} is not a positive multiple of k={blocks}")
     kept = config.scaling if isinstance(config, GraloraConfig) else config.scaling("")
-    scaling = 1.0 if to == "lora" else kept
-    if alpha is not None:
-        scaling = alpha / (r + general)
-    if not math.isfinite(scaling) or scaling == 0:
-        raise MisuseError(f"a scaling of {scaling} cannot carry an update")
-    return Shape(to, blocks, r, general, scaling)
+    return shape_of(to, blocks, r, general, alpha, 1.0 if to == "lora" else kept)
 
 
 def _general(adapter: Adapter, hybrid_r: int | None) -> int:
@@ -163,16 +155,6 @@ def _default_rank(adapter: Adapter, to: Kind, k: int, general: int, max_error: f
         r = config.r if isinstance(config, GraloraConfig) else general
         return -(-r // k) * k
     return max(exact_rank(adapter.delta(module), to, k) for module in adapter.modules)
-
-
-def _require_divisible(adapter: Adapter, k: int) -> None:
-    for module in adapter.modules:
-        rows, columns = adapter.shape(module)
-        if k < 1 or rows % k or columns % k:
-            raise MisuseError(
-                f"k={k} does not divide its {rows} x {columns} weight", where=module,
-                hint="Choose a k that divides every adapted layer.",
-            )  # fmt: skip
 
 
 @dataclass

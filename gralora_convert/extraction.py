@@ -6,7 +6,6 @@ difference at a time.
 """
 
 import fnmatch
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +14,18 @@ from pathlib import Path
 import torch
 
 from gralora_convert.architecture import Architecture, quantisation
-from gralora_convert.assembly import Kind, Loss, Shape, copied, loss_json, module_parts, relative
+from gralora_convert.assembly import (
+    Kind,
+    Loss,
+    Shape,
+    blocks_for,
+    copied,
+    loss_json,
+    module_parts,
+    relative,
+    require_divisible,
+    shape_of,
+)
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig
 from gralora_convert.delta import Dense, Gralora, Lora
@@ -109,27 +119,14 @@ def _shape(
     alpha: float | None,
     max_error: float | None,
 ) -> Shape:
-    if to == "lora" and (k is not None or hybrid_r):
-        raise MisuseError("a LoRA has neither k nor hybrid_r")
-    if to == "gralora" and hybrid_r:
-        raise MisuseError("a pure GraLoRA has no hybrid_r", hint="Use --to hybrid.")
-    blocks = 1 if to == "lora" else k or 2
+    blocks = blocks_for(to, k, hybrid_r, 2)
     for module in modules:
-        if any(size % blocks for size in module.shape):
-            raise MisuseError(
-                f"k={blocks} does not divide its shape {module.shape}", where=module.name,
-                hint="Choose another k, or leave the module out with --exclude.",
-            )  # fmt: skip
+        require_divisible(blocks, module.name, module.shape)
     if max_error is not None:
         r = blocks * smallest_rank([spectra(m.delta(), blocks) for m in modules], max_error)
     r = DEFAULT_RANK if r is None else r
-    if r < 1 or r % blocks:
-        raise MisuseError(f"r={r} is not a positive multiple of k={blocks}")
     general = (hybrid_r or -(-r // 2)) if to == "hybrid" else 0
-    scaling = 1.0 if alpha is None else alpha / (r + general)
-    if not math.isfinite(scaling) or scaling == 0:
-        raise MisuseError(f"a scaling of {scaling} cannot carry an update")
-    return Shape(to, blocks, r, general, scaling)
+    return shape_of(to, blocks, r, general, alpha, 1.0)
 
 
 class _Differences:
