@@ -46,6 +46,8 @@ def gralora_findings(modules: Mapping[str, Roles], sizes: Sizes) -> Iterator[Fin
             "hybrid-rank-mismatch", CONFIG_NAME, f"hybrid_r is {sizes.hybrid_r}, but no module has "
             "gralora_A_general and gralora_B_general",
         )  # fmt: skip
+    # a transposed module stands out among others; if none has the config's r, the config is wrong
+    has_rank = any("A" in x and x["A"].shape[2:] == (sizes.r,) for x in modules.values())
     for module, roles in modules.items():
         if any(not spec.nbytes for spec in roles.values()):
             yield _empty(module)
@@ -54,7 +56,7 @@ def gralora_findings(modules: Mapping[str, Roles], sizes: Sizes) -> Iterator[Fin
         if roles.keys() & {"general_A", "general_B"} or (has_general and sizes.hybrid_r > 0):
             needed = ("A", "B", "general_A", "general_B")
         yield from _missing(module, roles, needed, "gralora")
-        yield from _block_findings(module, roles, sizes)
+        yield from _block_findings(module, roles, sizes, has_rank)
         yield from _general_findings(module, roles, sizes.hybrid_r)
 
 
@@ -76,14 +78,14 @@ def _missing(
             )  # fmt: skip
 
 
-def _block_findings(module: str, roles: Roles, sizes: Sizes) -> Iterator[Finding]:
+def _block_findings(module: str, roles: Roles, sizes: Sizes, has_rank: bool) -> Iterator[Finding]:
     if "A" not in roles or "B" not in roles:
         return
     r, k = sizes.r, sizes.k
     a, b = roles["A"].shape, roles["B"].shape
     found = f"gralora_A {a}, gralora_B {b}"
     agree = len(a) == len(b) == 3 and a[0] == b[0] and a[2] == b[1]
-    if not agree or (a[2] != r and a[1] == b[2] == r):
+    if not agree or (has_rank and a[2] != r and a[1] == b[2] == r):
         yield error(
             "tensor-shape", module, f"{found}; with r={r} and gralora_k={k}, "
             f"({k}, in/{k}, {r}) and ({k}, {r}, out/{k}) were needed",
