@@ -1,44 +1,47 @@
 """What a base model is: names in memory <-> names on disk, orientation, ties, kinds of modules.
 
 Config and headers answer most questions. What they cannot answer is asked of transformers: facts
-that stand in its source text first (no import), then the model itself, built on the meta device
-(imports torch and transformers, allocates nothing).
+that stand in its source text first (no import), then the model itself (`blueprint.py`, which
+imports torch and transformers).
 """
 
+import ast
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gralora_convert.checkpoint import Checkpoint
-from gralora_convert.tensors import FLOATING, TensorSpec
+from gralora_convert.tensors import FLOATING
 
 if TYPE_CHECKING:
-    import torch
+    from gralora_convert.blueprint import Blueprint
 
-    from gralora_convert.origins import Origin
-
-__all__ = ["TIE_FLAG_MEANS_MORE", "Architecture", "near_misses", "quantisation"]
+__all__ = ["Architecture", "Origin", "near_misses", "quantisation"]
 
 # Blocks of these models are Conv1D throughout, their heads nn.Linear (transformers 5.23).
 _CONV1D_FAMILY = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _IN_BLOCK = re.compile(r"(.*\.)?h\.\d+\..*")
-# Their tie_word_embeddings also switches the scaling of the decoder's output (configuration_t5.py),
-# so an own lm_head is told by its presence in the file alone.
-TIE_FLAG_MEANS_MORE = frozenset({"t5", "mt5", "umt5", "longt5", "pop2piano"})
-_EMBEDDING = re.compile(r"(.*\.)?(\w*embed(ding|dings|_tokens|_in)?|wte|wpe|shared)")
+_EMBEDDING = re.compile(
+    r"(.*\.)?(embed_tokens|\w*embeddings?|embed_in|wte|wpe|shared|tok_embeddings)"
+)
+_HEADS = ("lm_head", "embed_out", "output")
+_LEGACY = {"weight": "gamma", "bias": "beta"}  # norms of the first BERT checkpoints
 _QUANTISED_SUFFIXES = {
     ".weight_scale_inv": "fp8 (block scales)",
     ".weight.absmax": "bitsandbytes 4-bit",
+    ".weight.quant_map": "bitsandbytes 4-bit",
     ".SCB": "bitsandbytes 8-bit",
     ".qweight": "GPTQ or AWQ",
     ".weight_packed": "compressed-tensors",
+    ".W_q": "HQQ",
+    ".weight._data": "quanto",
     "_blocks": "MXFP4",
 }
-_AUTO_CLASSES = {
+AUTO_CLASSES: Mapping[str, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -48,19 +51,40 @@ _AUTO_CLASSES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A part of a parameter on disk: rows `[start, start + count)` of `tensor` hold the rows
+    `[delta_start, ...)` of the parameter, or, with `order`, the rows that it lists."""
+
+    tensor: str
+    start: int
+    count: int
+    delta_start: int = 0
+    order: tuple[int, ...] | None = None
+
+
 def quantisation(base: Checkpoint) -> str | None:
     """The name of the quantisation of a base, None when its weights are plain numbers."""
-    config = base.config.get("quantization_config")
-    if isinstance(config, Mapping):
-        method = config.get("quant_method") or config.get("quant_algo")
-        if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
-            method = "bitsandbytes"
-        return str(method or "a quantization_config")
+    for config in _objects(base.config):
+        found = config.get("quantization_config") or config.get("compression_config")
+        if isinstance(found, Mapping):
+            method = found.get("quant_method") or found.get("quant_algo")
+            if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
+                method = "bitsandbytes"
+            return str(method or "a quantization_config")
     for name in base.tensors:
         for suffix, method in _QUANTISED_SUFFIXES.items():
             if name.endswith(suffix) and _is_quantised_partner(base, name, suffix):
                 return method
     return None
+
+
+def _objects(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+    """A config and all objects in it."""
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _objects(value)
 
 
 def _is_quantised_partner(base: Checkpoint, name: str, suffix: str) -> bool:
@@ -72,59 +96,118 @@ def _is_quantised_partner(base: Checkpoint, name: str, suffix: str) -> bool:
     return True
 
 
+@cache
+def _text(*path: str) -> str:
+    """A source file of the installed transformers; '' when it is not there. Nothing is imported."""
+    spec = find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return ""
+    file = Path(spec.submodule_search_locations[0]).joinpath(*path)
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+@cache
+def _modeling(model_type: str) -> str:
+    """The text of transformers' modeling files of one model type; '' when there are none."""
+    spec = find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return ""
+    names = dict(re.findall(r'\("([\w-]+)", "([\w-]+)"\)', _text("models/auto/auto_mappings.py")
+                            .partition("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")[2]
+                            .partition("\n)")[0]))  # fmt: skip
+    name = names.get(model_type, model_type).replace("-", "_")
+    folder = Path(spec.submodule_search_locations[0]) / "models" / name
+    if not re.fullmatch(r"\w+", name) or not folder.is_dir():
+        return ""
+    return "\n".join(f.read_text(encoding="utf-8") for f in sorted(folder.glob("modeling_*.py")))
+
+
+@cache
+def _converted() -> frozenset[str]:
+    """Model types and classes whose names or values transformers changes while it loads them."""
+    return frozenset(re.findall(r'"([\w-]+)"', _text("conversion_mapping.py")))
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """The base as an adapter's names see it; `class_name` is the model class in memory (None:
-    the base's own)."""
+    """The base as an adapter sees it, whose `modules` are named as in memory.
+
+    `class_name` is the model class in memory (None: the base's own, or that of the task).
+    """
 
     base: Checkpoint
+    modules: tuple[str, ...] = ()
     class_name: str | None = None
     task_type: str | None = None
     key_map: Mapping[str, str] = field(default_factory=dict)
     trust_remote_code: bool = False
 
+    # facts from text ------------------------------------------------------------------------------
+
+    @cached_property
+    def _types(self) -> tuple[str, ...]:
+        """The model types of the config and of the configs within it."""
+        found = [config.get("model_type") for config in _objects(self.base.config)]
+        return tuple(dict.fromkeys(name for name in found if isinstance(name, str)))
+
     @cached_property
     def source(self) -> str:
-        """The text of transformers' modeling files of this model type; '' when there are none."""
-        spec = find_spec("transformers")
-        if spec is None or not spec.submodule_search_locations or not self.base.model_type:
+        """The text of transformers' modeling files of this base, '' when it has none."""
+        if not self.base.model_type or not _modeling(self.base.model_type):
             return ""
-        name = self.base.model_type.replace("-", "_")
-        if not re.fullmatch(r"\w+", name):
-            return ""
-        folder = Path(spec.submodule_search_locations[0]) / "models"
-        folder /= {"openai_gpt": "openai"}.get(name, name)
-        files = sorted(folder.glob("modeling_*.py")) if folder.is_dir() else []
-        return "\n".join(file.read_text(encoding="utf-8") for file in files)
+        return "\n".join(_modeling(name) for name in self._types)
 
     @cached_property
     def prefixes(self) -> tuple[str, ...]:
         """The architecture's own `base_model_prefix`, from the source text."""
-        found = re.findall(r"^    base_model_prefix = \"(\w+)\"", self.source, re.MULTILINE)
+        text = _modeling(self.base.model_type) if self.base.model_type else ""
+        found = re.findall(r"^    base_model_prefix = \"(\w+)\"", text, re.MULTILINE)
         return tuple(dict.fromkeys(found))
 
     @cached_property
-    def model(self) -> "torch.nn.Module | None":
-        """The model on the meta device, None when transformers does not know the architecture."""
-        return _meta_model(self)
+    def is_converted(self) -> bool:
+        """Whether names in memory may differ from those on disk by more than a prefix."""
+        classes = set(re.findall(r"^class (\w+)\(", self.source, re.MULTILINE))
+        return not _converted().isdisjoint({*self._types, *classes})
 
-    # names ------------------------------------------------------------------------------------
+    @cached_property
+    def _tie_patterns(self) -> tuple[re.Pattern[str], ...]:
+        """Patterns of the parameters that may be one and the same with others."""
+        words: set[str] = set()
+        for block in re.findall(
+            r"_tied_weights_keys\b[^=\n]*=\s*(\{.*?\})", self.source, re.DOTALL
+        ):
+            for pair in ast.literal_eval(block).items():
+                words.update(word.removeprefix("^") for word in pair)
+        if not self.source:
+            words = {rf"(^|\.){name}\.weight" for name in _HEADS}
+        return tuple(re.compile(word) for word in sorted(words))
 
-    def renamer(self, modules: Iterable[str]) -> tuple[Callable[[str], str], str]:
-        """The way from names in memory to names on disk that fits every module, and what it does
-        ('' when names are the same). When none fits all, names stay as they are."""
-        modules = [self.mapped(module) for module in modules]
-        candidates: list[tuple[Callable[[str], str], str]] = [(_same, "")]
-        for prefix in self.prefixes:
-            candidates.append((_stripper(prefix), f"without the prefix {prefix!r}"))
-            candidates.append((_adder(prefix, self.base), f"with the prefix {prefix!r}"))
-        for rename, what in candidates:
-            if all(
-                f"{rename(m)}.weight" in self.base.tensors or self._may_lack(m) for m in modules
-            ):
-                if any(f"{rename(m)}.weight" in self.base.tensors for m in modules):
-                    return rename, what
-        return _same, ""
+    def may_be_tied(self, parameter: str) -> bool:
+        return any(pattern.search(parameter) for pattern in self._tie_patterns)
+
+    @property
+    def tie_flag_means_more(self) -> bool:
+        """Whether the forward pass reads the flag too (T5 scales the decoder's output by it), so
+        that only the presence of a tensor may untie it."""
+        pattern = r"if (not )?self\.config\.(tie_word_embeddings|scale_decoder_outputs):"
+        return re.search(pattern, self.source) is not None
+
+    @cached_property
+    def blueprint(self) -> "Blueprint | None":
+        """The model on the meta device; None when transformers cannot build the architecture."""
+        if self.base.model_type is None:
+            return None
+        from gralora_convert.blueprint import Blueprint
+
+        auto = AUTO_CLASSES.get(self.task_type or "")
+        names = [self.class_name, auto, *self.base.architectures]
+        return Blueprint.build(
+            self.base, [name for name in names if name], self.modules,
+            trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+
+    # names ----------------------------------------------------------------------------------------
 
     def mapped(self, name: str) -> str:
         """`name` after the user's `key_map` (whole names, or leading parts)."""
@@ -133,72 +216,144 @@ class Architecture:
                 return to + name.removeprefix(start)
         return name
 
-    def _may_lack(self, module: str) -> bool:
-        """Whether a module may be tied, so that its weight is not on disk."""
-        return module.rpartition(".")[2] in ("lm_head", "embed_out", "output")
+    @cached_property
+    def _prefixing(self) -> tuple[Callable[[str], str], str, str]:
+        """The way from names in memory to names on disk that fits most modules, what it does, and
+        the prefix that it strips ('' when names are the same)."""
+        choices: list[tuple[Callable[[str], str], str, str]] = [(str, "", "")]
+        for prefix in self.prefixes:
+            choices.append((_stripper(prefix), f"without the prefix {prefix!r}", prefix))
+            choices.append((_adder(prefix, self.base), f"with the prefix {prefix!r}", ""))
+
+        def hits(choice: tuple[Callable[[str], str], str, str]) -> int:
+            return sum(self._on_disk(choice[0], f"{m}.weight") is not None for m in self.modules)
+
+        return max(choices, key=hits)  # the first of equals: names as they are
+
+    def _on_disk(self, rename: Callable[[str], str], parameter: str) -> str | None:
+        mapped = self.mapped(parameter)
+        module, _, leaf = (rename(mapped) if mapped == parameter else mapped).rpartition(".")
+        for last in (leaf, _LEGACY.get(leaf, leaf)):
+            name = f"{module}.{last}" if module else last
+            if name in self.base.tensors:
+                return name
+        return None
 
     @cached_property
-    def origins(self) -> "Mapping[str, tuple[Origin, ...]]":
-        """Parameter in memory -> where it lies on disk, by transformers' conversion mapping; {}
-        when it does not know the architecture."""
-        from gralora_convert.origins import origins
+    def _by_blueprint(self) -> bool:
+        """Whether names on disk are to be asked of transformers: where it renames tensors, and the
+        adapter's names are those of today's model (older adapters carry the names on disk)."""
+        if not self.is_converted or not self.modules:
+            return False
+        blueprint = self.blueprint
+        return blueprint is not None and all(blueprint.has(m) for m in self.modules)
 
-        return {} if self.model is None else origins(self.model, self.base)
+    def locate(self, parameter: str) -> tuple[Origin, ...]:
+        """Where a parameter in memory lies on disk; () when it is not there under its own name."""
+        if self._by_blueprint and self.mapped(parameter) == parameter:
+            assert self.blueprint is not None
+            if parameter in self.blueprint.state:
+                return self.blueprint.origins.get(parameter, ())
+        name = self._on_disk(self._prefixing[0], parameter)
+        if name is None:
+            return ()
+        shape = self.base.tensors[name].shape
+        return (Origin(name, 0, shape[0] if shape else 1),)
 
-    def tied_source(self, module: str, shape: tuple[int, int]) -> str | None:
-        """The tensor on disk that an output head without one shares: the input embedding."""
-        if not self._may_lack(module):
+    @cached_property
+    def origins(self) -> Mapping[str, tuple[Origin, ...]]:
+        """Every parameter in memory -> where it lies on disk, by transformers' conversion mapping;
+        {} when it does not know the architecture."""
+        return {} if self.blueprint is None else self.blueprint.origins
+
+    def disk_name(self, parameter: str) -> str:
+        """The name that a parameter which is not on disk gets there."""
+        if self._by_blueprint and self.mapped(parameter) == parameter:
+            assert self.blueprint is not None
+            return self.blueprint.disk_name(parameter)
+        mapped = self.mapped(parameter)
+        return _stripper(self.lacking_prefix)(mapped) if self.lacking_prefix else mapped
+
+    @property
+    def prefix_note(self) -> str:
+        """What is done to names, for a note; '' when they are the same."""
+        return "" if self._by_blueprint else self._prefixing[1]
+
+    @property
+    def lacking_prefix(self) -> str:
+        """The base-model prefix of names in memory that names on disk lack."""
+        if self._by_blueprint and self.blueprint is not None:
+            prefix = self.blueprint.prefix
+            named = any(m.startswith(f"{prefix}.") for m in self.modules)
+            stored = any(name.startswith(f"{prefix}.") for name in self.base.tensors)
+            return prefix if named and not stored else ""
+        return self._prefixing[2]
+
+    def outer_names(self) -> dict[str, str]:
+        """Every tensor of a bare base -> its name beside a head: with the prefix that it lacks.
+        {} when names need no change."""
+        prefix = self.lacking_prefix
+        if not prefix:
+            return {}
+        if not self._by_blueprint:
+            return {name: f"{prefix}.{name}" for name in self.base.tensors}
+        assert self.blueprint is not None
+        found = {name: self.blueprint.outer_name(name) for name in self.base.tensors}
+        return {name: outer for name, outer in found.items() if outer is not None}
+
+    # ties -----------------------------------------------------------------------------------------
+
+    def sharing(self, parameter: str) -> tuple[str, ...]:
+        """All names of one parameter in memory, itself included."""
+        if not self.may_be_tied(parameter) or self.blueprint is None:
+            return (parameter,)
+        return self.blueprint.sharing(parameter)
+
+    def is_one_place(self, one: str, other: str) -> bool:
+        """Whether two names of a shared parameter are the same place in the model, so that an
+        adapter put there serves both."""
+        found = self.blueprint
+        return one == other or (found is not None and found.slot(one) == found.slot(other))
+
+    def tied_source(self, module: str, shape: tuple[int, ...]) -> str | None:
+        """Without a blueprint: the input embedding on disk that an output head without a tensor
+        of its own must share."""
+        if self.blueprint is not None or module.rpartition(".")[2] not in _HEADS:
             return None
         found = [
             name
             for name, spec in self.base.tensors.items()
-            if name.endswith(".weight")
-            and _EMBEDDING.fullmatch(name.removesuffix(".weight"))
-            and spec.shape == shape
-            and "position" not in name
-            and not name.endswith("wpe.weight")
-        ]
+            if spec.shape == shape and name.endswith(".weight")
+            and self.is_embedding(name.removesuffix(".weight"))
+            and "position" not in name and not name.endswith("wpe.weight")
+        ]  # fmt: skip
         shared = [name for name in found if name.endswith("shared.weight")]
         return shared[0] if shared else found[0] if len(found) == 1 else None
 
-    @property
-    def is_tied(self) -> bool:
-        """Whether the config (or the absence of a head on disk) ties the output head."""
-        value = self.base.config.get("tie_word_embeddings")
-        return value is not False
+    # kinds ----------------------------------------------------------------------------------------
 
-    # kinds ------------------------------------------------------------------------------------
-
-    def is_transposed(self, module: str, spec: TensorSpec, shape: tuple[int, int]) -> bool | None:
-        """Whether the weight is stored (in, out), as Conv1D does; None when that cannot be told.
-
-        `shape` is (out, in) of the adapter.
-        """
-        if spec.shape == shape and shape[0] != shape[1]:
-            return False
-        if spec.shape == shape[::-1] and shape[0] != shape[1]:
-            return True
+    def is_transposed(
+        self, module: str, stored: tuple[int, ...], shape: tuple[int, int]
+    ) -> bool | None:
+        """Whether a weight of shape `stored` is (in, out), as Conv1D has it; None when that cannot
+        be told. `shape` is (out, in) of the adapter."""
+        if shape[0] != shape[1]:
+            return stored != shape
         if self.base.model_type in _CONV1D_FAMILY:
             return _IN_BLOCK.fullmatch(module) is not None
-        if self.source and "Conv1D" not in self.source:
+        if not self.may_hold_conv1d:
             return False
         kind = self.kind(module)
         return None if kind is None else kind == "Conv1D"
 
+    @property
+    def may_hold_conv1d(self) -> bool:
+        """Whether the architecture uses Conv1D, or is not known."""
+        return not self.source or "Conv1D" in self.source
+
     def kind(self, module: str) -> str | None:
         """The class name of a module in memory; None when the model cannot be built or lacks it."""
-        model = self.model
-        if model is None:
-            return None
-        import torch
-
-        try:
-            found = model.get_submodule(module)
-        except AttributeError:
-            return None
-        if isinstance(found, torch.nn.MultiheadAttention):
-            return "MultiheadAttention"
-        return "Linear" if isinstance(found, torch.nn.Linear) else type(found).__name__
+        return None if self.blueprint is None else self.blueprint.kind(module)
 
     def is_attention_output(self, disk_module: str) -> bool:
         """Whether a module is the out_proj of torch's MultiheadAttention, by its siblings."""
@@ -207,32 +362,34 @@ class Architecture:
         return last == "out_proj" and any(name in self.base.tensors for name in siblings)
 
     def is_embedding(self, module: str) -> bool:
-        """Whether a module is an embedding, by its name."""
+        """Whether a module is called like an embedding."""
         return _EMBEDDING.fullmatch(module) is not None
 
-    def head_class(self) -> str | None:
-        """The class that loads this base with a head for the adapter's task."""
-        auto = _AUTO_CLASSES.get(self.task_type or "")
-        if self.class_name and self.class_name not in self.base.architectures:
-            return self.class_name
-        if auto is None or self.base.model_type is None:
-            return None
-        return _class_of_task(auto, self.base.model_type)
+    # modules --------------------------------------------------------------------------------------
 
-    def linear_modules(self) -> list[str] | None:
-        """Names in memory of all nn.Linear and Conv1D but the output head; None if unknown."""
-        model = self.model
-        if model is None:
-            return None
-        import torch
+    def linear_modules(self, *, head: bool = False) -> list[str] | None:
+        """Names in memory of all nn.Linear and Conv1D, `head`: with the output embedding; None when
+        the model cannot be built."""
+        return None if self.blueprint is None else self.blueprint.linear(head=head)
 
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+    def likely_modules(self) -> list[str] | None:
+        """Names in memory of what looks like a linear layer, from headers alone; None where names
+        on disk are others."""
+        if self._by_blueprint:
+            return None
+        known = {self._on_disk(self._prefixing[0], f"{m}.weight"): m for m in self.modules}
         return [
-            name
-            for name, module in model.named_modules()
-            if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
-            and module is not head
+            known.get(f"{name}.weight") or self._in_memory(name) for name in self.disk_modules()
         ]
+
+    def _in_memory(self, module: str) -> str:
+        """The name in memory of a module on disk: the inverse of the prefix that is changed."""
+        rename = self._prefixing[0]
+        for prefix in self.prefixes:
+            for name in (f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
+                if rename(name) == module:
+                    return name
+        return module
 
     def disk_modules(self) -> list[str]:
         """Names on disk of what looks like a linear layer: 2-D floating weights, no embeddings."""
@@ -246,72 +403,13 @@ class Architecture:
         ]
 
 
-def _same(name: str) -> str:
-    return name
-
-
 def _stripper(prefix: str) -> Callable[[str], str]:
     return lambda name: name.removeprefix(f"{prefix}.")
 
 
 def _adder(prefix: str, base: Checkpoint) -> Callable[[str], str]:
     """Adds the prefix, except to what stands beside the base model (a head)."""
-
-    def add(name: str) -> str:
-        present = any(f"{name}.{leaf}" in base.tensors for leaf in ("weight", "bias"))
-        return name if present or name in base.tensors else f"{prefix}.{name}"
-
-    return add
-
-
-def _class_of_task(auto: str, model_type: str) -> str | None:
-    from transformers.models.auto import modeling_auto
-
-    mapping = {
-        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModelForSequenceClassification": (
-            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-        ),
-        "AutoModelForTokenClassification": (
-            modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
-        ),
-        "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-        "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-    }[auto]
-    found = mapping.get(model_type)
-    return found if isinstance(found, str) else None
-
-
-def _meta_model(architecture: Architecture) -> "torch.nn.Module | None":
-    """The base's model in the adapter's class, on the meta device."""
-    if architecture.base.model_type is None:
-        return None
-    import torch
-    import transformers
-
-    folder = architecture.base.folder
-    names = [
-        architecture.class_name,
-        _class_of_task(_AUTO_CLASSES[architecture.task_type], architecture.base.model_type)
-        if architecture.task_type in _AUTO_CLASSES
-        else None,
-        *architecture.base.architectures,
-    ]
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, trust_remote_code=architecture.trust_remote_code, local_files_only=True
-        )
-        with torch.device("meta"):
-            for name in names:
-                cls = getattr(transformers, name, None) if name else None
-                if isinstance(cls, type):
-                    return cls(config)  # type: ignore[no-any-return]
-            return transformers.AutoModel.from_config(  # type: ignore[no-any-return]
-                config, trust_remote_code=architecture.trust_remote_code
-            )
-    except (ValueError, OSError, ImportError, KeyError, AttributeError, TypeError, RuntimeError):
-        return None  # an architecture that this transformers cannot build
+    return lambda name: name if name in base.tensors else f"{prefix}.{name}"
 
 
 def near_misses(name: str, names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ inputs, in the same pass. Model: the two models' outputs, as transformers loads 
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from gralora_convert.diagnosis import BlockShares, mistakes, verdict
 from gralora_convert.errors import MisuseError
 from gralora_convert.layer import forward_path
 from gralora_convert.outputs import ModelComparison, compare_models
-from gralora_convert.placement import Piece, Placement, Target, place
+from gralora_convert.pieces import Piece, Placement, Replacement, Target
+from gralora_convert.placement import place
 from gralora_convert.rounding import Survival, magnitude_rows, survival, tolerance, worst_ratio
-from gralora_convert.tensors import FLOATING, TensorSpec, read_bytes, torch_dtype
+from gralora_convert.tensors import FLOATING, TensorSpec, read_bytes, read_torch, torch_dtype
 
 __all__ = ["Equivalence", "Row", "verify"]
 
@@ -241,9 +242,15 @@ class _Audit:
         for output, held in pieces.items():
             expected.add(output)
             yield self._targeted(output, held)
+        patches: dict[str, list[Replacement]] = {}
         for replacement in self.placement.replacements:
             expected.add(replacement.output)
-            yield self._replaced(replacement.output, replacement.source)
+            if replacement.start is None:
+                yield self._replaced(replacement.output, replacement.source)
+            else:
+                patches.setdefault(replacement.output, []).append(replacement)
+        for output, parts in patches.items():
+            yield self._patched(output, parts)
         for name, spec in self.base.tensors.items():
             if name not in expected:
                 yield from self._kept(name, spec)
@@ -258,7 +265,8 @@ class _Audit:
 
     def _targeted(self, output: str, held: list[tuple[Target, Piece]]) -> Row:
         module = held[0][0].module
-        before, after = self.base.tensors[held[0][1].tensor], self._find(output)
+        piece = held[0][1]
+        before, after = piece.source or self.base.tensors[piece.tensor], self._find(output)
         if after is None:
             tied = any(target.untied for target, _ in held)
             why = "is missing; the tied base weight is used instead" if tied else "is missing"
@@ -291,6 +299,24 @@ class _Audit:
         difference = _difference(source, after, self.progress)
         what = "" if difference == 0 else "is not the value that the adapter brings"
         return Row(output, output, difference, what)
+
+    def _patched(self, output: str, parts: Sequence[Replacement]) -> Row:
+        """A tensor of the base of which rows are replaced (a bias that is fused on disk)."""
+        after = self._find(output)
+        if after is None or after.shape != self.base.tensors[output].shape:
+            return Row(output, output, WRONG, "is missing or of another shape")
+        wanted = read_torch(self.base.tensors[output]).clone()
+        for part in parts:
+            rows = read_torch(part.source)
+            picked = list(part.order) if part.order is not None else None
+            begin = part.source_start
+            chosen = rows[begin : begin + part.count] if picked is None else rows[picked]
+            assert part.start is not None
+            wanted[part.start : part.start + part.count] = chosen
+        found = read_torch(after)
+        if torch.equal(found, wanted.to(found.dtype)):
+            return Row(output, output, 0.0)
+        return Row(output, output, WRONG, "is not the value that the adapter brings")
 
     def _kept(self, name: str, spec: TensorSpec) -> Iterator[Row]:
         after = self._find(name)

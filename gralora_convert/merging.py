@@ -16,17 +16,19 @@ from gralora_convert.adapter import Adapter
 from gralora_convert.checkpoint import Checkpoint, sidecars
 from gralora_convert.delta import Delta, permute_rows, to_device
 from gralora_convert.errors import CheckFailedError, MisuseError
-from gralora_convert.placement import Placement, place
+from gralora_convert.pieces import Placement, Replacement
+from gralora_convert.placement import place
 from gralora_convert.plan import Copied, OutputFile, Part, Plan, index_json
 from gralora_convert.rounding import Survival
 from gralora_convert.strictjson import load_json
 from gralora_convert.tensors import DTYPE_BITS, FLOATING, TensorSpec
-from gralora_convert.tiles import CastTensor, Contribution, MergedTensor
+from gralora_convert.tiles import CastTensor, Contribution, MergedTensor, Patch, PatchedTensor
 from gralora_convert.version import __version__
 
 __all__ = ["merge", "summary"]
 
 DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_LABELS = ("id2label", "label2id")  # replaced as a whole, never added to
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 # What a trainer may save beside an adapter and what then describes the merged model better.
 _ADAPTER_SIDECARS = re.compile(
@@ -172,12 +174,15 @@ class _Merge:
         """Output name -> the tensor that receives updates."""
         contributions: dict[str, list[Contribution]] = {}
         sources: dict[str, TensorSpec] = {}
+        dtypes: dict[str, str] = {}
         for adapter, weight, placement in zip(
             self.adapters, self.weights, self.placements, strict=True
         ):
             for target in placement.targets:
                 for piece in target.pieces:
-                    sources[piece.output] = self.base.tensors[piece.tensor]
+                    stored = self.base.tensors[piece.tensor]
+                    sources[piece.output] = piece.source or stored
+                    dtypes[piece.output] = stored.dtype
                     contributions.setdefault(piece.output, []).append(
                         Contribution(
                             target.module,
@@ -194,7 +199,7 @@ class _Merge:
         return {
             name: MergedTensor(
                 sources[name],
-                self._written(sources[name].dtype),
+                self._written(dtypes[name]),
                 of_tensor,
                 device=self.device,
                 check=self.verify,
@@ -209,6 +214,7 @@ class _Merge:
         """The tensors of the output by weight file of the base, in the base's order; new ones (an
         untied head, a trained classifier) follow in the last file."""
         replaced = self._replacements()
+        self._refuse_clash(merged, replaced)
         added = {*merged, *replaced}
         files: dict[str, list[Part]] = {}
         for file_name, file in self.base.layout.items():
@@ -228,33 +234,60 @@ class _Merge:
         name: str,
         spec: TensorSpec | None,
         merged: Mapping[str, MergedTensor],
-        replaced: Mapping[str, TensorSpec],
+        replaced: Mapping[str, list[Replacement]],
     ) -> Part:
+        final = self._final_name(name)
         if name in merged:
             tensor = merged[name]
             shape, dtype = tensor.spec.shape, tensor.dtype
-            return Part(name, dtype, shape, _nbytes(dtype, shape), tensor.source())
-        stored = replaced.get(name, spec)
+            return Part(final, dtype, shape, _nbytes(dtype, shape), tensor.source())
+        found = replaced.get(name)
+        if found is not None and found[0].start is not None and spec is not None:
+            patches = [_patch(replacement) for replacement in found]
+            patched = PatchedTensor(spec, self._written(spec.dtype), patches)
+            nbytes = _nbytes(patched.dtype, spec.shape)
+            return Part(final, patched.dtype, spec.shape, nbytes, patched.source())
+        stored = spec if found is None else found[0].source
         assert stored is not None
         dtype = self._written(stored.dtype)
         if name in replaced and spec is not None and spec.dtype in FLOATING:
             dtype = self._written(spec.dtype)  # a float32 head of a bfloat16 model stays bfloat16
         same = dtype == stored.dtype
         source = Copied(stored) if same else CastTensor(stored, dtype).source()
-        return Part(name, dtype, stored.shape, _nbytes(dtype, stored.shape), source)
+        return Part(final, dtype, stored.shape, _nbytes(dtype, stored.shape), source)
 
-    def _replacements(self) -> dict[str, TensorSpec]:
-        found: dict[str, TensorSpec] = {}
+    def _final_name(self, name: str) -> str:
+        """A bare base that gets a head is written with its architecture's prefix."""
+        return next((p.final_name(name) for p in self.placements if p.outer_names), name)
+
+    def _replacements(self) -> dict[str, list[Replacement]]:
+        """Output name -> what replaces it: one whole tensor, or rows of it."""
+        found: dict[str, list[Replacement]] = {}
+        owners: dict[str, Adapter] = {}
         for adapter, placement in zip(self.adapters, self.placements, strict=True):
             for replacement in placement.replacements:
-                if replacement.output in found:
+                owner = owners.setdefault(replacement.output, adapter)
+                held = found.setdefault(replacement.output, [])
+                if owner is not adapter and replacement not in held:
                     raise MisuseError(
                         f"replaces {replacement.output!r}, as another of the adapters does",
                         where=adapter.path,
                         hint="Only one adapter can carry a bias or saved module.",
                     )
-                found[replacement.output] = replacement.source
+                if replacement not in held:
+                    held.append(replacement)
         return found
+
+    def _refuse_clash(
+        self, merged: Mapping[str, MergedTensor], replaced: Mapping[str, list[Replacement]]
+    ) -> None:
+        both = sorted(merged.keys() & replaced.keys())
+        if both:
+            raise MisuseError(
+                f"{both[0]!r} is adapted by one adapter and replaced whole by another",
+                where=self.adapters[0].path,
+                hint="Merge one of them, and train the other on the result.",
+            )
 
     def _texts_and_sidecars(
         self, files: Sequence[OutputFile]
@@ -357,6 +390,17 @@ def _loader(
     return load
 
 
+def _patch(replacement: Replacement) -> Patch:
+    assert replacement.start is not None
+    return Patch(
+        replacement.source,
+        replacement.start,
+        replacement.count,
+        replacement.source_start,
+        replacement.order,
+    )
+
+
 def _row(name: str, tensor: MergedTensor, *, checked: bool) -> dict[str, object]:
     row: dict[str, object] = {
         "tensor": name,
@@ -437,7 +481,7 @@ def _updated(config: Mapping[str, object], edits: Mapping[str, object]) -> dict[
     result = dict(config)
     for key, value in edits.items():
         inner = result.get(key)
-        if isinstance(inner, Mapping) and isinstance(value, Mapping) and key.endswith("config"):
+        if isinstance(inner, Mapping) and isinstance(value, Mapping) and key not in _LABELS:
             result[key] = _updated(inner, value)
         else:
             result[key] = value

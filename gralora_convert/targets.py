@@ -4,13 +4,26 @@ After PEFT 0.21.2, tuners/tuners_utils.py, check_target_module_exists, and utils
 match_target_against_key; the default mapping after utils/constants.py (0.21.2).
 """
 
-import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from gralora_convert.errors import UnsupportedError
 
-__all__ = ["DEFAULT_TARGETS", "Selection", "is_saved", "matches", "select"]
+if TYPE_CHECKING:
+    import regex
+
+__all__ = [
+    "DEFAULT_TARGETS",
+    "RULES",
+    "Rule",
+    "Selection",
+    "default_targets",
+    "is_saved",
+    "matches",
+    "rule_of",
+    "select",
+]
 
 _Q_V = ("q_proj", "v_proj")
 _QKV = ("query_key_value",)
@@ -42,6 +55,10 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
 }  # fmt: skip
 REGEX_SECONDS = 5.0  # for all names together; a pattern that needs more is an attack or a mistake
+LONGEST_PATTERN = 20_000  # characters; a list of all modules as one alternation stays below
+# Releases that find the layer number in a name differently; the newest first.
+Rule = Literal["0.21", "0.20", "0.19"]
+RULES: tuple[Rule, ...] = ("0.21", "0.20", "0.19")
 
 
 class Selection(Protocol):
@@ -57,24 +74,43 @@ class Selection(Protocol):
     def layers_pattern(self) -> Sequence[str] | str | None: ...
 
 
-def select(config: Selection, modules: Iterable[str]) -> list[str]:
+def select(config: Selection, modules: Iterable[str], *, rule: Rule = "0.21") -> list[str]:
     """Those of `modules` that the config's list or regex selects (not `all-linear`, not None).
 
     Raises:
-        UnsupportedError: a pattern that takes too long on these names.
+        UnsupportedError: a pattern that is none, or takes too long on these names.
     """
     targets = config.target_modules
+    patterns = _Patterns()
     excluded = [rf"(^|.*\.){name}($|\..*)" for name in config.modules_to_save or ()]
-    chosen = [m for m in modules if not any(matches(pattern, m) for pattern in excluded)]
+    chosen = [m for m in modules if not any(patterns.match(p, m) for p in excluded)]
     out = getattr(config, "exclude_modules", None)  # LoRA has it, GraLoRA has not
     if isinstance(out, str):
-        chosen = [m for m in chosen if _match(out, m, full=True) is None]
+        chosen = [m for m in chosen if not patterns.match(out, m, full=True)]
     elif out:
         chosen = [m for m in chosen if m not in out and not _ends_in(set(out), m)]
     if isinstance(targets, str):
-        return [m for m in chosen if _match(targets, m, full=True) is not None]
+        return [m for m in chosen if patterns.match(targets, m, full=True)]
     names = set(targets or ())
-    return [m for m in chosen if m in names or _by_suffix(config, names, m)]
+    return [
+        m for m in chosen
+        if m in names or (_ends_in(names, m) and _in_layers(config, m, rule, patterns))
+    ]  # fmt: skip
+
+
+def rule_of(
+    config: Selection, present: Iterable[str], modules: Iterable[str] | None = None
+) -> Rule | None:
+    """The newest rule that selects exactly the modules `present` of `modules` (None: that selects
+    at least all of `present`); None when no release does."""
+    wanted = set(present)
+    names = list(wanted if modules is None else modules)
+    return next((r for r in RULES if set(select(config, names, rule=r)) == wanted), None)
+
+
+def default_targets(model_type: str | None) -> Sequence[str] | str | None:
+    """What PEFT adapts in a model of this type when `target_modules` is None."""
+    return DEFAULT_TARGETS.get(model_type or "")
 
 
 def _ends_in(names: set[str], module: str) -> bool:
@@ -82,23 +118,24 @@ def _ends_in(names: set[str], module: str) -> bool:
     return any(".".join(words[i:]) in names for i in range(1, len(words)))
 
 
-def _by_suffix(config: Selection, names: set[str], module: str) -> bool:
-    if not _ends_in(names, module):
-        return False
+def _in_layers(config: Selection, module: str, rule: Rule, patterns: "_Patterns") -> bool:
     layers = config.layers_to_transform
     if layers is None or layers == []:
         return True
-    patterns = config.layers_pattern
-    if not patterns:
-        expressions = [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    # the first number in the name since 0.20, the last one before; at its start since 0.21
+    before = r".*\." if rule == "0.19" else r".*?\."
+    named = config.layers_pattern
+    if not named:
+        expressions = [rf"{before}[^.]*\.(?P<idx>\d+)\."]
     else:
-        named = [patterns] if isinstance(patterns, str) else patterns
-        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in named]
+        start = rf"(?:^|{before})" if rule == "0.21" else before
+        listed = [named] if isinstance(named, str) else named
+        expressions = [rf"{start}{pattern}\.(?P<idx>\d+)\." for pattern in listed]
     for expression in expressions:
-        index = _match(expression, module)
-        if index is not None:
+        found = patterns.match(expression, module)
+        if found:
             wanted = [layers] if isinstance(layers, int) else layers
-            return len(index) < 10 and int(index) in wanted
+            return len(found["idx"]) < 10 and int(found["idx"]) in wanted
     return False
 
 
@@ -112,32 +149,47 @@ def matches(pattern: str, name: str) -> bool:
     """Whether `pattern` matches `name` from its start.
 
     Raises:
-        UnsupportedError: a pattern that takes too long on this name.
+        UnsupportedError: a pattern that is none, or takes too long on this name.
 
     >>> matches(r"(.*\.)?(q_proj)$", "layers.0.q_proj")
     True
     """
-    return _match(pattern, name) is not None
+    return _Patterns().match(pattern, name) is not None
 
 
-def _match(pattern: str, name: str, *, full: bool = False) -> str | None:
-    """The group `idx` (or the whole match) of `pattern` in `name`, None when it does not match.
+class _Patterns:
+    """Regular expressions of a config, with one time limit for all of them together.
 
-    The module `regex` reads the same patterns as `re` and can be stopped.
+    The module `regex` reads the same patterns as `re` does and can be stopped.
     """
-    import regex
 
-    try:
-        compiled = regex.compile(pattern)
-        matcher = compiled.fullmatch if full else compiled.match
-        found = matcher(name, timeout=REGEX_SECONDS)
-    except TimeoutError:
-        raise UnsupportedError(
-            f"the pattern {pattern!r} takes too long on {name!r}",
-            hint="Write the modules as a list.",
-        ) from None
-    except (regex.error, re.error) as error:
-        raise UnsupportedError(f"{pattern!r} is no regular expression: {error}") from error
-    if found is None:
-        return None
-    return str(found["idx"] if "idx" in compiled.groupindex else found[0])
+    def __init__(self) -> None:
+        self._left = REGEX_SECONDS
+        self._compiled: dict[str, regex.Pattern[str]] = {}
+
+    def match(self, pattern: str, name: str, *, full: bool = False) -> "regex.Match[str] | None":
+        import regex
+
+        started = time.monotonic()
+        try:
+            if len(pattern) > LONGEST_PATTERN:
+                raise TimeoutError
+            compiled = self._compiled.get(pattern)
+            if compiled is None:
+                compiled = self._compiled[pattern] = regex.compile(pattern)
+            matcher = compiled.fullmatch if full else compiled.match
+            found = matcher(name, timeout=self._left)
+        except TimeoutError:
+            raise UnsupportedError(
+                f"the pattern {pattern[:80]!r} takes too long on the modules' names",
+                hint="Write the modules as a list.",
+            ) from None
+        except (regex.error, RecursionError, OverflowError) as problem:
+            raise UnsupportedError(
+                f"{pattern[:80]!r} is no regular expression: {problem}",
+                hint="Write the modules as a list.",
+            ) from problem
+        self._left -= time.monotonic() - started
+        if self._left <= 0:
+            self._left = 1e-9  # the next one times out
+        return found

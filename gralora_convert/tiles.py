@@ -22,9 +22,16 @@ from gralora_convert.rounding import (
     tolerance,
     worst_ratio,
 )
-from gralora_convert.tensors import DTYPE_BITS, FLOATING, TensorSpec, read_into, torch_dtype
+from gralora_convert.tensors import (
+    DTYPE_BITS,
+    FLOATING,
+    TensorSpec,
+    read_into,
+    read_torch,
+    torch_dtype,
+)
 
-__all__ = ["CastTensor", "Contribution", "MergedTensor"]
+__all__ = ["CastTensor", "Contribution", "MergedTensor", "Patch", "PatchedTensor"]
 
 TILE_BYTES = 2 * 1024 * 1024  # of sums: small enough to stay in the second-level cache
 CHECKED_SHARE = 64  # one row in so many is recomputed in float64 while it is hot
@@ -157,6 +164,47 @@ class CastTensor(_Tiles):
         stored = self.read(*self.span(tile))
         self.require_finite(stored, lambda: stored)
         return _bytes(self.round(stored))
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Rows `[start, start + count)` of a tensor become the rows `[source_start, ...)` of `source`,
+    or, with `order`, those that it lists."""
+
+    source: TensorSpec
+    start: int
+    count: int
+    source_start: int = 0
+    order: tuple[int, ...] | None = None
+
+
+class PatchedTensor(_Tiles):
+    """A tensor of the base of which some rows are replaced (a bias that is fused on disk)."""
+
+    def __init__(self, spec: TensorSpec, dtype: str, patches: Sequence[Patch]) -> None:
+        super().__init__(spec, dtype)
+        self.patches = tuple(patches)
+
+    def source(self) -> Computed:
+        memory = sum(patch.source.nbytes for patch in self.patches)
+        return Computed(self.tile_rows * self.row_bytes, self.produce, memory)
+
+    def produce(self, tile: int) -> memoryview:
+        start, stop = self.span(tile)
+        rows = self.read(start, stop)
+        for patch in self.patches:
+            first, last = max(start, patch.start), min(stop, patch.start + patch.count)
+            if first >= last:
+                continue
+            values = read_torch(patch.source).reshape(-1, self.columns)
+            if patch.order is not None:
+                values = values[list(patch.order[first - patch.start : last - patch.start])]
+            else:
+                begin = first - patch.start + patch.source_start
+                values = values[begin : begin + last - first]
+            rows[first - start : last - start] = values
+        self.require_finite(rows, lambda: rows)
+        return _bytes(self.round(rows))
 
 
 class MergedTensor(_Tiles):

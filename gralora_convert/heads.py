@@ -1,0 +1,89 @@
+"""What the `config.json` of a merged model must say differently: classes and labels of a trained
+head, the size of a vocabulary, ties that no longer hold."""
+
+from collections.abc import Mapping, Sequence
+
+from gralora_convert.architecture import AUTO_CLASSES, Architecture
+from gralora_convert.checkpoint import Checkpoint
+
+__all__ = ["head_edits", "tie_edits", "vocabulary_edits"]
+
+Json = Mapping[str, object]
+_NAMES = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModel": "MODEL_MAPPING_NAMES",
+}
+
+
+def head_edits(architecture: Architecture, rows: int) -> dict[str, object]:
+    """The class that loads the base with a head of `rows` labels, and the names of the labels."""
+    edits: dict[str, object] = {}
+    name = _head_class(architecture)
+    if name is not None and name not in architecture.base.architectures:
+        edits["architectures"] = [name]
+    if architecture.task_type != "QUESTION_ANS":  # its two outputs are no labels
+        edits |= _labels(architecture.base, rows)
+    return edits
+
+
+def _head_class(architecture: Architecture) -> str | None:
+    base, name = architecture.base, architecture.class_name
+    if name is not None and name not in base.architectures:
+        return name
+    auto = AUTO_CLASSES.get(architecture.task_type or "")
+    if auto is None or base.model_type is None:
+        return None
+    from transformers.models.auto import modeling_auto
+
+    found = getattr(modeling_auto, _NAMES[auto], {}).get(base.model_type)
+    first = found[0] if isinstance(found, tuple | list) and found else found
+    return first if isinstance(first, str) else None
+
+
+def _labels(base: Checkpoint, rows: int) -> dict[str, object]:
+    known = base.config.get("id2label")
+    if isinstance(known, Mapping) and len(known) == rows:
+        return {}
+    names = {str(i): f"LABEL_{i}" for i in range(rows)}
+    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+
+
+def vocabulary_edits(config: Json, before: int, now: int) -> dict[str, object]:
+    """`vocab_size` wherever it is the old one, in the config and in those within it."""
+    edits: dict[str, object] = {}
+    for name, value in config.items():
+        if name == "vocab_size" and value == before:
+            edits[name] = now
+        elif isinstance(value, Mapping):
+            inner = vocabulary_edits(value, before, now)
+            if inner:
+                edits[name] = inner
+    return edits
+
+
+def tie_edits(
+    config: Json, flags: Sequence[tuple[str, ...]], edits: Mapping[str, object]
+) -> dict[str, object]:
+    """`edits` and a false `tie_word_embeddings` in the configs at these paths.
+
+    A text config says the same as the whole: servers read either.
+    """
+    result = dict(edits)
+    paths = list(flags)
+    if () in paths and isinstance(config.get("text_config"), Mapping):
+        paths.append(("text_config",))
+    for path in dict.fromkeys(paths):
+        result = _set(result, path)
+    return result
+
+
+def _set(edits: Json, path: tuple[str, ...]) -> dict[str, object]:
+    if not path:
+        return {**edits, "tie_word_embeddings": False}
+    name, *rest = path
+    inner = edits.get(name)
+    return {**edits, name: _set(inner if isinstance(inner, Mapping) else {}, tuple(rest))}
