@@ -44,6 +44,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Options:
+    """How a fit is made: the scaling and dtype of its factors, the SVD of dense blocks ("auto":
+    randomised above a side of 512), and the source of all random numbers."""
+
     scaling: float
     dtype: torch.dtype
     method: Method
@@ -53,12 +56,22 @@ class Options:
 def options_of(
     scaling: float, dtype: torch.dtype, method: Method, generator: torch.Generator | None
 ) -> Options:
+    """The options, with seed 0 for a missing generator.
+
+    Raises:
+        ValueError: the scaling is zero or not finite.
+    """
     if not math.isfinite(scaling) or scaling == 0:
         raise ValueError(f"scaling={scaling} has no inverse")
     return Options(scaling, dtype, method, generator or torch.Generator().manual_seed(0))
 
 
 def shape_of(delta: Delta) -> tuple[int, int]:
+    """(out, in) of any delta.
+
+    >>> shape_of(Dense(torch.ones(3, 2)))
+    (3, 2)
+    """
     if isinstance(delta, Dense):
         n_out, n_in = delta.weight.shape
         return n_out, n_in
@@ -68,7 +81,8 @@ def shape_of(delta: Delta) -> tuple[int, int]:
 def blocks_of(delta: Delta, k: int, rank: int, options: Options) -> Iterator[Block]:
     """The k*k blocks of the delta, in the order (0, 0), (0, 1), ... of (j, n).
 
-    `rank` is what a randomised decomposition of a dense block must reach.
+    `rank` is what a randomised decomposition of a dense block must reach. A GraLoRA of another k
+    is taken as its LoRA, restricted to each block.
     """
     if not isinstance(delta, Dense):
         general = () if isinstance(delta, Lora) else (delta.general_A, delta.general_B)
@@ -172,7 +186,10 @@ def _extend(basis: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _project(block: Tensor, rank: int, options: Options) -> Block:
-    """A dense block, or its projection on a randomised basis of `rank` + 16 directions."""
+    """A dense block, or its projection on a randomised basis of `rank` + 16 directions.
+
+    The range finder with power iterations of Halko, Martinsson, Tropp, arXiv 0909.4061, alg. 4.4.
+    """
     width, side = rank + OVERSAMPLE, min(block.shape)
     small = side <= EXACT_SIDE or 2 * width >= side
     if options.method == "exact" or (options.method == "auto" and small) or width >= side:
@@ -187,6 +204,7 @@ def _project(block: Tensor, rank: int, options: Options) -> Block:
 
 
 def finite(matrix: Tensor) -> Tensor:
+    """The matrix itself; raises ValueError if it has a nan or an infinity."""
     if not matrix.isfinite().all():
         raise ValueError("the delta has values that are not finite")
     return matrix
@@ -194,7 +212,18 @@ def finite(matrix: Tensor) -> Tensor:
 
 def truncate(block: Block, rank: int, options: Options) -> tuple[Tensor, Tensor, float, float]:
     """Balanced factors left (p, rank), right (m, rank) with scaling * left @ right.T the best
-    fit, its squared error, and the squared norm of the block."""
+    fit, its squared error, and the squared norm of the block.
+
+    Beyond the numerical rank left is zero and right random, so that both can be trained: two
+    zero factors would never receive a gradient.
+
+    >>> options = options_of(1.0, torch.float64, "auto", None)
+    >>> left, right, error2, norm2 = truncate(Block(torch.eye(3).double()), 2, options)
+    >>> left.shape, round(error2, 9), round(norm2, 9)
+    (torch.Size([3, 2]), 1.0, 3.0)
+
+    Eckart-Young; numerical rank as of numpy.linalg.matrix_rank (eps * side * sigma_1).
+    """
     u, values, vh = torch.linalg.svd(finite(block.core), full_matrices=False)
     left, right = u[:, :rank], vh[:rank].T
     left = left if block.left is None else block.left @ left

@@ -163,7 +163,7 @@ def assert_smallest_exact(source: Delta, to: Target, k: int) -> None:
 
 @pytest.mark.parametrize(("old", "new"), PAIRS)
 @pytest.mark.parametrize("h", [0, 1])
-@pytest.mark.parametrize(("m", "p"), [(12, 12), (24, 12), (1, 2)])
+@pytest.mark.parametrize(("m", "p"), [(12, 12), (24, 12), (1, 2), (6, 3), (3, 6)])
 def test_smallest_exact_rank_of_another_k(old: int, new: int, h: int, m: int, p: int) -> None:
     unit = math.lcm(old, new)
     for s in (1, 2, 3):
@@ -411,6 +411,8 @@ def test_smallest_rank_refuses_what_the_spectra_do_not_show() -> None:
     assert smallest_rank(tails, 1.0) == 1
     with pytest.raises(ValueError, match="no rank up to 2"):
         smallest_rank(tails, 0.4)
+    with pytest.raises(ValueError, match="no rank up to 3"):  # the limited one stays at 3
+        smallest_rank([torch.tensor([4.0, 2.0, 1.0, 0.0]), torch.tensor([4.0, 3.0])], 0.5)
     with pytest.raises(ValueError, match="no spectrum"):
         smallest_rank([], 0.4)
 
