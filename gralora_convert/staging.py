@@ -81,16 +81,21 @@ class Staging:
                 )
         if not os.path.lexists(self.output):
             return
-        if not self.output.is_dir():
-            raise OutputError("exists and is not a folder", where=self.output, hint=_DELETE)
-        if self.output.is_mount():
+        with _failing(self.output, "cannot be listed", _DELETE):
+            try:
+                entries = {entry.name for entry in self.output.iterdir()}
+            except FileNotFoundError:
+                return  # another run is about to replace it
+            except NotADirectoryError as error:
+                raise OutputError(
+                    "exists and is not a folder", where=self.output, hint=_DELETE
+                ) from error
+        if os.path.ismount(self.output):
             raise OutputError(
                 "is where a disk is mounted, which no folder can replace in one step",
                 where=self.output,
                 hint="Choose a folder inside it.",
             )
-        with _failing(self.output, "cannot be listed", _DELETE):
-            entries = {entry.name for entry in self.output.iterdir()}
         if entries and not self._overwrite:
             raise OutputError("exists and is not empty", where=self.output, hint=_CHOOSE)
         if entries and not _holds_a_model(entries):
@@ -195,7 +200,9 @@ class Staging:
         if not os.path.lexists(self._aside):
             return
         if os.path.lexists(self.output):
-            shutil.rmtree(self._aside)
+            with contextlib.suppress(FileNotFoundError):  # the run that replaced it was faster
+                self._locked(self._aside, required=False)
+                shutil.rmtree(self._aside)
         else:
             self._aside.rename(self.output)
             self.require_allowed()
@@ -236,10 +243,8 @@ class Staging:
 
     def _remove(self) -> None:
         """Removes what need not stay; afterwards `_leftover` is what could not be removed."""
-        if self._leftover:
-            shutil.rmtree(self._leftover, ignore_errors=True)
-            if not os.path.lexists(self._leftover):
-                self._leftover = None
+        if self._leftover and _removed(self._leftover):
+            self._leftover = None
         self._locks.close()
         for parent in reversed(self._made):
             with contextlib.suppress(OSError):
@@ -273,6 +278,18 @@ def _holds_a_model(names: set[str]) -> bool:
     return "config.json" in names and any(
         name.endswith((".safetensors", ".bin", ".index.json")) for name in names
     )
+
+
+def _removed(folder: Path) -> bool:
+    """Removes as much of `folder` as can be; whether that was all."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return True  # what has this name now is of another run
 
 
 def _removal(path: Path) -> str:
