@@ -173,6 +173,8 @@ class Architecture:
     @cached_property
     def _tie_patterns(self) -> tuple[re.Pattern[str], ...]:
         """Patterns of the parameters that may be one and the same with others."""
+        if "_tied_weights_keys[" in self.source:  # made while the model is built: any may be
+            return (re.compile(""),)
         words: set[str] = set()
         for block in re.findall(
             r"_tied_weights_keys\b[^=\n]*=\s*(\{.*?\})", self.source, re.DOTALL
@@ -318,7 +320,7 @@ class Architecture:
     def tied_source(self, module: str, shape: tuple[int, ...]) -> str | None:
         """Without a blueprint: the input embedding on disk that an output head without a tensor
         of its own must share."""
-        if self.blueprint is not None or module.rpartition(".")[2] not in _HEADS:
+        if module.rpartition(".")[2] not in _HEADS or self.blueprint is not None:
             return None
         found = [
             name

@@ -137,8 +137,7 @@ class _Placer:
                 Piece(o.tensor, output or o.tensor, o.start, o.count, o.delta_start, o.order)
                 for o in origins
             )
-            resized = found[0] != spec.shape[0] and len(pieces) == 1
-            if resized:  # a frozen copy with another number of tokens stands in for the base's
+            if self._frozen(parameter) is not None:  # it may have another number of tokens
                 pieces = (Piece(pieces[0].tensor, pieces[0].output, 0, found[0]),)
             self.targets[parameter] = Target(module, pieces, transposed, output is not None)
 
@@ -164,10 +163,13 @@ class _Placer:
 
     def _stored_shape(self, parameter: str, origins: Sequence[Origin]) -> tuple[int, ...]:
         """The shape that the weight has before the delta is added."""
-        for name in self.architecture.sharing(parameter):
-            if name in self.values.frozen:
-                return self.values.frozen[name].shape
-        return stored_shape(origins, self.base.tensors)
+        frozen = self._frozen(parameter)
+        return stored_shape(origins, self.base.tensors) if frozen is None else frozen.shape
+
+    def _frozen(self, parameter: str) -> TensorSpec | None:
+        """The adapter's copy of a base weight that takes the base's place."""
+        held = self.values.frozen
+        return next((held[n] for n in self.architecture.sharing(parameter) if n in held), None)
 
     def _absent(self, module: str) -> Finding:
         architecture = self.architecture
