@@ -23,6 +23,7 @@ __all__ = [
     "add_rows_",
     "delta_weight",
     "dense",
+    "gralora_to_hybrid",
     "gralora_to_lora",
     "hybrid_to_gralora",
     "lora_to_gralora",
@@ -41,13 +42,46 @@ __all__ = [
 @dataclass(frozen=True, eq=False)
 class Gralora:
     """The update of one module: A (k, in/k, r), B (k, r, out/k), and for Hybrid GraLoRA
-    general_A (h, in), general_B (out, h), all under one scaling."""
+    general_A (h, in), general_B (out, h), all under one scaling.
+
+    Any floating dtypes. scaling is alpha / (r + h).
+
+    Raises:
+        ValueError: the shapes do not belong together, r is not a multiple of k, only one general
+            factor is given, or a dtype is not floating.
+
+    >>> hybrid = Gralora(torch.ones(2, 3, 4), torch.ones(2, 4, 5), 0.5,
+    ...                  torch.ones(1, 6), torch.ones(10, 1))
+    >>> hybrid.k, hybrid.r, hybrid.s, hybrid.hybrid_r, hybrid.in_features, hybrid.out_features
+    (2, 4, 2, 1, 6, 10)
+
+    Layout of PEFT 0.21.2, tuners/gralora/layer.py, update_layer.
+    """
 
     A: Tensor
     B: Tensor
     scaling: float
     general_A: Tensor | None = None
     general_B: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        found = (tuple(self.A.shape), tuple(self.B.shape))
+        if [len(shape) for shape in found] != [3, 3] or found[1][:2] != (self.k, self.r):
+            raise ValueError(f"A {found[0]} and B {found[1]} need one k and one r")
+        if self.k < 1 or self.r % self.k:
+            raise ValueError(f"r={self.r} is not a multiple of k={self.k}")
+        _check_floating(A=self.A, B=self.B, general_A=self.general_A, general_B=self.general_B)
+        if self.general_A is None and self.general_B is None:
+            return
+        if self.general_A is None or self.general_B is None:
+            raise ValueError("general_A and general_B come together")
+        found = (tuple(self.general_A.shape), tuple(self.general_B.shape))
+        h = self.hybrid_r if found[0] else 0
+        if found != ((h, self.in_features), (self.out_features, h)):
+            raise ValueError(
+                f"general_A {found[0]} and general_B {found[1]} need shapes "
+                f"(h, {self.in_features}) and ({self.out_features}, h)"
+            )
 
     @property
     def k(self) -> int:
@@ -76,11 +110,26 @@ class Gralora:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """The update scaling * B @ A with A (l, in), B (out, l)."""
+    """The update scaling * B @ A with A (l, in), B (out, l); any floating dtypes.
+
+    Raises:
+        ValueError: the shapes do not belong together, or a dtype is not floating.
+
+    >>> Lora(torch.ones(3, 8), torch.ones(12, 3), 2.0).r
+    3
+
+    Layout of PEFT 0.21.2, tuners/lora/layer.py, get_delta_weight.
+    """
 
     A: Tensor
     B: Tensor
     scaling: float
+
+    def __post_init__(self) -> None:
+        found = (tuple(self.A.shape), tuple(self.B.shape))
+        if [len(shape) for shape in found] != [2, 2] or found[0][0] != found[1][1]:
+            raise ValueError(f"A {found[0]} and B {found[1]} need shapes (l, in) and (out, l)")
+        _check_floating(A=self.A, B=self.B)
 
     @property
     def r(self) -> int:
@@ -97,17 +146,47 @@ class Lora:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """The update itself, weight (out, in)."""
+    """The update itself, weight (out, in), of any floating dtype.
+
+    Raises:
+        ValueError: the weight is not a matrix, or its dtype is not floating.
+
+    >>> Dense(torch.ones(3, 2)).out_features
+    3
+    """
 
     weight: Tensor
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise ValueError(f"weight {tuple(self.weight.shape)} needs shape (out, in)")
+        _check_floating(weight=self.weight)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
 
 
 Delta = Gralora | Lora | Dense
 Factored = TypeVar("Factored", Gralora, Lora)
 
 
+def _check_floating(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}, a floating dtype was needed")
+
+
 def terms(delta: Delta) -> int:
-    """Products per element of the delta: s + h for GraLoRA, the rank for LoRA."""
+    """Products per element of the delta: s + h for GraLoRA, the rank for LoRA, 1 for dense.
+
+    >>> terms(Gralora(torch.ones(2, 3, 4), torch.ones(2, 4, 5), 1.0))
+    2
+    """
     match delta:
         case Gralora():
             return delta.s + delta.hybrid_r
@@ -118,7 +197,11 @@ def terms(delta: Delta) -> int:
 
 
 def to_device(delta: Delta, device: str) -> Delta:
-    """The same delta with its tensors on `device`."""
+    """The same delta with its tensors on `device`.
+
+    >>> to_device(Lora(torch.ones(1, 2), torch.ones(3, 1), 1.0), "meta").A.is_meta
+    True
+    """
     match delta:
         case Gralora(general_A=ga, general_B=gb):
             return Gralora(
@@ -135,10 +218,20 @@ def to_device(delta: Delta, device: str) -> Delta:
 
 
 def gralora_to_lora(delta: Gralora) -> Lora:
-    """The LoRA with the same delta: A (k*r + h, in), B (out, k*r + h), the same scaling.
+    """The LoRA with the same delta, at the rank k*r + h that generic factors need.
 
-    Nothing is computed: rows (n, j, t) of A hold the blocks A[n].T, and B the blocks that they
-    meet. Rank k*r + h, which is minimal for generic factors.
+    GraLoRA  A (k, in/k, r), B (k, r, out/k)  ->  LoRA  A (k*r, in), B (out, k*r)
+    Hybrid   ... and general (h, in), (out, h) ->       A (k*r + h, in), B (out, k*r + h)
+
+    Nothing is computed: row (n, j, t) of A holds row (j, t) of A[n].T, so that A is block diagonal,
+    and column (n, j, t) of B what it meets. The scaling stays (`with_scaling` folds it into B).
+
+    >>> A, B = torch.ones(2, 3, 4), torch.ones(2, 4, 5)
+    >>> lora = gralora_to_lora(Gralora(A, B, 0.5))
+    >>> lora.A.shape, lora.B.shape
+    (torch.Size([8, 6]), torch.Size([10, 8]))
+
+    Layout after PEFT 0.21.2, tuners/gralora/layer.py, get_delta_weight.
     """
     k, s = delta.k, delta.s
     m, p = delta.A.shape[1], delta.B.shape[2]
@@ -227,6 +320,32 @@ def hybrid_to_gralora(delta: Gralora) -> Gralora:
     return Gralora(
         torch.cat(a, dim=3).reshape(k, -1, r), torch.cat(b, dim=2).reshape(k, r, -1), delta.scaling
     )
+
+
+def gralora_to_hybrid(delta: Gralora, hybrid_r: int, generator: torch.Generator) -> Gralora:
+    """The Hybrid GraLoRA with the same delta: its general part grows to rank hybrid_r.
+
+    A, B unchanged, general_A (h, in)  ->  general_A (hybrid_r, in), general_B (out, hybrid_r)
+
+    The new part of general_A is uniform in +-1/sqrt(in), that of general_B zero, as PEFT starts a
+    module; the scaling stays, so alpha = scaling * (r + hybrid_r). A pure GraLoRA has h = 0.
+
+    Raises:
+        ValueError: hybrid_r < 1, or smaller than it was.
+
+    >>> delta = Gralora(torch.ones(2, 4, 2), torch.ones(2, 2, 6), 1.0)
+    >>> gralora_to_hybrid(delta, 3, torch.Generator().manual_seed(0)).general_A.shape
+    torch.Size([3, 8])
+
+    PEFT 0.21.2, tuners/gralora/layer.py, update_layer.
+    """
+    check_divides(1, hybrid_r)
+    general_A, general_B = delta.general_A, delta.general_B
+    if general_A is None or general_B is None:
+        general_A = delta.A.new_empty(0, delta.in_features)
+        general_B = delta.B.new_empty(delta.out_features, 0)
+    general = pad_lora(Lora(general_A, general_B, delta.scaling), hybrid_r, generator)
+    return replace(delta, general_A=general.A, general_B=general.B)
 
 
 def with_scaling(delta: Factored, scaling: float) -> Factored:
@@ -332,16 +451,44 @@ def check_divides(k: int, *sizes: int) -> None:
 
 def permute_rows(delta: Gralora | Lora, order: Sequence[int]) -> Lora:
     """The LoRA whose row i is row order[i] of the delta; a permutation breaks the blocks of a
-    GraLoRA, not its rank."""
+    GraLoRA, not its rank.
+
+    >>> lora = Lora(torch.ones(1, 1), torch.tensor([[1.0], [2.0], [3.0]]), 1.0)
+    >>> permute_rows(lora, [2, 0, 1]).B.flatten()
+    tensor([3., 1., 2.])
+    """
     lora = gralora_to_lora(delta) if isinstance(delta, Gralora) else delta
-    return Lora(lora.A, lora.B[torch.tensor(order)], lora.scaling)
+    return Lora(lora.A, lora.B[torch.tensor(order, device=lora.B.device)], lora.scaling)
 
 
 def add_rows_(
     tile: Tensor, delta: Delta, start: int, *, transposed: bool = False, weight: float = 1.0
 ) -> None:
-    """Adds weight * delta[start:start+rows] to the tile, in place."""
+    """Adds weight * delta[start:start+rows] to the tile (rows, in), in place.
+
+    With `transposed`, weight * delta.T[start:start+rows] to a tile (rows, out): the weight of a
+    Conv1D is stored so. A tile may begin and end anywhere in a block row.
+
+    float32 or float64 tiles; sums are of the tile's dtype. One gemm per block writes straight into
+    the tile: no temporary of its size, and factors of the tile's dtype are not copied.
+
+    Raises:
+        ValueError: the tile is not rows of the delta, or not float32 or float64.
+
+    >>> tile = torch.zeros(2, 6)
+    >>> add_rows_(tile, Gralora(torch.ones(2, 3, 4), torch.ones(2, 4, 5), 0.5), start=4)
+    >>> tile[:, 0]
+    tensor([1., 1.])
+
+    PEFT 0.21.2, tuners/gralora/layer.py, get_delta_weight.
+    """
     stop = start + tile.shape[0]
+    _check_rows(delta, start, stop, transposed)
+    width = delta.out_features if transposed else delta.in_features
+    if tile.ndim != 2 or tile.shape[1] != width:
+        raise ValueError(f"the tile {tuple(tile.shape)} needs rows of {width} columns")
+    if tile.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the tile has dtype {tile.dtype}, float32 or float64 was needed")
     match delta:
         case Gralora():
             _add_blocks_(tile, delta, start, stop, transposed, weight)
@@ -354,6 +501,12 @@ def add_rows_(
         case Dense(weight=update):
             update = update.T if transposed else update
             tile.add_(update[start:stop], alpha=weight)
+
+
+def _check_rows(delta: Delta, start: int, stop: int, transposed: bool) -> None:
+    count = delta.in_features if transposed else delta.out_features
+    if not 0 <= start < stop <= count:
+        raise ValueError(f"rows {start}:{stop} are not within the {count} rows of the delta")
 
 
 def _add_blocks_(
@@ -380,12 +533,19 @@ def _add_blocks_(
 
 
 def dense(delta: Delta, dtype: torch.dtype = torch.float32) -> Tensor:
-    """delta as a matrix (out, in)."""
+    """The delta as a matrix (out, in), on the device of its factors.
+
+    Sums are float32 (float64 for a float64 dtype), rounded once to `dtype`; differentiable.
+
+    >>> dense(Lora(torch.ones(1, 2), torch.ones(3, 1), 0.5)).shape
+    torch.Size([3, 2])
+    """
     if isinstance(delta, Dense):
         return delta.weight.to(dtype)
-    matrix = torch.zeros(delta.out_features, delta.in_features, dtype=dtype)
+    shape, wide = (delta.out_features, delta.in_features), torch.promote_types(dtype, torch.float32)
+    matrix = torch.zeros(shape, dtype=wide, device=delta.A.device)
     add_rows_(matrix, delta, 0)
-    return matrix
+    return matrix.to(dtype)
 
 
 def delta_weight(
@@ -399,11 +559,11 @@ def delta_weight(
 
     A (k, in/k, r)   B (k, r, out/k)   general_A (h, in)   general_B (out, h)  ->  (out, in)
 
-    In float32, or in float64 if A is; half-precision factors are not rounded again. The weight
-    of a Conv1D is stored transposed and takes the transpose.
+    In float32, or in float64 if A is; half-precision factors are not rounded again. Gradients
+    reach the factors. The weight of a Conv1D is stored transposed and takes the transpose.
 
     Raises:
-        ValueError: the shapes do not belong together, or only one general factor is given.
+        ValueError: as `Gralora`.
 
     >>> delta_weight(torch.ones(2, 3, 4), torch.ones(2, 4, 5), scaling=0.5).shape
     torch.Size([10, 6])
@@ -411,20 +571,6 @@ def delta_weight(
     PEFT 0.21.2, tuners/gralora/layer.py, get_delta_weight; arXiv 2505.20355, eq. 4.
     """
     delta = Gralora(A, B, scaling, general_A, general_B)
-    if A.ndim != 3 or B.ndim != 3 or (B.shape[0], B.shape[1]) != (A.shape[0], A.shape[2]):
-        raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} need one k and one r")
-    if delta.k < 1 or delta.r % delta.k:
-        raise ValueError(f"r={delta.r} is not a multiple of k={delta.k}")
-    if (general_A is None) != (general_B is None):
-        raise ValueError("general_A and general_B come together")
-    if general_A is not None and general_B is not None:
-        found = (tuple(general_A.shape), tuple(general_B.shape))
-        h = delta.hybrid_r if general_A.ndim else 0
-        if found != ((h, delta.in_features), (delta.out_features, h)):
-            raise ValueError(
-                f"general_A {found[0]} and general_B {found[1]} need shapes "
-                f"(h, {delta.in_features}) and ({delta.out_features}, h)"
-            )
     return dense(delta, torch.promote_types(A.dtype, torch.float32))
 
 
@@ -439,10 +585,16 @@ def rows(
     """delta[start:stop] (rows of delta.T with `transposed`), by the sum over t of the formula
     above: shares no code with `add_rows_`, so that each can check the other.
 
+    (stop - start, in), with `transposed` (stop - start, out), of the given floating dtype.
+
+    Raises:
+        ValueError: start:stop is not within the rows of the delta.
+
     >>> delta = Gralora(torch.ones(2, 3, 4), torch.ones(2, 4, 5), scaling=0.5)
     >>> rows(delta, 0, 1)
     tensor([[1., 1., 1., 1., 1., 1.]], dtype=torch.float64)
     """
+    _check_rows(delta, start, stop, transposed)
     match delta:
         case Gralora():
             parts = [
@@ -465,7 +617,12 @@ def row_blocks(
     delta: Gralora, start: int, stop: int, *, transposed: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The factors behind rows start:stop, a block row at a time: left (x, k, s), right (k, y, s);
-    row x of the block row is the concatenation over v of left[x, v] @ right[v].T."""
+    row x of the block row is the concatenation over v of left[x, v] @ right[v].T.
+
+    >>> delta = Gralora(torch.ones(2, 3, 4), torch.ones(2, 4, 5), scaling=0.5)
+    >>> [tuple(left.shape) for left, _ in row_blocks(delta, 3, 9)]
+    [(2, 2, 2), (4, 2, 2)]
+    """
     k, s = delta.k, delta.s
     a4, b4 = delta.A.view(k, -1, k, s), delta.B.view(k, k, s, -1)
     height = a4.shape[1] if transposed else b4.shape[3]

@@ -1,6 +1,7 @@
 """Delta weights and their exact layouts, against explicit loops and against PEFT."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -19,6 +20,7 @@ from gralora_convert.delta import (
     add_rows_,
     delta_weight,
     dense,
+    gralora_to_hybrid,
     gralora_to_lora,
     hybrid_to_gralora,
     lora_to_gralora,
@@ -151,6 +153,68 @@ def test_factors_that_do_not_belong_together(
         delta_weight(tensors[0], tensors[1], 1.0, *tensors[2:])
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda x: Lora(x(2, 4), x(6, 3), 1.0), r"A \(2, 4\) and B \(6, 3\)"),
+        (lambda x: Lora(x(4), x(6, 1), 1.0), r"A \(4,\)"),
+        (lambda x: Dense(x(2, 3, 4)), r"weight \(2, 3, 4\)"),
+        (lambda x: Lora(x(2, 4).int(), x(6, 2), 1.0), "A has dtype torch.int32"),
+        (lambda x: Dense(x(2, 3).bool()), "weight has dtype torch.bool"),
+        (lambda x: Gralora(x(2, 4, 2), x(2, 2, 3), 1.0, x(1, 8), x(6, 1).long()), "general_B has"),
+    ],
+)
+def test_values_that_cannot_exist(
+    make: Callable[[Callable[..., Tensor]], Delta], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        make(torch.ones)
+
+
+FORMS: list[Delta] = [
+    Gralora(torch.ones(2, 4, 2), torch.ones(2, 2, 3), 1.0),
+    Lora(torch.ones(1, 8), torch.ones(6, 1), 1.0),
+    Dense(torch.ones(6, 8)),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tiles_that_are_not_rows_of_the_delta(form: Delta) -> None:
+    for tile, start in ((torch.ones(3, 8), 4), (torch.ones(2, 8), -1), (torch.ones(7, 8), 0)):
+        with pytest.raises(ValueError, match="within the 6 rows"):
+            add_rows_(tile, form, start)
+    with pytest.raises(ValueError, match="within the 8 rows"):
+        add_rows_(torch.ones(2, 6), form, 7, transposed=True)
+    for tile in (torch.ones(2, 1), torch.ones(2, 6), torch.ones(6)):
+        with pytest.raises(ValueError, match="rows of 8 columns"):
+            add_rows_(tile, form, 0)
+    with pytest.raises(ValueError, match="bfloat16, float32 or float64"):
+        add_rows_(torch.ones(2, 8, dtype=torch.bfloat16), form, 0)
+    for start, stop in ((4, 7), (-1, 2), (3, 3)):
+        with pytest.raises(ValueError, match="within the 6 rows"):
+            rows(form, start, stop)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_dense_delta_of_16_bits_is_rounded_once(dtype: torch.dtype) -> None:
+    draw = generator()
+    A, B = torch.randn(2, 16, 32, generator=draw), torch.randn(2, 32, 16, generator=draw)
+    delta = Gralora(A, B, 0.3)
+    assert torch.equal(dense(delta, dtype), dense(delta).to(dtype))
+
+
+def test_gradients_reach_the_factors() -> None:
+    draw = generator()
+    shapes = ((2, 3, 4), (2, 4, 5), (1, 6), (10, 1))
+    factors = [torch.randn(shape, dtype=torch.float64, generator=draw) for shape in shapes]
+    A, B, general_A, general_B = (factor.requires_grad_() for factor in factors)
+
+    def weight(*parts: Tensor) -> Tensor:
+        return delta_weight(parts[0], parts[1], 0.5, *parts[2:])
+
+    assert torch.autograd.gradcheck(weight, (A, B, general_A, general_B))
+
+
 # --- exact layouts ---
 
 
@@ -197,6 +261,20 @@ def test_pure_gralora_of_a_hybrid_is_exact(delta: Gralora) -> None:
     pure = hybrid_to_gralora(delta)
     assert (pure.r, pure.hybrid_r) == (delta.r + delta.k * delta.hybrid_r, 0)
     assert same(pure, delta)
+
+
+@given(graloras(), st.integers(0, 3))
+def test_hybrid_around_a_gralora_is_exact(delta: Gralora, more: int) -> None:
+    h = max(1, delta.hybrid_r + more)
+    hybrid = gralora_to_hybrid(delta, h, generator())
+    assert (hybrid.hybrid_r, hybrid.scaling) == (h, delta.scaling)
+    assert hybrid.A is delta.A
+    assert hybrid.B is delta.B
+    assert same(hybrid, delta)
+    assert hybrid.general_A is not None
+    assert hybrid.general_B is not None
+    assert bool((hybrid.general_A[delta.hybrid_r :] != 0).all())
+    assert not hybrid.general_B[:, delta.hybrid_r :].any()
 
 
 @given(graloras(), st.integers(0, 3))
@@ -275,6 +353,11 @@ def test_refused_shapes() -> None:
         pad(gralora, 5, generator())
     with pytest.raises(ValueError, match="r=1 is smaller"):
         pad_lora(lora, 1)
+    hybrid = gralora_to_hybrid(gralora, 2, generator())
+    with pytest.raises(ValueError, match="r=1 is smaller"):
+        gralora_to_hybrid(hybrid, 1, generator())
+    with pytest.raises(ValueError, match="0 is not a positive"):
+        gralora_to_hybrid(gralora, 0, generator())
     for scaling in (0.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="no inverse"):
             with_scaling(lora, scaling)
