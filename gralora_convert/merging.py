@@ -65,13 +65,16 @@ def merge(
     Raises:
         InvalidAdapterError: an adapter has errors or does not fit the base.
         MisuseError: arguments that do not go together.
-        UnreadableError, UnsupportedError: the base.
+        UnreadableError: the base.
+        UnsupportedError: the base, or a LoRA whose update is more than scaling * B @ A.
 
     >>> plan = merge("fixtures/peft-0.21.2/llama-gralora", base="fixtures/bases/llama")
     >>> len(plan.files)
     1
     """
     opened = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
+    for adapter in opened:
+        adapter.require_plain()
     factors = _weights(weights, opened)
     target = base if isinstance(base, Checkpoint) else Checkpoint.open(base or _base_name(opened))
     _refuse_twice(opened, target)

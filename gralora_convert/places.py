@@ -37,7 +37,8 @@ class Places:
     """The places of the tensors of `file`, and all findings about them.
 
     `roles` maps module -> role -> tensor, `biases` module -> trained bias, `saved` parameter path
-    -> full tensor, `frozen` parameter path -> copy of the base's, `ignored` key -> reason;
+    -> full tensor, `frozen` parameter path -> copy of the base's, `ignored` key -> why it holds
+    nothing new;
     `unsupported` names what makes a LoRA's update more than scaling * B @ A.
     """
 
@@ -173,8 +174,10 @@ class Places:
 
     def _freeze(self, key: Key, parameter: str, spec: TensorSpec) -> None:
         self.frozen[parameter] = spec
-        self.ignored[key.key] = "the frozen base weight, which PEFT saves beside a targeted head"
-        self._say(note("embeddings-saved", key.key, "is the frozen base weight; it is not used"))
+        self.ignored[key.key] = "a copy of the base's, which PEFT saves beside a targeted head"
+        self._say(
+            note("embeddings-saved", key.key, "is a copy of the base's, which was not trained")
+        )
 
     def _place_copy(self, key: Key) -> None:
         """A key inside the wrapper of a saved module: with bias='all' PEFT saves biases twice."""

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from gralora_convert.adapter import Adapter, Scan, scan_adapter
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig
 from gralora_convert.errors import InvalidAdapterError, UnreadableError, UnsupportedError
+from gralora_convert.merging import merge
 from gralora_convert.tensors import DTYPE_BITS
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -596,12 +597,104 @@ def test_a_lora_with_more_than_factors_is_named_and_not_used(name: str, tmp_path
     assert codes(found, "warning") == {"lora-feature-unsupported"}
     assert any(feature in f.message for f in found.report.findings)
     with pytest.raises(UnsupportedError, match=feature):
-        adapter.require_plain()
+        merge(adapter, base=tmp_path / "never read")
     for module in adapter.modules:
         assert min(adapter.shape(module)) > 0
         with pytest.raises(UnsupportedError, match=feature):
             adapter.delta(module)
     require_accounted(adapter)
+
+
+def llama(**more: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=4, **more,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def roberta() -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RobertaConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def phi() -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.PhiConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    return transformers.PhiForCausalLM(config)
+
+
+HEAD_PARTS = {f"classifier.{n}.{p}" for n in ("dense", "out_proj") for p in ("weight", "bias")}
+PAIR = {"model.embed_tokens.weight", "lm_head.weight"}
+# name: (model, config class, its arguments, save_pretrained's, saved, frozen, biases)
+PEFT_SAVES: Mapping[str, tuple[Any, ...]] = {
+    "a nested head and all biases": (
+        roberta, "Gralora", {"bias": "all", "task_type": "SEQ_CLS", "target_modules": ["query"]},
+        {}, HEAD_PARTS, set(), 9,
+    ),
+    "a nested head and own biases": (
+        roberta, "Gralora", {"bias": "gralora_only", "modules_to_save": ["classifier"],
+                             "target_modules": ["query"]},
+        {}, HEAD_PARTS, set(), 1,
+    ),
+    "both embeddings": (
+        llama, "Gralora", {"target_modules": ["q_proj"]}, {"save_embedding_layers": True},
+        PAIR, set(), 0,
+    ),
+    "a head with a bias beside the embeddings": (
+        phi, "Gralora", {"target_modules": ["q_proj"]}, {"save_embedding_layers": True},
+        PAIR | {"lm_head.bias"}, set(), 0,
+    ),
+    "a targeted head": (
+        llama, "Gralora", {"target_modules": ["q_proj", "lm_head"]}, {},
+        set(), {"lm_head.weight"}, 0,
+    ),
+    "a targeted head with a bias": (
+        phi, "Gralora", {"target_modules": ["q_proj", "lm_head"]}, {},
+        set(), {"lm_head.weight", "lm_head.bias"}, 0,
+    ),
+    "a saved pair": (
+        llama, "Gralora", {"target_modules": ["q_proj"],
+                           "modules_to_save": ["lm_head", "embed_tokens"]}, {},
+        PAIR, set(), 0,
+    ),
+    "LoRA: a nested head and all biases": (
+        roberta, "Lora", {"bias": "all", "task_type": "SEQ_CLS", "target_modules": ["query"]},
+        {}, HEAD_PARTS, set(), 9,
+    ),
+    "LoRA: embeddings": (
+        llama, "Lora", {"target_modules": ["q_proj", "embed_tokens"]}, {},
+        set(), {"model.embed_tokens.weight"}, 0,
+    ),
+    "LoRA: magnitudes": (
+        llama, "Lora", {"target_modules": ["q_proj"], "use_dora": True}, {}, set(), set(), 0,
+    ),
+    "LoRA: all but one": (
+        llama, "Lora", {"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, {},
+        set(), set(), 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PEFT_SAVES)
+def test_what_peft_saves_of_unusual_models_is_valid(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    build, kind, arguments, options, saved, frozen, biases = PEFT_SAVES[name]
+    config = getattr(peft, f"{kind}Config")(**{"r": 4} | arguments)
+    peft.get_peft_model(build(), config).save_pretrained(tmp_path, **options)
+    adapter = Adapter.open(tmp_path)
+    require_accounted(adapter)
+    assert (set(adapter.saved), set(adapter.frozen)) == (saved, frozen)
+    assert len(adapter.biases) == biases
 
 
 # values -------------------------------------------------------------------------------------------
