@@ -465,13 +465,15 @@ def test_fewer_threads_than_asked_for(tmp_path: Path, monkeypatch: pytest.Monkey
 # processes ----------------------------------------------------------------------------------------
 
 SLOW_MERGE = """
-import sys, time
+import sys
 from gralora_convert import plan
 from gralora_convert.cli import main
-real = plan._Target.write
+real, writes = plan._Target.write, []
 def slow(self, data, position):
-    print("writing", flush=True)
-    time.sleep(0.2)
+    writes.append(position)
+    if len(writes) == 3:  # the first of a worker, or the second
+        print("writing", flush=True)
+        sys.stdin.readline()
     real(self, data, position)
 plan._Target.write = slow
 main(sys.argv[1:])
@@ -490,14 +492,13 @@ def merge(tmp_path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def in_the_middle(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A slow run that has begun to write."""
+    """A run that waits in the middle of writing for a line to go on."""
     with subprocess.Popen(
         [sys.executable, "-c", SLOW_MERGE, *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
-        for _ in range(3):
-            assert process.stdout.readline() == "writing\n", process.communicate()
+        assert process.stdout.readline() == "writing\n", process.communicate()
         yield process
         process.kill()
 
@@ -513,7 +514,8 @@ def test_an_interrupted_run_leaves_nothing(
     before = tree(tmp_path)
     with in_the_middle(merge) as process:
         process.send_signal(getattr(signal, name))
-        _, errors = process.communicate(timeout=60)
+        time.sleep(0.5)
+        _, errors = process.communicate("\n", timeout=60)
     assert process.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
