@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 RECEIPT_NAME = "gralora_convert.json"
+MAX_FOLDERS = 32  # below one another, of the files beside the weights
 _INDEX_SUFFIX = ".index.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -353,6 +354,10 @@ def sidecars(folder: Path) -> dict[str, Path]:
                     open_regular(entry).close()
                     found[str(name)] = entry
                 elif not entry.is_symlink() and not _holds_a_model(entry):
+                    if len(name.parts) > MAX_FOLDERS:
+                        raise UnreadableError(
+                            f"is more than {MAX_FOLDERS} folders deep in the model", where=entry
+                        )
                     folders.append(name)
     return dict(sorted(found.items()))
 
