@@ -551,8 +551,8 @@ def test_sidecars_are_what_is_neither_weights_nor_ours(tmp_path: Path) -> None:
             "chat_template.jinja", "additional/deep/notes.txt", "odd\nname.txt"]  # fmt: skip
     left = ["model.safetensors", "pytorch_model.bin", "x.gguf", INDEX, "README.md",
             ".gitattributes", ".git/config", "adapter_config.json", "gralora_convert.json",
-            "optimizer.pt", "training_args.bin", "checkpoint-100/pytorch_model.bin", "checkpoint-100/config.json",
-            "onnx/model.onnx", "onnx/config.json"]  # fmt: skip
+            "optimizer.pt", "training_args.bin", "checkpoint-100/pytorch_model.bin",
+            "checkpoint-100/config.json", "onnx/model.onnx", "onnx/config.json"]  # fmt: skip
     for name in kept + left:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
