@@ -1,13 +1,15 @@
 """Output folders appear complete or not at all, and nothing else is touched."""
 
+import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from gralora_convert import staging as module
 from gralora_convert.errors import ConvertError, MisuseError, OutputError, UnreadableError
 from gralora_convert.staging import Staging
+from tests.faults import mounted
 
 
 def make(
@@ -411,4 +414,158 @@ def test_what_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UnreadableError) as caught:
         stopped()
     assert caught.value.hint.startswith("Mend it. Delete ")
+    assert tree(tmp_path / "out") == {**NEW, "sub": None}
+
+
+def test_a_run_that_ends_does_not_remove_what_the_next_one_has_begun(tmp_path: Path) -> None:
+    first = Staging(tmp_path / "out", overwrite=False)
+    second = Staging(tmp_path / "out", overwrite=True)
+    with first.open(0) as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text("first")
+        first.publish()
+        begun = second.open(0)
+        (begun.__enter__() / "model.safetensors").write_text("second")
+    second.publish()
+    begun.__exit__(None, None, None)
+    assert tree(tmp_path / "out") == {"model.safetensors": "second"}
+    assert names(tmp_path) == ["out"]
+
+
+def test_while_the_older_output_is_removed_nobody_takes_its_hidden_folder(tmp_path: Path) -> None:
+    make(tmp_path / "out", MODEL)
+    staging = Staging(tmp_path / "out", overwrite=True)
+    with staging.open(0) as folder:
+        (folder / "gralora_convert.json").write_text("{}")
+        staging.publish()
+        with pytest.raises(OutputError, match="another run"):
+            make(tmp_path / "out", NEW, overwrite=True)
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_came_to_the_output_during_the_run_is_kept(overwrite: bool, tmp_path: Path) -> None:
+    staging = Staging(tmp_path / "out", overwrite=overwrite)
+
+    def run() -> None:
+        with staging.open(0) as folder:
+            (folder / "config.json").write_text("{}")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/thesis.tex").write_text("precious")
+            staging.publish()
+
+    with pytest.raises(OutputError, match="exists"):
+        run()
+    assert tree(tmp_path) == {"out": None, "out/thesis.tex": "precious"}
+
+
+def test_leftovers_of_another_user_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial/file").write_text("x")
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert "another user" in str(refusal(tmp_path / "out"))
+    assert tree(tmp_path / ".out.partial") == {"file": "x"}
+
+
+# places -------------------------------------------------------------------------------------------
+
+
+def test_a_place_where_a_disk_is_mounted_is_refused_at_once(tmp_path: Path) -> None:
+    with mounted(tmp_path / "volume") as volume:
+        error = refusal(volume)
+        assert "a disk is mounted" in error.message
+        assert "a folder inside it" in error.hint
+        make(volume / "out", NEW)
+        assert tree(volume / "out") == {**NEW, "sub": None}
+
+
+def test_a_read_only_place_is_refused_at_once(tmp_path: Path) -> None:
+    with mounted(tmp_path / "volume", "ro") as volume:
+        error = refusal(volume / "a/out")
+    assert "cannot be made: Read-only file system" in error.message
+    assert error.hint == "Nothing was written."
+
+
+def failing(code: int) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def test_a_file_system_without_locks_serves_unless_something_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(errno.EOPNOTSUPP))
+    make(tmp_path / "out", MODEL)
+    make(tmp_path / "out", NEW, overwrite=True)
+    assert names(tmp_path) == ["out"]
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".new.partial/file").write_text("x")
+    error = refusal(tmp_path / "new")
+    assert f"was killed and left {tmp_path}/.new.partial" in error.message
+    assert tree(tmp_path / ".new.partial") == {"file": "x"}
+
+
+def test_a_file_system_that_cannot_flush_folders_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", failing(errno.EINVAL))
+    make(tmp_path / "out", NEW)
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_disk_that_fails_after_the_rename_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, parent = os.fsync, tmp_path.stat().st_ino
+
+    def sometimes(descriptor: int) -> None:
+        failing(errno.EIO)() if os.fstat(descriptor).st_ino == parent else flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sometimes)
+    with pytest.raises(OutputError, match="is complete, but the disk did not confirm it") as caught:
+        make(tmp_path / "out", NEW)
+    assert "what it was" not in str(caught.value)
+    assert tree(tmp_path / "out") == {**NEW, "sub": None}
+
+
+def test_a_c_library_without_the_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "out", MODEL)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    make(tmp_path / "out", NEW, overwrite=True)
+    assert names(tmp_path) == ["out"]
+
+
+# what stays ---------------------------------------------------------------------------------------
+
+
+def test_an_interruption_after_publishing_is_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads 'the output is what it was before' must be able to rely on it."""
+    make(tmp_path / "out", MODEL)
+
+    def interrupt(folder: Path) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_removed", interrupt)
+    with pytest.raises(OutputError, match="is complete, but"):
+        make(tmp_path / "out", NEW, overwrite=True)
+    assert tree(tmp_path / "out") == {**NEW, "sub": None}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [["adapter_config.json"], ["gralora_convert.json"], ["config.json", "pytorch_model.bin"],
+     ["config.json", "model.safetensors.index.json"]],
+    ids=lambda files: files[-1],
+)  # fmt: skip
+def test_what_counts_as_a_model(files: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in files:
+        (tmp_path / "out" / name).touch()
+    make(tmp_path / "out", NEW, overwrite=True)
     assert tree(tmp_path / "out") == {**NEW, "sub": None}
