@@ -7,7 +7,7 @@ imports torch and transformers).
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -41,6 +41,7 @@ _QUANTISED_SUFFIXES = {
     ".weight._data": "quanto",
     "_blocks": "MXFP4",
 }
+_LINES = re.MULTILINE | re.DOTALL
 AUTO_CLASSES: Mapping[str, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -331,6 +332,32 @@ class Architecture:
         ]  # fmt: skip
         shared = [name for name in found if name.endswith("shared.weight")]
         return shared[0] if shared else found[0] if len(found) == 1 else None
+
+    def lacking(self, given: Collection[str]) -> list[str]:
+        """Parameters of the model in memory that neither the base nor `given` holds: they were
+        drawn at random when it was trained."""
+        if self._is_whole_beside(given) or self.blueprint is None:
+            return []
+        return self.blueprint.lacking(given)
+
+    def _is_whole_beside(self, given: Collection[str]) -> bool:
+        """Whether the source text already shows that the class in memory is its bare model, which
+        the base is, and layers that `given` holds."""
+        ending = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}
+        wanted = f"For{ending.get(self.task_type or '', '?')}("
+        bodies = re.findall(rf"^class \w+{re.escape(wanted)}.*?\n(?=\S|\Z)", self.source, _LINES)
+        if len(bodies) != 1 or not self.lacking_prefix:
+            return False
+        assigned = dict(re.findall(r"^        self\.(\w+)[^=\n]*= (.*)$", bodies[0], re.MULTILINE))
+        bare = assigned.pop(self.lacking_prefix, "")
+        pooled = "add_pooling_layer=False" in bare or any("pooler" in n for n in self.base.tensors)
+        if not pooled or (bare.partition("(")[0],) != self.base.architectures:
+            return False
+        return all(
+            re.fullmatch(r"config(\.\w+)?", value) or value.startswith("nn.Dropout(")
+            or any(parameter.startswith(f"{layer}.") for parameter in given)
+            for layer, value in assigned.items()
+        )  # fmt: skip
 
     # kinds ----------------------------------------------------------------------------------------
 

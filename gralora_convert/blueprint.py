@@ -191,6 +191,28 @@ class Blueprint:
         return name, pattern
 
     @cached_property
+    def loaded(self) -> frozenset[str]:
+        """Every parameter that some tensor on disk has a part in."""
+        _, converters = self._mapping
+        targets_of = {p: c.target_patterns for c in converters for p in c.source_patterns}
+        found = set()
+        for key in self.base.tensors:
+            name, pattern = self.loaded_name(key)
+            found.add(name)
+            targets = [] if pattern is None else targets_of[pattern]
+            found.update(name.replace(targets[0], target) for target in targets)
+        return frozenset(found)
+
+    def lacking(self, given: Iterable[str]) -> list[str]:
+        """Parameters that neither the disk nor `given` has, under any of their names."""
+        known = self.loaded.union(given)
+        return [
+            name
+            for name, _ in self.model.named_parameters()
+            if known.isdisjoint(self.sharing(name))
+        ]
+
+    @cached_property
     def origins(self) -> Mapping[str, tuple[Origin, ...]]:
         """Name of a parameter -> where its rows lie on disk. Parameters whose values do not lie
         there as whole rows are left out."""

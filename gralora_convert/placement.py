@@ -93,6 +93,7 @@ class _Placer:
         if self.targets or not self.findings:  # else nothing fits, and the modules say so
             self._check_targets()
             self._check_orientation()
+            self.values.check_head()
             self.values.check_biases([target.module for target in self.targets.values()])
         self.findings += self.values.findings
         claims = Claims(self.targets, self.values.trained, self.values.frozen)

@@ -30,7 +30,8 @@ class Values:
 
     `trained` maps a parameter in memory to its new value (several where it is cut on disk),
     `frozen` to a copy of the base's that differs; `head_rows` counts the labels of a trained head,
-    `vocabulary` is (rows before, rows now) of resized embeddings.
+    `vocabulary` is (rows before, rows now) of resized embeddings, `is_new_head` says that the base
+    has no such head.
     """
 
     def __init__(self, adapter: Adapter, architecture: Architecture) -> None:
@@ -41,6 +42,7 @@ class Values:
         self.frozen: dict[str, TensorSpec] = {}
         self.head_rows: int | None = None
         self.vocabulary: tuple[int, int] | None = None
+        self.is_new_head = False
         self._heads: dict[str, int] = {}
         self._resized: dict[str, tuple[int, int]] = {}
         for module, spec in adapter.biases.items():
@@ -116,8 +118,10 @@ class Values:
         """A saved tensor that the base lacks: an output head that shares the embeddings, or a head
         trained for a task."""
         shared = self.architecture.tied_source(parameter.rpartition(".")[0], spec.shape)
-        if shared is None and len(spec.shape) == 2:
-            self._heads[parameter] = spec.shape[0]
+        if shared is None:
+            self.is_new_head = True
+            if len(spec.shape) == 2:
+                self._heads[parameter] = spec.shape[0]
         name = self.architecture.disk_name(parameter)
         self.trained[parameter] = (Replacement(spec, name),)
 
@@ -216,6 +220,21 @@ class Values:
             else:
                 self._say(note("modules-to-save-unmatched", entry, "is no module of the base"))
 
+    def check_head(self) -> None:
+        """A class with a new head may have more layers that the base lacks, unsaved by PEFT."""
+        if not self.is_new_head:
+            return
+        given = {*self.adapter.saved, *(f"{module}.bias" for module in self.adapter.biases)}
+        lacking = self.architecture.lacking(given)
+        if lacking:
+            holder = lacking[0].rpartition(".")[0]
+            self._say(error(
+                "head-incomplete", lacking[0],
+                f"is one of {len(lacking)} parameters of the trained model that neither the base "
+                "nor the adapter has: they were drawn at random, and are lost",
+                f"Train again from a base that has them, or with {holder!r} in modules_to_save.",
+            ))  # fmt: skip
+
     def check_biases(self, modules: Sequence[str]) -> None:
         """Biases of the adapted `modules` (and of all others, by mode) that should be here."""
         mode = self.config.bias
@@ -225,6 +244,9 @@ class Values:
         own = [m for m in modules if m not in present and self._find(f"{m}.bias")]
         every = mode == "all" and not present
         others = [n for n in self.base.tensors if n.endswith((".bias", ".beta"))] if every else []
+        if others and not own and self.architecture.blueprint is not None:  # of another head?
+            state = self.architecture.blueprint.state
+            others = [n for n in state if n.endswith(".bias") and self._find(n)]
         if own or others:
             count, example = (len(own), f"{own[0]}.bias") if own else (len(others), others[0])
             what = f"{count} trained biases, first {example},"
