@@ -41,11 +41,12 @@ def open_regular(path: Path) -> BinaryIO:
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags)
+        mode = os.fstat(descriptor).st_mode
     except OSError as error:
         raise UnreadableError(f"cannot be opened: {error.strerror}", where=path) from error
     except ValueError as error:  # a NUL or a lone surrogate in the name
         raise UnreadableError(f"is not a file name: {error}", where=path) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
         raise UnreadableError("is not a regular file", where=path)
     return os.fdopen(descriptor, "rb")

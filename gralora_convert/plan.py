@@ -342,7 +342,8 @@ class _Target:
                 os.ftruncate(descriptor, nbytes)
             yield cls(path, descriptor)
         finally:
-            os.close(descriptor)
+            with _writing(path):
+                os.close(descriptor)
 
     def write(self, data: memoryview, position: int) -> None:
         # the kernel lets one writer into a file at a time and lets the others spin for it
@@ -403,7 +404,7 @@ def _write_text(path: Path, text: bytes) -> None:
 
 
 def _copy_sidecar(source: Path, to: Path) -> None:
-    with open_regular(source) as file:
+    with open_regular(source) as file, reading(source):
         before = file_stamp(os.fstat(file.fileno()))
         size = before[1]
         with _Target.create(to, size) as target:

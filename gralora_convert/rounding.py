@@ -16,16 +16,35 @@ __all__ = ["Survival", "half_ulp", "magnitude_rows", "survival", "tolerance", "w
 
 
 def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half a unit in the last place of `dtype` at |values|; float64 in, float64 out."""
+    """Half a unit in the last place of `dtype` at |values|; float64 in, float64 out.
+
+    Below the smallest normal number, zero included, the spacing stays that of subnormals. Never
+    zero: in float64 it is at least 2^-1074, where half a subnormal unit could not be held.
+
+    >>> half_ulp(torch.tensor([1.0, 1.5, 2.0]).double(), torch.float16) * 2**11
+    tensor([1., 1., 2.], dtype=torch.float64)
+
+    IEEE 754 binary formats; N. Higham, Accuracy and Stability of Numerical Algorithms, section 2.1.
+    """
     info = torch.finfo(dtype)
-    exponent = torch.frexp(values.abs()).exponent.to(torch.float64) - 1
-    smallest = torch.frexp(torch.tensor(info.smallest_normal, dtype=torch.float64)).exponent - 1
-    return torch.exp2(exponent.clamp_min(float(smallest))) * (info.eps / 2)
+    smallest = max(info.smallest_normal, 2.0**-1021)
+    exponent = torch.frexp(values.abs().clamp_min(smallest)).exponent.to(torch.float64) - 1
+    return torch.exp2(exponent) * (info.eps / 2)
 
 
 def magnitude_rows(delta: Delta, start: int, stop: int, *, transposed: bool = False) -> Tensor:
     """An upper bound of the sums of absolute products behind delta[start:stop], float64: by
-    Cauchy-Schwarz per block, so that no product of absolute factors has to be formed."""
+    Cauchy-Schwarz per block, so that no product of absolute factors has to be formed.
+
+    (stop - start, in), with `transposed` rows of the transpose, (stop - start, out).
+
+    Raises:
+        ValueError: a GraLoRA without the rows start:stop.
+
+    >>> delta = Gralora(torch.ones(2, 3, 4), -torch.ones(2, 4, 5), scaling=0.5)
+    >>> magnitude_rows(delta, 0, 1)[0, :2].round(decimals=9)
+    tensor([1., 1.], dtype=torch.float64)
+    """
     match delta:
         case Gralora():
             bound = torch.cat(
@@ -46,10 +65,10 @@ def magnitude_rows(delta: Delta, start: int, stop: int, *, transposed: bool = Fa
 
 
 def _lengths(factor: Tensor) -> Tensor:
-    """Upper bounds of the Euclidean lengths over the last dimension, float64; summed in the
-    factor's own dtype, whose rounding the margin covers."""
-    lengths: Tensor = torch.linalg.vector_norm(factor, dim=-1)
-    return lengths.double() * (1 + 1e-4)
+    """Euclidean lengths over the last dimension, summed in float64: the squares of float32 values
+    may overflow or vanish in float32, and a bound that does so decides nothing."""
+    lengths: Tensor = torch.linalg.vector_norm(factor, dim=-1, dtype=torch.float64)
+    return lengths
 
 
 def tolerance(
@@ -64,9 +83,18 @@ def tolerance(
 ) -> Tensor:
     """The largest |after - exact| that a right merge can have, per element, float64.
 
+    half_ulp(max(|after|, |exact|)) + (terms + 4) u magnitude [+ half_ulp(delta)]
+
     `exact` is W + D in float64, `magnitude` >= |W| + sum |products|, `terms` the number of products
-    per element. With `delta_dtype`, D may have been rounded to it first (what PEFT does with 16-bit
-    adapters).
+    per element, u = 2^-24 (2^-53 where `dtype`, the stored one, is float64). With `delta_dtype`, D
+    may have been rounded to it first (what PEFT does with 16-bit adapters).
+
+    >>> one = torch.ones(1, dtype=torch.float64)
+    >>> tolerance(one, one, magnitude=0 * one, terms=4, dtype=torch.bfloat16) * 2**8
+    tensor([1.], dtype=torch.float64)
+
+    N. Higham, Accuracy and Stability of Numerical Algorithms, section 3.1; the 4 are the scaling,
+    its product, the last sum and second-order terms.
     """
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
     bound = half_ulp(torch.maximum(after.abs(), exact.abs()), dtype)
@@ -77,7 +105,11 @@ def tolerance(
 
 
 def worst_ratio(after: Tensor, exact: Tensor, bound: Tensor) -> float:
-    """max |after - exact| / bound: at most 1 for every right merge; infinity when not finite."""
+    """max |after - exact| / bound: at most 1 for every right merge; infinity when not finite.
+
+    >>> worst_ratio(torch.tensor([1.0, 3.0]), torch.ones(2), torch.full((2,), 4.0))
+    0.5
+    """
     if after.numel() == 0:
         return 0.0
     ratio = float(((after - exact).abs() / bound).max())
@@ -88,7 +120,11 @@ def worst_ratio(after: Tensor, exact: Tensor, bound: Tensor) -> float:
 class Survival:
     """How much of an update rounding kept, as sums over elements, so that parts add up.
 
-    `kept` = <M-W, D> / <D, D>, `noise` = |M-W-D| / |D| (Frobenius), `share_changed` of elements.
+    `along` = <M-W, D>, `energy` = <D, D>, `error` = |M-W-D|^2 (Frobenius), `changed` of `elements`.
+
+    >>> whole = Survival(1.0, 2.0, 0.5, 3, 4) + Survival(1.0, 2.0, 0.5, 1, 4)
+    >>> whole.kept, whole.noise, whole.share_changed
+    (0.5, 0.5, 0.5)
     """
 
     along: float = 0.0
@@ -108,14 +144,17 @@ class Survival:
 
     @property
     def kept(self) -> float:
+        """<M-W, D> / <D, D>: the share of the update that is there; 1 without an update."""
         return self.along / self.energy if self.energy else 1.0
 
     @property
     def noise(self) -> float:
+        """|M-W-D| / |D|: what rounding added, relative to the update; 0 without an update."""
         return float((self.error / self.energy) ** 0.5) if self.energy else 0.0
 
     @property
     def share_changed(self) -> float:
+        """The share of elements that the update moved at all."""
         return self.changed / self.elements if self.elements else 0.0
 
     def as_json(self) -> dict[str, float]:
@@ -123,7 +162,13 @@ class Survival:
 
 
 def survival(before: Tensor, after: Tensor, delta: Tensor) -> Survival:
-    """What became of `delta` between `before` (as stored) and `after` (as stored), all float64."""
+    """What became of `delta` between `before` (as stored) and `after` (as stored), all float64.
+
+    >>> before, delta = torch.ones(2).double(), torch.tensor([1.0, 0.001]).double()
+    >>> after = (before + delta).bfloat16().double()
+    >>> survival(before, after, delta).share_changed
+    0.5
+    """
     moved = after - before
     return Survival(
         float((moved * delta).sum()),

@@ -39,6 +39,7 @@ class Staging:
         self._locks = contextlib.ExitStack()
         self._leftover: Path | None = None
         self._made: list[Path] = []
+        self._own: os.stat_result | None = None
 
     @contextlib.contextmanager
     def open(self, nbytes: int) -> Iterator[Path]:
@@ -48,19 +49,25 @@ class Staging:
             MisuseError: the output overlaps an input.
             OutputError: it exists, another run writes to it, it cannot be made, no space.
         """
-        self.require_allowed()
-        try:
-            with _failing(self.output, "cannot be made", "Nothing was written."):
-                self._make()
-            self._require_space(nbytes)
-            yield self.folder
-        except BaseException as error:
-            self._remove()
-            if self._leftover and isinstance(error, ConvertError):
-                error.hint = f"{error.hint} {_removal(self._leftover)}".strip()
-            raise
-        with contextlib.suppress(KeyboardInterrupt):  # it is published: too late to interrupt
-            self._remove()
+        with self._locks:
+            try:
+                try:
+                    with _failing(self.output, "cannot be made", "Nothing was written."):
+                        self.require_allowed()
+                        self._make()
+                        self._require_space(nbytes)
+                    yield self.folder
+                finally:
+                    self._remove()
+            except KeyboardInterrupt:
+                with contextlib.suppress(KeyboardInterrupt):
+                    self._remove()  # again: it may be what was interrupted
+                if not self._is_published():  # else it is too late to interrupt
+                    raise
+            except ConvertError as error:
+                if self._leftover:
+                    error.hint = f"{error.hint} {_removal(self._leftover)}".strip()
+                raise
         if self._leftover:
             raise OutputError(
                 "is complete, but something was left beside it",
@@ -81,15 +88,14 @@ class Staging:
                 )
         if not os.path.lexists(self.output):
             return
-        with _failing(self.output, "cannot be listed", _DELETE):
-            try:
-                entries = {entry.name for entry in self.output.iterdir()}
-            except FileNotFoundError:
-                return  # another run is about to replace it
-            except NotADirectoryError as error:
-                raise OutputError(
-                    "exists and is not a folder", where=self.output, hint=_DELETE
-                ) from error
+        try:
+            entries = {entry.name for entry in self.output.iterdir()}
+        except FileNotFoundError:
+            return  # another run is about to replace it
+        except NotADirectoryError as error:
+            raise OutputError(
+                "exists and is not a folder", where=self.output, hint=_DELETE
+            ) from error
         if os.path.ismount(self.output):
             raise OutputError(
                 "is where a disk is mounted, which no folder can replace in one step",
@@ -157,6 +163,7 @@ class Staging:
             except FileNotFoundError:
                 continue  # the run that had it has just published or removed it
             if os.path.samestat(os.fstat(lock), now):
+                self._own = now
                 return self._require_own(now)
         raise self._busy()
 
@@ -220,9 +227,7 @@ class Staging:
             if self._overwrite and self.output.is_dir() and any(self.output.iterdir()):
                 self._replace()
             else:
-                self.folder.rename(self.output)
-                self._leftover = None
-        self._made.clear()
+                self._rename()
         with _failing(
             self.output, "is complete, but the disk did not confirm it", "Check the disk."
         ):
@@ -233,19 +238,38 @@ class Staging:
         self._locked(self.output, required=False)  # or another run might take it over while hidden
         if _exchange(self.folder, self.output):
             return
-        self.output.rename(self._aside)
+        try:
+            self.output.rename(self._aside)
+            self._rename()
+        except BaseException:
+            if not self._is_published() and os.path.lexists(self._aside):
+                self._aside.rename(self.output)
+            raise
+        finally:
+            if self._leftover is None:
+                self._leftover = self._aside
+
+    def _rename(self) -> None:
+        """Gives our folder its name; what then has the hidden one is of another run."""
         try:
             self.folder.rename(self.output)
+            self._leftover = None
         except BaseException:
-            self._aside.rename(self.output)
+            if self._is_published():
+                self._leftover = None
             raise
-        self._leftover = self._aside
+
+    def _is_published(self) -> bool:
+        """Whether our folder is the output, by what is on the disk: true at any moment."""
+        try:
+            return self._own is not None and os.path.samestat(self._own, self.output.stat())
+        except OSError:
+            return False
 
     def _remove(self) -> None:
         """Removes what need not stay; afterwards `_leftover` is what could not be removed."""
         if self._leftover and _removed(self._leftover):
             self._leftover = None
-        self._locks.close()
         for parent in reversed(self._made):
             with contextlib.suppress(OSError):
                 parent.rmdir()

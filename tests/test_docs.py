@@ -39,9 +39,16 @@ def test_the_commands_print_what_is_shown(copy: Path) -> None:
     for arguments in lines_of_commands():
         printed += run_ok(*arguments).stdout
     shown = next(block for block in blocks("text") if block.startswith("merged"))
-    for line in shown.splitlines():
-        assert line == "..." or line in printed.splitlines()
+    lines = _without_rounding(printed).splitlines()
+    for line in _without_rounding(shown).splitlines():
+        assert line == "..." or line in lines
     assert len(lines_of_commands()) >= 6
+
+
+def _without_rounding(text: str) -> str:
+    """`text` without how far rounding went: the order of sums differs from processor to processor,
+    and with it the last bits."""
+    return re.sub(r"[\d.]+ x the rounding bound", "N x the rounding bound", text)
 
 
 def test_the_python_example_runs(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

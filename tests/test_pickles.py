@@ -391,5 +391,5 @@ def test_a_small_description_costs_little(name: str, tmp_path: Path) -> None:
     with pytest.raises(TensorFileError) as caught:
         read_pickle(path)
     assert len(str(caught.value)) < 3000
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000

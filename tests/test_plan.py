@@ -514,7 +514,7 @@ def test_an_interrupted_run_leaves_nothing(
     before = tree(tmp_path)
     with in_the_middle(merge) as process:
         process.send_signal(getattr(signal, name))
-        time.sleep(0.5)
+        time.sleep(1)
         _, errors = process.communicate("\n", timeout=60)
     assert process.returncode == 130
     assert "interrupted" in errors

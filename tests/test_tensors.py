@@ -348,7 +348,7 @@ def test_a_header_that_claims_gigabytes_costs_nothing(tmp_path: Path) -> None:
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with pytest.raises(TensorFileError, match="header of 8589934592"):
         read_safetensors(path)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
