@@ -23,6 +23,7 @@ from gralora_convert.version import __version__
 if TYPE_CHECKING:
     from gralora_convert.assembly import Kind
     from gralora_convert.plan import Plan
+    from gralora_convert.ranks import Ranks
     from gralora_convert.report import Finding
 
 P = ParamSpec("P")
@@ -40,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except click.exceptions.Exit as exit_:
         status = exit_.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as interrupt:
         click.echo("interrupted: the output is what it was before", err=True)
+        for note in getattr(interrupt.__cause__ or interrupt, "__notes__", ()):
+            click.echo(note, err=True)
         status = EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
@@ -214,6 +217,12 @@ def _nothing_read(finding: "Finding") -> dict[str, str]:
               help="One per ADAPTER, in order.  [default: 1.0]")  # fmt: skip
 @click.option("--shard-size", default="keep", show_default=True, metavar="keep|SIZE",
               help="keep = the base's own files; else a size such as 5GB.")  # fmt: skip
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from what a broken run left, and leave what is done if this one breaks.",
+)
+@click.option("--again", is_flag=True, help="Merge even if the base holds ADAPTER already.")
 @writing_options
 @key_map_option
 @trust_option
@@ -222,6 +231,8 @@ def merge(
     base: str | None,
     weights: Sequence[float],
     shard_size: str,
+    resume: bool,
+    again: bool,
     output: str,
     dtype: str,
     jobs: int | None,
@@ -236,13 +247,16 @@ def merge(
 ) -> int:
     """Add ADAPTER's update to the base: a dense checkpoint that every server loads.
 
-    Several adapters are summed in float32 and rounded once.
+    Several adapters are summed in float32 and rounded once. Under torchrun, srun or mpirun the
+    processes share the work, a file at a time.
 
     \b
-    Example:
+    Examples:
       gralora-convert merge ./adapter --base ./model -o ./merged
+      torchrun --nproc-per-node 4 -m gralora_convert merge ./adapter --base ./model -o ./merged
     """
     from gralora_convert.merging import merge, summary
+    from gralora_convert.ranks import Ranks
 
     plan = merge(
         *adapters,
@@ -252,11 +266,12 @@ def merge(
         shard_size=shard_size,
         device=device,
         verify=verify,
+        again=again,
         key_map=_key_map(key_map),
         trust_remote_code=trust_remote_code,
     )
     run = _Run(output, jobs, dry_run, overwrite, verify, progress, as_json)
-    return run.carry_out(plan, summary)
+    return run.carry_out(plan, summary, resume=resume, ranks=Ranks.from_environment())
 
 
 shape_options = _options(
@@ -397,20 +412,35 @@ class _Run:
         self.verify, self.as_json = verify, as_json
         self.progress = sys.stderr.isatty() if progress is None else progress
 
-    def carry_out(self, plan: "Plan", summary: Callable[[Mapping[str, object], str], str]) -> int:
+    def carry_out(
+        self,
+        plan: "Plan",
+        summary: Callable[[Mapping[str, object], str], str],
+        *,
+        resume: bool = False,
+        ranks: "Ranks | None" = None,
+    ) -> int:
+        is_speaker = ranks is None or ranks.is_leader
         if self.dry_run:
-            self._print_plan(plan)
+            if is_speaker:
+                self._print_plan(plan)
             return 0
-        for note in plan.notes:
+        for note in plan.notes if is_speaker else ():
             click.echo(f"note: {note}", err=True)
-        with _bar(plan.nbytes, self.progress) as advance:
+        if resume and is_speaker and (left := plan.resumable_bytes(self.output)):
+            click.echo(f"note: goes on: {left:,} bytes are there already", err=True)
+        with _bar(plan.nbytes, self.progress and is_speaker) as advance:
             receipt = plan.write(
                 self.output,
                 overwrite=self.overwrite,
+                resume=resume,
                 jobs=self.jobs,
                 verify=self.verify,
                 progress=advance,
+                ranks=ranks,
             )
+        if not is_speaker:
+            return 0
         if self.as_json:
             _echo_json(receipt)
         else:

@@ -45,6 +45,7 @@ def merge(
     shard_size: str = "keep",
     device: str = "cpu",
     verify: bool = True,
+    again: bool = False,
     key_map: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
@@ -61,6 +62,7 @@ def merge(
         shard_size: `keep` for the base's own files, else the largest file, such as `5GB`.
         verify: recompute one row in 64 in float64 while it is hot, and refuse to publish what
             differs by more than one rounding.
+        again: merge also what the base's receipt says it holds already.
 
     Raises:
         InvalidAdapterError: an adapter has errors or does not fit the base.
@@ -76,8 +78,12 @@ def merge(
     for adapter in opened:
         adapter.require_plain()
     factors = _weights(weights, opened)
+    paths = [adapter.path.resolve() for adapter in opened]
+    if len(set(paths)) < len(paths):
+        raise MisuseError("an adapter is named twice", hint="Use --weight 2 to apply it twice.")
     target = base if isinstance(base, Checkpoint) else Checkpoint.open(base or _base_name(opened))
-    _refuse_twice(opened, target)
+    if not again:
+        _refuse_twice(opened, target)
     placements = []
     for adapter in opened:
         placement, report = place(
@@ -131,11 +137,8 @@ def _refuse_twice(adapters: Sequence[Adapter], base: Checkpoint) -> None:
             raise MisuseError(
                 f"the base {base.source} already holds this adapter (its receipt lists it)",
                 where=adapter.path,
-                hint="Merge into the original base.",
+                hint="Merge into the original base, or insist with --again.",
             )
-    paths = [adapter.path.resolve() for adapter in adapters]
-    if len(set(paths)) < len(paths):
-        raise MisuseError("an adapter is named twice", hint="Use --weight 2 to apply it twice.")
 
 
 def _merged_before(base: Checkpoint) -> list[str]:
@@ -171,6 +174,13 @@ class _Merge:
             inputs=(*self.base.layout.values(), *(a.file for a in self.adapters)),
             protected=(self.base.path, *(a.path for a in self.adapters)),
             notes=tuple(notes),
+            settings={
+                "adapters": [adapter.sha256() for adapter in self.adapters],
+                "weights": self.weights,
+                "device": self.device,
+                "verify": self.verify,
+            },
+            resumable=True,
         )
 
     def _merged_tensors(self) -> dict[str, MergedTensor]:

@@ -10,10 +10,17 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from gralora_convert.errors import ConvertError, MisuseError, OutputError
+from gralora_convert.errors import (
+    ChangedInputError,
+    CheckFailedError,
+    ConvertError,
+    MisuseError,
+    OutputError,
+    sentences,
+)
 
 __all__ = ["Staging"]
 
@@ -31,19 +38,31 @@ _DELETE = "Delete it yourself or choose another output."
 class Staging:
     """The way from nothing to a published folder; use `open`, fill the folder, `publish`."""
 
-    def __init__(self, output: Path, *, overwrite: bool, protected: tuple[Path, ...] = ()) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *,
+        overwrite: bool = False,
+        protected: tuple[Path, ...] = (),
+        keep: bool = False,
+    ) -> None:
         self.output = _resolved(output)
         self.folder = self.output.with_name(f".{self.output.name}.partial")
         self._aside = self.output.with_name(f".{self.output.name}.replaced")
-        self._overwrite, self._protected = overwrite, protected
+        self._overwrite, self._protected, self._keep = overwrite, protected, keep
         self._locks = contextlib.ExitStack()
         self._leftover: Path | None = None
         self._made: list[Path] = []
         self._own: os.stat_result | None = None
 
     @contextlib.contextmanager
-    def open(self, nbytes: int) -> Iterator[Path]:
-        """The empty folder to fill with about `nbytes` bytes; removed again unless published.
+    def open(
+        self, nbytes: int, left: Callable[[Path], Collection[str]] | None = None
+    ) -> Iterator[Path]:
+        """The folder to fill with about `nbytes` more bytes; unless published it is removed again,
+        or, with `keep`, left for a run that goes on from there.
+
+        It is empty but for the files that `left` names of what a broken run has left.
 
         Raises:
             MisuseError: the output overlaps an input.
@@ -54,19 +73,24 @@ class Staging:
                 try:
                     with _failing(self.output, "cannot be made", "Nothing was written."):
                         self.require_allowed()
-                        self._make()
+                        self._make(left)
                         self._require_space(nbytes)
                     yield self.folder
+                except (CheckFailedError, ChangedInputError):
+                    self._keep = False  # going on would lead to the same
+                    raise
                 finally:
                     self._remove()
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
                 with contextlib.suppress(KeyboardInterrupt):
                     self._remove()  # again: it may be what was interrupted
                 if not self._is_published():  # else it is too late to interrupt
+                    if self._leftover:
+                        error.add_note(self._remark(self._leftover))
                     raise
             except ConvertError as error:
                 if self._leftover:
-                    error.hint = f"{error.hint} {_removal(self._leftover)}".strip()
+                    error.hint = sentences(error.hint, self._remark(self._leftover))
                 raise
         if self._leftover:
             raise OutputError(
@@ -139,7 +163,7 @@ class Staging:
                 hint="Free space or choose an output on another disk.",
             )
 
-    def _make(self) -> None:
+    def _make(self, left: Callable[[Path], Collection[str]] | None) -> None:
         for parent in reversed(self.output.parents):
             if not parent.exists():
                 with contextlib.suppress(FileExistsError):  # a run beside this one was faster
@@ -147,7 +171,7 @@ class Staging:
                     self._made.append(parent)
         self._make_locked()
         self._leftover = self.folder
-        self._clear()
+        self._clear(left(self.folder) if left is not None else ())
 
     def _make_locked(self) -> None:
         """Makes the hidden folder, or takes over what a killed run has left; nobody else has it."""
@@ -200,9 +224,13 @@ class Staging:
                 "belongs to another user", where=self.folder, hint="Choose another output."
             )
 
-    def _clear(self) -> None:
-        """Undoes what a killed run has left."""
-        for entry in self.folder.iterdir():
+    def _clear(self, left: Collection[str]) -> None:
+        """Undoes what a killed run has left, but for the files `left`."""
+        kept = {self.folder / name for name in left}
+        kept |= {parent for path in kept for parent in path.parents}
+        for entry in sorted(self.folder.rglob("*")) if kept else self.folder.iterdir():
+            if entry in kept or not os.path.lexists(entry):
+                continue
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         if not os.path.lexists(self._aside):
             return
@@ -266,8 +294,20 @@ class Staging:
         except OSError:
             return False
 
+    @property
+    def _is_kept(self) -> bool:
+        """Whether the unfinished folder is left for a run that goes on from there."""
+        return self._keep and self._leftover == self.folder and not self._is_published()
+
+    def _remark(self, leftover: Path) -> str:
+        if self._is_kept:
+            return f"What is done is kept in {leftover}: run again with --resume, or delete it."
+        return _removal(leftover)
+
     def _remove(self) -> None:
-        """Removes what need not stay; afterwards `_leftover` is what could not be removed."""
+        """Removes what need not stay; afterwards `_leftover` is what stays."""
+        if self._is_kept:
+            return
         if self._leftover and _removed(self._leftover):
             self._leftover = None
         for parent in reversed(self._made):

@@ -5,10 +5,12 @@ read when the first tile of a tensor needs them and dropped after its last; stor
 live in buffers that each worker uses again and again.
 """
 
+import dataclasses
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -245,7 +247,19 @@ class MergedTensor(_Tiles):
             self.tile_rows * self.row_bytes,
             self.produce,
             sum(contribution.memory for contribution in self.contributions),
+            account=self,
         )
+
+    def save(self) -> dict[str, object]:
+        """What making the tiles has found out."""
+        with self._lock:
+            kept = {str(row): dataclasses.astuple(found) for row, found in self._kept.items()}
+            return {"worst": self.worst, "changed": self.changed, "kept": kept}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Takes over what another run has saved in place of making the tiles."""
+        self.worst, self.changed = saved["worst"], saved["changed"]
+        self._kept = {int(row): Survival(*found) for row, found in saved["kept"].items()}
 
     def produce(self, tile: int) -> memoryview:
         start, stop = self.span(tile)

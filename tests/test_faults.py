@@ -22,15 +22,19 @@ from typing import Any
 
 import pytest
 
+from gralora_convert import journal as journal_module
 from gralora_convert import plan as plan_module
 from gralora_convert import staging as staging_module
+from gralora_convert import writing as writing_module
 from gralora_convert.errors import ConvertError
 from gralora_convert.plan import Computed, Copied, OutputFile, Part, Plan
 from gralora_convert.tensors import encode_header, read_safetensors
 from tests.faults import tree
 
 STRIDE = int(os.environ.get("FAULT_STRIDE", "7"))
-MODULES = {plan_module.__file__, staging_module.__file__}
+MODULES = {
+    module.__file__ for module in (journal_module, plan_module, staging_module, writing_module)
+}
 OLD = {"config.json": b"{}", "model.safetensors": b"old", "sub": None, "sub/file": b"x"}
 Tree = dict[str, bytes | None]
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gralora_convert import plan as module
+from gralora_convert import writing as module
 from gralora_convert.errors import (
     ChangedInputError,
     CheckFailedError,
@@ -466,16 +466,16 @@ def test_fewer_threads_than_asked_for(tmp_path: Path, monkeypatch: pytest.Monkey
 
 SLOW_MERGE = """
 import sys
-from gralora_convert import plan
+from gralora_convert import writing
 from gralora_convert.cli import main
-real, writes = plan._Target.write, []
+real, writes = writing._File.write, []
 def slow(self, data, position):
     writes.append(position)
     if len(writes) == 3:  # the first of a worker, or the second
         print("writing", flush=True)
         sys.stdin.readline()
     real(self, data, position)
-plan._Target.write = slow
+writing._File.write = slow
 main(sys.argv[1:])
 """
 

@@ -1,0 +1,343 @@
+"""The processes of a launcher that carry out one plan together, each on files of its own.
+
+torchrun, srun and mpirun say in the environment who is who; everything else passes through small
+files beside the output, because a file system is all that the processes surely share. Rank 0 makes
+the output's folder, invites the others and publishes; they write into it. Each shows that it lives
+by writing its file anew every second, and who stops doing so is lost.
+"""
+
+import contextlib
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gralora_convert.errors import ConvertError, MisuseError, OutputError
+from gralora_convert.strictjson import load_json
+
+__all__ = ["Follower", "Leader", "Ranks"]
+
+# What launchers set: this process's number, how many there are, and how many on this machine.
+_VARIABLES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),  # torchrun
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ""),  # srun; a batch script alone has no step
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH and its kin
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+)
+BEAT_SECONDS = 1.0
+LOST_SECONDS = 60.0  # without a beat; network file systems may show a file as it was for seconds
+JOIN_SECONDS = 600.0  # from the first process to the last one of a launch
+_AGAIN = "Run all of them again; with --resume what is done is not done again."
+
+Fields = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Which of `size` processes this is; `local` of them run on this machine.
+
+    >>> Ranks.from_environment({"RANK": "1", "WORLD_SIZE": "4"})
+    Ranks(rank=1, size=4, local=1)
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: int = 1
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Ranks":
+        """What the launcher says; one process alone without a launcher.
+
+        Raises:
+            MisuseError: numbers that are none.
+        """
+        for names in _VARIABLES:
+            if names[0] in environment and names[1] in environment:
+                rank, size = (_number(environment, name) for name in names[:2])
+                local = _number(environment, names[2]) if names[2] in environment else 1
+                if not 0 <= rank < size:
+                    raise MisuseError(
+                        f"{names[0]}={rank} is not below {names[1]}={size}",
+                        hint="Unset both to run alone.",
+                    )
+                return cls(rank, size, max(1, local))
+        return cls()
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+    def share(self, sizes: Sequence[int]) -> list[int]:
+        """The places in `sizes` (bytes of files) of the files that this rank writes: the largest
+        first, each to whom has the least so far.
+
+        >>> [Ranks(rank, 2).share([5, 4, 3, 3]) for rank in range(2)]
+        [[0, 3], [1, 2]]
+        """
+        loads = [0] * self.size
+        mine = []
+        for place in sorted(range(len(sizes)), key=lambda p: -sizes[p]):
+            least = loads.index(min(loads))
+            loads[least] += sizes[place]
+            if least == self.rank:
+                mine.append(place)
+        return sorted(mine)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment[name]
+    if not text.isdecimal() or len(text) > 9:
+        raise MisuseError(
+            f"{name}={text!r} is set in the environment, a number was needed",
+            hint="Unset it to run alone.",
+        )
+    return int(text)
+
+
+def _place(output: Path, rank: int) -> Path:
+    return output.with_name(f".{output.name}.rank-{rank}")
+
+
+class _Sign:
+    """A small file that says who a rank is and how far it is, written anew as a sign of life."""
+
+    def __init__(self, path: Path, **fields: object) -> None:
+        self.path = path
+        self._fields: dict[str, object] = {**fields, "pid": os.getpid(), "machine": _machine()}
+        self._beats = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        self.say()
+        self._thread.start()
+
+    def say(self, **fields: object) -> None:
+        """Adds to what the file says.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self._lock:
+            self._fields |= fields
+            self._beats += 1
+            text = json.dumps({**self._fields, "beats": self._beats})
+            fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+            try:
+                fresh.write_text(text)
+                fresh.replace(self.path)
+            except OSError as error:
+                raise OutputError(
+                    f"cannot be written: {error.strerror}", where=self.path
+                ) from error
+
+    def _live(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            with contextlib.suppress(OutputError):  # if it lasts, the others say that this is lost
+                self.say()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+class _Watch:
+    """What another rank's file says, and whether that rank still lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fields: Fields = {}
+        self._since = time.monotonic()
+
+    def look(self) -> Fields:
+        """What the file says now; what it said last when it cannot be read."""
+        with contextlib.suppress(ConvertError):
+            now = load_json(self.path)
+            if now != self.fields:
+                self.fields, self._since = now, time.monotonic()
+        return self.fields
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its process is gone, or has not shown itself for long."""
+        fields = self.look()
+        if time.monotonic() - self._since > LOST_SECONDS:
+            return True
+        pid = fields.get("pid")
+        return fields.get("machine") == _machine() and isinstance(pid, int) and not _is_running(pid)
+
+
+def _machine() -> str:
+    """The same for processes that can see one another by number."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return uuid.uuid4().hex
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+class Leader:
+    """Rank 0 among the others: `gather` them, work, `wait` for them.
+
+    `plan` is the fingerprint of what is to be written, which all must agree on.
+    """
+
+    def __init__(self, output: Path, ranks: Ranks, plan: str) -> None:
+        self._output, self._ranks, self._plan = output, ranks, plan
+        self._token = uuid.uuid4().hex
+        self._others = {rank: _Watch(_place(output, rank)) for rank in range(1, ranks.size)}
+
+    @contextlib.contextmanager
+    def gather(self, folder: Path) -> Iterator[None]:
+        """Waits until all others are here and know `folder`; afterwards nothing is left of it.
+
+        Raises:
+            OutputError: one does not come.
+            MisuseError: one has another plan.
+        """
+        sign = None
+        try:
+            if self._others:
+                sign = _Sign(
+                    _place(self._output, 0), token=self._token, plan=self._plan, folder=str(folder)
+                )
+                self._invite(sign)
+            yield
+        finally:
+            if sign is not None:
+                sign.stop()
+            self._clear()
+
+    def _clear(self) -> None:
+        """Removes the signs of all ranks, also of those that are dead."""
+        start = _place(self._output, 0).name.removesuffix("0")
+        with contextlib.suppress(OSError):  # they are small, and the next run removes them
+            for path in self._output.parent.iterdir():
+                if path.name.startswith(start):
+                    path.unlink(missing_ok=True)
+
+    def _invite(self, sign: _Sign) -> None:
+        until = time.monotonic() + JOIN_SECONDS
+        invited: dict[str, object] = {}
+        while True:
+            said = {rank: watch.look() for rank, watch in self._others.items()}
+            nonces = {str(rank): fields.get("nonce") for rank, fields in said.items()}
+            if nonces != invited:
+                invited = nonces
+                sign.say(nonces=nonces)
+            absent = [rank for rank, fields in said.items() if fields.get("token") != self._token]
+            if not absent:
+                return self._require_agreement(said)
+            if time.monotonic() > until:
+                raise OutputError(
+                    f"rank {absent[0]} of {self._ranks.size} did not come within "
+                    f"{JOIN_SECONDS:.0f} s",
+                    where=self._output,
+                    hint="Does every process see this folder? Unset RANK and WORLD_SIZE (or what "
+                    "your launcher sets) to run alone.",
+                )
+            time.sleep(0.05)
+
+    def _require_agreement(self, said: Mapping[int, Fields]) -> None:
+        for rank, fields in said.items():
+            if fields.get("plan") != self._plan:
+                raise MisuseError(
+                    f"rank {rank} would write something else than rank 0",
+                    where=self._output,
+                    hint="Give all processes the same arguments, inputs and version of the tool.",
+                )
+
+    def wait(self) -> None:
+        """Waits until all others have written their files.
+
+        Raises:
+            OutputError: one has failed, or is lost.
+        """
+        while not self.require_others():
+            time.sleep(0.05)
+
+    def require_others(self) -> bool:
+        """Whether all others have written their files.
+
+        Raises:
+            OutputError: one has failed, or is lost.
+        """
+        return all([self._is_done(rank, watch) for rank, watch in self._others.items()])
+
+    def _is_done(self, rank: int, watch: _Watch) -> bool:
+        said = watch.look()
+        if said.get("state") == "done":
+            return True
+        if said.get("state") == "failed":
+            raise OutputError(f"rank {rank} failed: {said.get('message')}", where=self._output)
+        if watch.is_lost:
+            raise OutputError(
+                f"rank {rank} of {self._ranks.size} is lost", where=self._output, hint=_AGAIN
+            )
+        return False
+
+
+class Follower:
+    """A rank other than 0: `join` rank 0, write, `finish`."""
+
+    def __init__(self, output: Path, ranks: Ranks, plan: str) -> None:
+        self._output, self._ranks, self._plan = output, ranks, plan
+        self._nonce = uuid.uuid4().hex
+        self._leader = _Watch(_place(output, 0))
+
+    @contextlib.contextmanager
+    def join(self) -> Iterator[Path]:
+        """The folder to write into, made by rank 0, which is told how it ended.
+
+        Raises:
+            OutputError: rank 0 does not come.
+        """
+        self._until(lambda: self._output.parent.is_dir(), time.monotonic() + JOIN_SECONDS)
+        sign = _Sign(_place(self._output, self._ranks.rank), nonce=self._nonce, plan=self._plan)
+        try:
+            rank = str(self._ranks.rank)
+
+            def is_invited() -> bool:
+                nonces = self._leader.look().get("nonces")
+                return isinstance(nonces, Mapping) and nonces.get(rank) == self._nonce
+
+            self._until(is_invited, time.monotonic() + JOIN_SECONDS)
+            sign.say(token=self._leader.fields.get("token"))
+            yield Path(str(self._leader.fields.get("folder")))
+            sign.say(state="done")
+        except ConvertError as error:
+            with contextlib.suppress(OutputError):
+                sign.say(state="failed", message=str(error))
+            raise
+        finally:
+            sign.stop()
+            if not self._leader.path.exists():  # else it reads and removes the sign
+                sign.path.unlink(missing_ok=True)
+
+    def _until(self, condition: Callable[[], bool], end: float) -> None:
+        while not condition():
+            if time.monotonic() > end:
+                raise OutputError(
+                    f"rank 0 of {self._ranks.size} did not come within {JOIN_SECONDS:.0f} s",
+                    where=self._output,
+                    hint="Does every process see this folder?",
+                )
+            time.sleep(0.05)
+
+    def require_leader(self) -> None:
+        """Raises `OutputError` when rank 0 has gone: then nothing will be published."""
+        if not self._leader.path.exists() or self._leader.is_lost:
+            raise OutputError("rank 0 has stopped", where=self._output, hint=_AGAIN)
