@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from gralora_convert.errors import ConvertError, InvalidAdapterError, MisuseError
+from gralora_convert.errors import ConvertError, MisuseError
 from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
@@ -86,9 +86,6 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
         click.echo(json.dumps({"error": fields}, indent=2))
     else:
         click.echo(f"error: {line}", err=True)
-        for finding in error.findings if isinstance(error, InvalidAdapterError) else ():
-            if finding.severity == "error":
-                click.echo(f"  {finding}", err=True)
 
 
 def _echo_json(value: object) -> None:
