@@ -104,10 +104,12 @@ def test_a_folder_keeps_a_config(config: GraloraConfig | LoraConfig, tmp_path: P
 
 @pytest.mark.parametrize("config", [GraloraConfig(r=8), LoraConfig(r=8)])
 def test_a_config_is_made_again_from_its_fields(config: GraloraConfig | LoraConfig) -> None:
-    assert type(config)(**config.to_dict()) == config
+    fields: dict[str, Any] = config.to_dict()
+    assert type(config)(**fields) == config
+    wrong: dict[str, Any]
     for wrong in ({"peft_type": "LOHA"}, {"peft_type": None}, {"extra": 3}, {"extra": {1: 2}}):
         with pytest.raises(InvalidAdapterError):
-            type(config)(**wrong)  # type: ignore[arg-type]
+            type(config)(**wrong)
 
 
 def test_a_config_is_found_by_the_name_of_its_file(tmp_path: Path) -> None:

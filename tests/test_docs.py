@@ -74,3 +74,7 @@ def test_every_public_name_is_documented(name: str) -> None:
     documentation = getattr(gc, name).__doc__
     assert documentation
     assert not documentation.startswith(f"{name}(")  # dataclass writes such a line by itself
+
+
+def test_the_public_page_lists_its_names() -> None:
+    assert set(gc.__all__) <= set(dir(gc))
