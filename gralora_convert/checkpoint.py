@@ -52,6 +52,8 @@ _INDEX_SUFFIX = ".index.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Weights in other formats, or of other things: never copied beside the merged weights.
+# the folders that sentence-transformers names in modules.json: 1_Pooling, 2_Dense
+_STEP = re.compile(r"\d+_[A-Za-z]\w*")
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"}
 )
@@ -141,8 +143,9 @@ class Checkpoint:
 
     def sidecars(self) -> dict[str, Path]:
         """Every other file of the folder that belongs to the model, by relative name: config,
-        tokenizer, templates, code. Weights in any format, indexes, adapters, the receipt, the
-        model card, hidden files and links to folders are left out.
+        tokenizer, templates, code, and whole folders of the later steps of a model of
+        sentence-transformers. Weights in any format, indexes, adapters, the receipt, the model
+        card, hidden files and links to folders are left out.
 
         Raises:
             UnreadableError: a link that leaves the folder, or a special file.
@@ -343,17 +346,21 @@ def sidecars(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     folders = [PurePosixPath()]
     with reading(folder):
+        is_pipeline = (folder / "modules.json").is_file()
         while folders:
             below = folders.pop()
             for entry in _listing(folder / below):
                 name = below / entry.name
-                if entry.name.startswith(".") or _is_weights_or_ours(entry.name):
+                is_step = is_pipeline and _STEP.fullmatch(name.parts[0]) is not None
+                if entry.name.startswith("."):
+                    continue
+                if _is_weights_or_ours(entry.name) and not is_step:
                     continue
                 if not entry.is_dir():
                     _inside(folder, str(name))
                     open_regular(entry).close()
                     found[str(name)] = entry
-                elif not entry.is_symlink() and not _holds_a_model(entry):
+                elif not entry.is_symlink() and (is_step or not _holds_a_model(entry)):
                     if len(name.parts) > MAX_FOLDERS:
                         raise UnreadableError(
                             f"is more than {MAX_FOLDERS} folders deep in the model", where=entry

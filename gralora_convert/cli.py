@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from gralora_convert.errors import ConvertError, InvalidAdapterError, MisuseError
+from gralora_convert.errors import ConvertError, MisuseError
 from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
@@ -84,14 +84,13 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
         kind, where, hint = "system", str(getattr(error, "filename", "") or ""), ""
         message = str(getattr(error, "strerror", "") or error)
         line = f"{where}: {message}" if where else message
-    if as_json:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(message, err=True)
+    elif as_json:
         fields = {"kind": kind, "message": message, "where": where, "hint": hint}
         click.echo(json.dumps({"error": fields}, indent=2))
     else:
         click.echo(f"error: {line}", err=True)
-        for finding in error.findings if isinstance(error, InvalidAdapterError) else ():
-            if finding.severity == "error":
-                click.echo(f"  {finding}", err=True)
 
 
 def _echo_json(value: object) -> None:
@@ -103,6 +102,13 @@ def _options(
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Several options as one decorator, in the order in which the help shows them."""
     return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
+
+
+def _examples(*lines: str) -> str:
+    """The end of a command's help."""
+    return "\n".join(
+        ["\b", "Example:" if len(lines) == 1 else "Examples:", *(f"  {x}" for x in lines)]
+    )
 
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -142,16 +148,11 @@ def commands() -> None:
     """Model surgery on GraLoRA adapters: inspect, validate, merge, convert, extract, verify."""
 
 
-@commands.command()
+@commands.command(epilog=_examples("gralora-convert inspect ./adapter"))
 @click.argument("path")
 @json_option
 def inspect(path: str, as_json: bool) -> int:
-    """What is PATH? An adapter or a checkpoint; reads headers only.
-
-    \b
-    Example:
-      gralora-convert inspect ./adapter
-    """
+    """What is PATH? An adapter or a checkpoint; reads headers only."""
     from gralora_convert.inspection import inspect
 
     found = inspect(path)
@@ -162,7 +163,9 @@ def inspect(path: str, as_json: bool) -> int:
     return 0
 
 
-@commands.command()
+@commands.command(
+    epilog=_examples("gralora-convert validate ./adapter --base ./model --format github")
+)
 @click.argument("adapter")
 @base_option
 @click.option("--format", "style", type=click.Choice(["text", "json", "github"]), default="text",
@@ -181,10 +184,6 @@ def validate(
     """Is ADAPTER intact, does it fit the base? One finding per line.
 
     Exits 0 when it is valid, 1 when it has errors, 2 when there is nothing to read.
-
-    \b
-    Example:
-      gralora-convert validate ./adapter --base ./model --format github
     """
     from gralora_convert.checks import validate
 
@@ -210,7 +209,7 @@ def _nothing_read(finding: "Finding") -> dict[str, str]:
     return {"kind": "unreadable", **fields}
 
 
-@commands.command()
+@commands.command(epilog=_examples("gralora-convert merge ./adapter --base ./model -o ./merged"))
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @base_option
 @click.option("--weight", "weights", type=float, multiple=True, metavar="FLOAT",
@@ -249,11 +248,6 @@ def merge(
 
     Several adapters are summed in float32 and rounded once. Under torchrun, srun or mpirun the
     processes share the work, a file at a time.
-
-    \b
-    Examples:
-      gralora-convert merge ./adapter --base ./model -o ./merged
-      torchrun --nproc-per-node 4 -m gralora_convert merge ./adapter --base ./model -o ./merged
     """
     from gralora_convert.merging import merge, summary
     from gralora_convert.ranks import Ranks
@@ -288,7 +282,12 @@ shape_options = _options(
 )  # fmt: skip
 
 
-@commands.command()
+@commands.command(
+    epilog=_examples(
+        "gralora-convert convert ./lora --to gralora --k 2 -o ./gralora",
+        "gralora-convert convert ./gralora --to lora -o ./servable",
+    )
+)
 @click.argument("adapter")
 @shape_options
 @click.option("--allow-inexact", is_flag=True, help="Approximate optimally, print the error.")
@@ -312,13 +311,7 @@ def convert(
     progress: bool | None,
     as_json: bool,
 ) -> int:
-    """Write ADAPTER as GraLoRA, Hybrid GraLoRA or LoRA, exactly unless told otherwise.
-
-    \b
-    Examples:
-      gralora-convert convert ./lora --to gralora --k 2 -o ./gralora
-      gralora-convert convert ./gralora --to lora -o ./servable
-    """
+    """Write ADAPTER as GraLoRA, Hybrid GraLoRA or LoRA, exactly unless told otherwise."""
     from gralora_convert.assembly import summary
     from gralora_convert.conversion import convert
 
@@ -338,7 +331,11 @@ def convert(
     return run.carry_out(plan, summary)
 
 
-@commands.command()
+@commands.command(
+    epilog=_examples(
+        "gralora-convert extract --base ./model --tuned ./tuned --to lora -o ./adapter"
+    )
+)
 @click.option("--base", required=True, metavar="MODEL", help="Folder, file or Hub id.")
 @click.option("--tuned", required=True, metavar="MODEL", help="The fine-tuned model.")
 @shape_options
@@ -368,12 +365,7 @@ def extract(
     as_json: bool,
     trust_remote_code: bool,
 ) -> int:
-    """Find the adapter that takes the base to a fine-tuned model, optimally for its rank.
-
-    \b
-    Example:
-      gralora-convert extract --base ./model --tuned ./tuned --to gralora --k 2 --r 32 -o ./adapter
-    """
+    """Find the adapter that takes the base to a fine-tuned model, optimally for its rank."""
     from gralora_convert.assembly import summary
     from gralora_convert.extraction import extract
 
@@ -479,7 +471,9 @@ def _key_map(entries: Sequence[str]) -> dict[str, str]:
     return mapping
 
 
-@commands.command()
+@commands.command(
+    epilog=_examples("gralora-convert verify ./adapter --base ./model --merged ./merged")
+)
 @click.argument("adapter")
 @base_option
 @click.option("--merged", required=True, metavar="MODEL", help="The checkpoint to audit.")
@@ -509,10 +503,6 @@ def verify(
     """Do base + ADAPTER and a merged checkpoint compute the same? Whoever made the merge.
 
     Exits 0 when they do, 1 when they do not; then it says what happened.
-
-    \b
-    Example:
-      gralora-convert verify ./adapter --base ./model --merged ./merged
     """
     from gralora_convert.checkpoint import Checkpoint
     from gralora_convert.equivalence import verify

@@ -7,12 +7,12 @@ the original authors' fields after SqueezeBits/GraLoRA (peft 0.11.2.dev0).
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, Self, TypeVar
 
-from gralora_convert.errors import InvalidAdapterError, UnreadableError
+from gralora_convert.errors import InvalidAdapterError, OutputError, UnreadableError
 from gralora_convert.report import Finding, Report, error, note
 from gralora_convert.rules import (
     PEFT_VERSION,
@@ -45,16 +45,27 @@ V = TypeVar("V", int, float)
 class _Configured:
     """What both configs share: reading, writing, and unknown fields that survive."""
 
-    peft_type: ClassVar[str]
+    METHOD: ClassVar[str]  # its `peft_type`
 
     @classmethod
     def field_names(cls) -> frozenset[str]:
-        """The names of all fields that are known, as the file spells them, without `peft_type`."""
+        """The names of all fields that are known, as the file spells them."""
         names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         return frozenset(names - {"extra"})
 
     def _values(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self.field_names()}
+
+    def _own_findings(self) -> Iterator[Finding]:
+        """What must hold of both configs. `peft_type` is a field because PEFT's class takes it."""
+        where = type(self).__name__
+        yield from method_findings(self._values(), where)
+        found = getattr(self, "peft_type", None)
+        if found in ("GRALORA", "LORA") and found != self.METHOD:
+            yield error("peft-type-mismatch", where, f"peft_type is {found}, not {self.METHOD}")
+        extra = getattr(self, "extra", None)
+        if not isinstance(extra, Mapping) or not all(isinstance(name, str) for name in extra):
+            yield error("config-value-type", where, f"extra is {extra!r}, an object was needed")
 
     def _normalise(self) -> None:
         """Sets and tuples become what JSON has; the targets are a set to PEFT, here sorted."""
@@ -65,9 +76,9 @@ class _Configured:
                 object.__setattr__(self, name, plain)
 
     def to_dict(self) -> dict[str, object]:
-        """The fields as PEFT writes them, with `peft_type`; unknown ones are kept."""
+        """The fields as PEFT writes them; unknown ones are kept."""
         extra: Json = getattr(self, "extra", {})
-        return dict(extra) | self._values() | {"peft_type": self.peft_type}
+        return dict(extra) | self._values()
 
     def to_json(self) -> bytes:
         """The bytes of `adapter_config.json`, the same on every run.
@@ -78,9 +89,16 @@ class _Configured:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False).encode()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `adapter_config.json` into `folder`, which is made if it does not exist."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG_NAME).write_bytes(self.to_json())
+        """Writes `adapter_config.json` into `folder`, which is made if it does not exist.
+
+        Raises:
+            OutputError: it cannot be written there.
+        """
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / CONFIG_NAME).write_bytes(self.to_json())
+        except (OSError, ValueError) as problem:
+            raise OutputError(f"cannot be written: {problem}", where=folder) from problem
 
     @classmethod
     def from_dict(cls, values: Json) -> Self:
@@ -90,26 +108,31 @@ class _Configured:
         Raises:
             InvalidAdapterError: with all findings.
         """
-        if cls.peft_type == "GRALORA" and _is_authors(values):
+        if cls.METHOD == "GRALORA" and _is_authors(values):
             values = _from_authors(values)
         names = cls.field_names()
         known = {name: value for name, value in values.items() if name in names}
-        extra = {n: v for n, v in values.items() if n not in names and n != "peft_type"}
+        extra = {name: value for name, value in values.items() if name not in names}
         return cls(**{"peft_version": None} | known, extra=extra)  # type: ignore[call-arg]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """The config in `folder`.
+        """The config in `folder`, which may be named by the file in it.
 
         Raises:
             InvalidAdapterError: it is missing, has errors (all are listed), or is of another kind.
+            UnreadableError: a path that no file can have.
         """
-        file = read_config(Path(folder))
+        path = Path(folder)
+        try:
+            file = read_config(path.parent if path.name == CONFIG_NAME else path)
+        except (OSError, ValueError) as problem:
+            raise UnreadableError(f"is not a usable path: {problem}", where=folder) from problem
         Report.of(file.findings).require_ok(folder)
         if not isinstance(file.config, cls):
             found = file.values.get("peft_type")
             raise InvalidAdapterError(
-                f"peft_type is {found}, {cls.peft_type} was needed", where=folder
+                f"peft_type is {found}, {cls.METHOD} was needed", where=folder
             )
         return file.config
 
@@ -140,6 +163,7 @@ class GraloraConfig(_Configured):
     init_weights: bool = True
     layers_to_transform: Sequence[int] | int | None = None
     layers_pattern: Sequence[str] | str | None = None
+    peft_type: str = field(default="GRALORA", kw_only=True)
     task_type: str | None = field(default=None, kw_only=True)
     base_model_name_or_path: str | None = field(default=None, kw_only=True)
     revision: str | None = field(default=None, kw_only=True)
@@ -148,9 +172,10 @@ class GraloraConfig(_Configured):
     peft_version: str | None = field(default=PEFT_VERSION, kw_only=True)
     extra: Mapping[str, object] = field(default_factory=dict, kw_only=True)
 
-    peft_type: ClassVar[str] = "GRALORA"
+    METHOD: ClassVar[str] = "GRALORA"
 
     def __post_init__(self) -> None:
+        Report.of(self._own_findings()).require_ok(type(self).__name__)
         self._normalise()
         values, where = self._values(), "GraloraConfig"
         findings = [*header_findings(values, where), *gralora_findings(values, where)]
@@ -189,6 +214,7 @@ class LoraConfig(_Configured):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
+    peft_type: str = field(default="LORA", kw_only=True)
     task_type: str | None = field(default=None, kw_only=True)
     base_model_name_or_path: str | None = field(default=None, kw_only=True)
     revision: str | None = field(default=None, kw_only=True)
@@ -197,9 +223,10 @@ class LoraConfig(_Configured):
     peft_version: str | None = field(default=PEFT_VERSION, kw_only=True)
     extra: Mapping[str, object] = field(default_factory=dict, kw_only=True)
 
-    peft_type: ClassVar[str] = "LORA"
+    METHOD: ClassVar[str] = "LORA"
 
     def __post_init__(self) -> None:
+        Report.of(self._own_findings()).require_ok(type(self).__name__)
         self._normalise()
         for name in ("rank_pattern", "alpha_pattern"):  # old releases write null
             if getattr(self, name) is None:

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gralora_convert.errors import MisuseError
+
 __all__ = [
     "Delta",
     "Dense",
@@ -31,6 +33,7 @@ __all__ = [
     "pad",
     "pad_lora",
     "permute_rows",
+    "require_device",
     "row_blocks",
     "rows",
     "terms",
@@ -194,6 +197,27 @@ def terms(delta: Delta) -> int:
             return delta.r
         case Dense():
             return 1
+
+
+def require_device(name: str) -> torch.device:
+    """The device `name`, on which tensors can be made and read here.
+
+    Raises:
+        MisuseError: this torch has no such device.
+
+    >>> require_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError, TypeError) as problem:
+        # torch asserts that it was built for cuda, and imports what other devices need
+        reason = str(problem).split(".")[0].split("\n")[0][:200]
+        raise MisuseError(
+            f"--device {name!r} cannot be used: {reason}", hint="Is it cpu or cuda?"
+        ) from problem
+    return device
 
 
 def to_device(delta: Delta, device: str) -> Delta:

@@ -321,6 +321,14 @@ def _spelling_findings(keys: Sequence[Key]) -> Iterator[Finding]:
             "wrapped model; PEFT would not load them",
             "Save the unwrapped model.",
         )  # fmt: skip
+    elif keys and all(key.name.startswith("module.") for key in keys):
+        # not an error: a model may have a child that is really called so, which the base shows
+        yield warning(
+            "key-wrapper-prefix", keys[0].key,
+            "every module is below 'module', as in a model that DistributedDataParallel wraps; "
+            "PEFT loads it into a model of the same names only",
+            "Save the unwrapped model.",
+        )  # fmt: skip
     named: dict[str, list[str]] = {}
     for key in keys:
         if key.adapter_name is not None:

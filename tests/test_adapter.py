@@ -242,6 +242,9 @@ MORE: Mapping[str, tuple[Break, str, str]] = {
     "general part of another width": (
         both(put(Q0 + "gralora_A_general.weight", 4, 48)), "tensor-shape", "error",
     ),
+    "every module below one that is called module": (
+        rename(lambda k: k.replace(P, P + "module.")), "key-wrapper-prefix", "warning",
+    ),
     "k of A and B differ": (put(Q0 + "gralora_B", 4, 8, 8), "tensor-shape", "error"),
     "no factors at all": (
         tensors({HEAD: ("F32", (4, 4))}, modules_to_save=["lm_head"]), "missing-tensor", "error",

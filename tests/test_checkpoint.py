@@ -570,3 +570,15 @@ def test_folders_are_walked_to_a_reasonable_depth(tmp_path: Path) -> None:
     (deep / "d").mkdir()
     with pytest.raises(UnreadableError, match="more than 32 folders deep"):
         sidecars(tmp_path)
+
+
+def test_the_steps_of_a_sentence_transformer_are_sidecars_with_their_weights(
+    tmp_path: Path,
+) -> None:
+    names = ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"]
+    for name in [*names, "checkpoint-500/model.safetensors", "model.safetensors"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert list(sidecars(tmp_path)) == names[:1]
+    (tmp_path / "modules.json").write_text("[]")
+    assert list(sidecars(tmp_path)) == [*names, "modules.json"]

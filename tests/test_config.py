@@ -20,7 +20,12 @@ from gralora_convert.config import (
     parse_config,
     read_config,
 )
-from gralora_convert.errors import InvalidAdapterError, UnsupportedError
+from gralora_convert.errors import (
+    ConvertError,
+    InvalidAdapterError,
+    OutputError,
+    UnsupportedError,
+)
 
 GOOD: Mapping[str, Any] = GraloraConfig(
     r=8, hybrid_r=4, alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM",
@@ -95,6 +100,30 @@ def test_a_folder_keeps_a_config(config: GraloraConfig | LoraConfig, tmp_path: P
     other = LoraConfig if isinstance(config, GraloraConfig) else GraloraConfig
     with pytest.raises(InvalidAdapterError, match=f"{other.peft_type} was needed"):
         other.from_pretrained(tmp_path / "new")
+
+
+@pytest.mark.parametrize("config", [GraloraConfig(r=8), LoraConfig(r=8)])
+def test_a_config_is_made_again_from_its_fields(config: GraloraConfig | LoraConfig) -> None:
+    fields: dict[str, Any] = config.to_dict()
+    assert type(config)(**fields) == config
+    wrong: dict[str, Any]
+    for wrong in ({"peft_type": "LOHA"}, {"peft_type": None}, {"extra": 3}, {"extra": {1: 2}}):
+        with pytest.raises(InvalidAdapterError):
+            type(config)(**wrong)
+
+
+def test_a_config_is_found_by_the_name_of_its_file(tmp_path: Path) -> None:
+    GraloraConfig(r=8).save_pretrained(tmp_path)
+    assert GraloraConfig.from_pretrained(tmp_path / CONFIG_NAME).r == 8
+
+
+@pytest.mark.parametrize("place", ["\0", "x" * 5000, "a file/below"])
+def test_a_place_that_cannot_be_is_refused(place: str, tmp_path: Path) -> None:
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        GraloraConfig().save_pretrained(f"{tmp_path}/{place}")
+    with pytest.raises(ConvertError):
+        GraloraConfig.from_pretrained(f"{tmp_path}/{place}")
 
 
 def test_known_fields_win_over_extra_ones() -> None:
@@ -333,9 +362,8 @@ def test_all_defects_are_told_at_once() -> None:
 def test_the_constructor_refuses_what_validation_calls_an_error(
     different: Mapping[str, Any],
 ) -> None:
-    values = {n: v for n, v in {**GOOD, **different}.items() if n != "peft_type"}
     with pytest.raises(InvalidAdapterError) as caught:
-        GraloraConfig(**values)
+        GraloraConfig(**{**GOOD, **different})
     assert caught.value.findings
 
 

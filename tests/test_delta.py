@@ -27,9 +27,11 @@ from gralora_convert.delta import (
     lora_to_hybrid,
     pad,
     pad_lora,
+    require_device,
     rows,
     with_scaling,
 )
+from gralora_convert.errors import MisuseError
 from tests import oracle
 
 SCALINGS = st.sampled_from([0.25, 0.5, 1.0, 2.0, -4.0])
@@ -404,3 +406,9 @@ def test_new_factors_are_distributed_as_those_of_peft() -> None:
     for values in (ours.A, theirs):
         assert 0.99 * bound < float(values.abs().max()) <= bound
         assert abs(float(values.std()) - bound / math.sqrt(3)) < 0.02 * bound
+
+
+@pytest.mark.parametrize("name", ["warp", "", "meta", "\0", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused(name: str) -> None:
+    with pytest.raises(MisuseError, match="cannot be used"):
+        require_device(name)

@@ -10,7 +10,7 @@ import pytest
 
 import gralora_convert as gc
 from gralora_convert.cli import commands
-from tests.command import run_ok
+from tests.command import run, run_ok
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -74,3 +74,19 @@ def test_every_public_name_is_documented(name: str) -> None:
     documentation = getattr(gc, name).__doc__
     assert documentation
     assert not documentation.startswith(f"{name}(")  # dataclass writes such a line by itself
+
+
+def test_the_public_page_lists_its_names() -> None:
+    assert set(gc.__all__) <= set(dir(gc))
+
+
+@pytest.mark.parametrize("command", commands.commands)
+def test_help_ends_with_an_example(command: str) -> None:
+    lines = run_ok(command, "--help").stdout.splitlines()
+    assert lines[-1].startswith(f"    gralora-convert {command} ")
+
+
+def test_no_command_shows_the_help() -> None:
+    outcome = run()
+    assert (outcome.status, outcome.stdout) == (2, "")
+    assert outcome.stderr.startswith("Usage:")
