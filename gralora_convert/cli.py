@@ -209,7 +209,12 @@ def _nothing_read(finding: "Finding") -> dict[str, str]:
     return {"kind": "unreadable", **fields}
 
 
-@commands.command(epilog=_examples("gralora-convert merge ./adapter --base ./model -o ./merged"))
+@commands.command(
+    epilog=_examples(
+        "gralora-convert merge ./adapter --base ./model -o ./merged",
+        "torchrun --nproc-per-node 4 -m gralora_convert merge ./adapter --base ./model -o ./merged",
+    )
+)
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @base_option
 @click.option("--weight", "weights", type=float, multiple=True, metavar="FLOAT",
@@ -414,6 +419,7 @@ class _Run:
     ) -> int:
         is_speaker = ranks is None or ranks.is_leader
         if self.dry_run:
+            plan.require_allowed(self.output, overwrite=self.overwrite)
             if is_speaker:
                 self._print_plan(plan)
             return 0

@@ -7,7 +7,7 @@ base's own, or shards of a given size.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -74,14 +74,16 @@ def merge(
     >>> len(plan.files)
     1
     """
+    if dtype not in ("keep", *DTYPES):
+        raise MisuseError(f"dtype {dtype!r} is none of keep, {', '.join(DTYPES)}")
     opened = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
     for adapter in opened:
         adapter.require_plain()
     factors = _weights(weights, opened)
-    paths = [adapter.path.resolve() for adapter in opened]
-    if len(set(paths)) < len(paths):
+    if len({adapter.sha256() for adapter in opened}) < len(opened):
         raise MisuseError("an adapter is named twice", hint="Use --weight 2 to apply it twice.")
-    target = base if isinstance(base, Checkpoint) else Checkpoint.open(base or _base_name(opened))
+    named = _base_name(opened) if base is None else base
+    target = named if isinstance(named, Checkpoint) else Checkpoint.open(named)
     if not again:
         _refuse_twice(opened, target)
     placements = []
@@ -108,6 +110,11 @@ def _weights(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> li
     for weight, adapter in zip(weights, adapters, strict=True):
         if weight != weight or abs(weight) == float("inf"):
             raise MisuseError(f"the weight {weight} is not a finite number")
+        if weight == 0:
+            raise MisuseError(
+                "weight 0 was given, which would leave the adapter out", where=adapter.path,
+                hint="Leave out the adapter itself.",
+            )  # fmt: skip
         if weight != 1.0 and (adapter.biases or adapter.saved):
             raise MisuseError(
                 f"weight {weight:g} was given, but trained biases and saved modules replace those "
@@ -319,9 +326,12 @@ class _Merge:
                 notes.append(f"{', '.join(sorted(beside))} taken from {adapter.path}")
             copies |= beside
         texts = {}
-        edits = self._config_edits()
-        if edits and "config.json" in copies:
-            texts["config.json"] = _edited(copies.pop("config.json"), edits)
+        if "config.json" in copies:
+            config = load_json(copies["config.json"], allow_non_finite=True)
+            edited = _updated(config, self._config_edits(config))
+            if edited != config:
+                del copies["config.json"]
+                texts["config.json"] = (json.dumps(edited, indent=2) + "\n").encode()
         if len(files) > 1:
             texts["model.safetensors.index.json"] = index_json(files)
         return texts, copies, notes
@@ -329,13 +339,16 @@ class _Merge:
     def _is_same_model(self, config: Path) -> bool:
         return load_json(config, allow_non_finite=True).get("model_type") == self.base.model_type
 
-    def _config_edits(self) -> dict[str, object]:
+    def _config_edits(self, config: Mapping[str, object]) -> dict[str, object]:
         edits: dict[str, object] = {}
         for placement in self.placements:
             edits = _updated(edits, placement.config_edits())
-        if self.dtype != "keep":
+        if self.dtype == "keep":
+            return edits
+        dtypes = {s.dtype for s in self.base.tensors.values() if s.dtype in FLOATING}
+        if dtypes != {DTYPES[self.dtype]} and "torch_dtype" not in config:
             edits["dtype"] = self.dtype
-        return edits
+        return _updated(edits, _dtype_edits(config, self.dtype))
 
     def _receipt(
         self,
@@ -440,15 +453,7 @@ def _layout(
             OutputFile(_safetensors_name(name), tuple(held), _metadata(base, name))
             for name, held in parts.items()
         )
-    limit = _parse_size(shard_size)
-    shards: list[list[Part]] = []
-    room = 0
-    for part in (part for held in parts.values() for part in held):
-        if not shards or part.nbytes > room:
-            shards.append([])
-            room = limit
-        shards[-1].append(part)
-        room -= part.nbytes
+    shards = list(_shards((p for held in parts.values() for p in held), _parse_size(shard_size)))
     if len(shards) == 1:
         return (OutputFile("model.safetensors", tuple(shards[0])),)
     return tuple(
@@ -457,8 +462,26 @@ def _layout(
     )
 
 
+def _shards(parts: Iterable[Part], limit: int) -> Iterator[list[Part]]:
+    """Parts in order, in shards of at most `limit` bytes; a larger part is a shard of its own
+    (huggingface_hub 2.4, serialization/_base.py, split_state_dict_into_shards_factory)."""
+    shard: list[Part] = []
+    size = 0
+    for part in parts:
+        if part.nbytes > limit:
+            yield [part]
+            continue
+        if size + part.nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(part)
+        size += part.nbytes
+    if shard:
+        yield shard
+
+
 def _parse_size(text: str) -> int:
-    found = _SIZE.fullmatch(text.strip())
+    found = _SIZE.fullmatch(str(text).strip())
     if not found:
         raise MisuseError(f"--shard-size {text!r} is neither keep nor a size such as 5GB or 500MB")
     number, unit, binary = found.groups()
@@ -480,13 +503,15 @@ def _metadata(base: Checkpoint, name: str) -> Mapping[str, str]:
     return {**(base.layout[name].metadata or {}), "format": "pt"}
 
 
-def _edited(path: Path, edits: Mapping[str, object]) -> bytes:
-    """The config with `edits`, in its own order of keys."""
-    config = load_json(path, allow_non_finite=True)
-    dtype = edits.get("dtype")
-    if dtype is not None and "torch_dtype" in config and "dtype" not in config:
-        edits = {"torch_dtype" if key == "dtype" else key: v for key, v in edits.items()}
-    return (json.dumps(_updated(config, edits), indent=2) + "\n").encode()
+def _dtype_edits(config: Mapping[str, object], dtype: str) -> dict[str, object]:
+    """`dtype` wherever a config or one within it says one, by its name of today or before."""
+    edits: dict[str, object] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            edits[key] = dtype
+        elif isinstance(value, Mapping) and key.endswith("_config"):
+            edits |= {key: inner} if (inner := _dtype_edits(value, dtype)) else {}
+    return edits
 
 
 def _updated(config: Mapping[str, object], edits: Mapping[str, object]) -> dict[str, object]:

@@ -124,6 +124,15 @@ class Plan:
             for part in file.parts[: done.parts.get(file.name, 0)]
         )
 
+    def require_allowed(self, output: str | Path, *, overwrite: bool = False) -> None:
+        """Raises as `write` does where `output` may not be written."""
+        self._staging(output, overwrite, keep=False).require_allowed()
+
+    def _staging(self, output: str | Path, overwrite: bool, keep: bool) -> Staging:
+        if not str(output):
+            raise MisuseError("the output has no name", hint="Name a folder: -o DIR.")
+        return Staging(Path(output), overwrite=overwrite, protected=self._protected(), keep=keep)
+
     def write(
         self,
         output: str | Path,

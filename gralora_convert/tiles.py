@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gralora_convert.delta import Delta, add_rows_, rows, terms
+from gralora_convert.delta import Delta, add_rows_, require_device, rows, terms
 from gralora_convert.errors import CheckFailedError, UnsupportedError
 from gralora_convert.plan import Computed
 from gralora_convert.rounding import (
@@ -132,8 +132,16 @@ class _Tiles:
         read_into(self.spec, start * width, _bytes(stored))
         return stored
 
-    def round(self, sums: torch.Tensor, stored: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def round(
+        self,
+        sums: torch.Tensor,
+        stored: Callable[[], torch.Tensor],
+        *,
+        keep_infinite: bool = False,
+    ) -> torch.Tensor:
         """The sums in the dtype that is written: the one rounding. `stored` reads them again.
+
+        With `keep_infinite`, what was NaN or infinite may stay so (a mask, a buffer).
 
         Raises:
             CheckFailedError: a sum is no number or exceeds that dtype.
@@ -145,7 +153,10 @@ class _Tiles:
             written = _buffers.get("written", shape, self.written).copy_(sums)
         if _is_finite(written):
             return written
-        if bool(stored().isfinite().all()):
+        was_finite = stored().isfinite()
+        if keep_infinite and torch.equal(was_finite, written.isfinite()):
+            return written
+        if bool(was_finite.all()):
             largest = torch.finfo(self.written).max
             raise CheckFailedError(
                 f"the result exceeds the largest {_name(self.written)} ({largest:g}) or is not a "
@@ -166,7 +177,7 @@ class CastTensor(_Tiles):
 
     def produce(self, tile: int) -> memoryview:
         stored = self.read(*self.span(tile))
-        return _bytes(self.round(stored, lambda: stored))
+        return _bytes(self.round(stored, lambda: stored, keep_infinite=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +239,7 @@ class MergedTensor(_Tiles):
     ) -> None:
         super().__init__(spec, dtype)
         self.contributions = tuple(contributions)
-        self.device = torch.device(device)
+        self.device = require_device(device)
         groups = max(PARTS, *(c.blocks for c in contributions)) if check else 0
         self._checked = self._samples(min(groups, self.rows)) if groups else {}
         self._shared = [_Shared(c.load, self.count) for c in contributions]
@@ -267,7 +278,7 @@ class MergedTensor(_Tiles):
         updates = self._updates(start, stop)
         checked = self._checked.get(tile, ())
         try:
-            before = [stored[sample].to(torch.float64) for sample in checked]
+            before = [stored[sample].to(torch.float64, copy=True) for sample in checked]
             unchanged = None if self.changed else stored.clone()
             sums = self._sum(stored, start, stop, updates)
             written = self.round(sums, lambda: self.read(start, stop))

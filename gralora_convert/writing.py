@@ -218,7 +218,7 @@ def _pieces(
 ) -> Iterator[_Task]:
     """The work of one tensor that is computed, or whose elements are out of order in its file."""
     size = source.tile_bytes if isinstance(source, Computed) else COPY_CHUNK
-    for tile, start in enumerate(range(0, part.nbytes, size)):
+    for tile, start in enumerate(range(0, part.nbytes, max(size, 1))):
 
         def write(tile: int = tile, start: int = start) -> int:
             stop = min(start + size, part.nbytes)
