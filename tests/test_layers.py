@@ -15,8 +15,9 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 LAYERS = {
     "foundation": {"version", "errors", "report"},
     "disk": {
-        "adapter", "checkpoint", "config", "files", "keys", "pickles", "places", "plan", "rules",
-        "shapes", "staging", "strictjson", "targets", "tensors", "unpickling",
+        "adapter", "checkpoint", "config", "files", "keys", "pickles", "places", "plan",
+        "provenance", "rules", "shapes", "staging", "strictjson", "targets", "tensors",
+        "unpickling",
     },
     "mathematics": {"blocks", "delta", "diagnosis", "factorize", "layer", "rounding"},
     "base": {"architecture", "heads", "pieces", "placement", "ties", "values"},
