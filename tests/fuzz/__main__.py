@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 
 def main() -> None:
@@ -20,11 +22,31 @@ def main() -> None:
     folders.add_argument("--jobs", type=int, default=os.cpu_count())
     worker = commands.add_parser("worker", help="the inputs of one process, one JSON line each")
     worker.add_argument("seeds", type=int, nargs=3, metavar="START STOP STEP")
+    single = commands.add_parser("parser", help="one parser, guided by coverage (atheris)")
+    single.add_argument("name")
+    single.add_argument("--seconds", type=int, default=60)
     given = parser.parse_args()
-    if given.command == "worker":
+    if given.command == "parser":
+        fuzz_parser(given.name, given.seconds)
+    elif given.command == "worker":
         run_inputs(range(*given.seeds))
     else:
         sys.exit(fuzz_folders(given.inputs, given.seed, given.jobs))
+
+
+def fuzz_parser(name: str, seconds: int) -> None:
+    """Follows the coverage of one parser for some seconds; atheris then ends the process."""
+    import atheris
+
+    with atheris.instrument_imports(include=["gralora_convert"]):
+        from tests.fuzz.parsers import PARSERS, seeds
+
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, seed in enumerate(seeds(name)):
+            Path(corpus, str(number)).write_bytes(seed)
+        limits = [f"-max_total_time={seconds}", "-rss_limit_mb=2048", "-timeout=10"]
+        atheris.Setup([sys.argv[0], corpus, *limits, "-max_len=8192"], PARSERS[name])
+        atheris.Fuzz()
 
 
 def run_inputs(seeds: Sequence[int]) -> None:

@@ -22,7 +22,8 @@ Tensor = tuple[str, str, tuple[int, ...], bytes]  # name, dtype, shape, data
 NAMES = (
     "", ".", "..", "../../etc/passwd", "/etc/passwd", "a/b", "\x00", "\n::error::x", "\x1b[31m\x07",
     "\u202egnp.exe", "\ud800", "a" * 5000, "x" * 1_000_000, "%0A%0D", "(a+)+$",
-    "(((((.*)*)*)*)*)*b", "[", "*", "all-linear", "weight", "base_model.model.", "base_model.model.gralora_A", "lm_head",
+    "(((((.*)*)*)*)*)*b", "[", "*", "all-linear", "weight", "base_model.model.",
+    "base_model.model.gralora_A", "lm_head",
     "model.layers.0.self_attn.q_proj", "q_proj", "default", "__metadata__", "GRALORA", "LORA",
 )  # fmt: skip
 # JSON texts of values, among them some that no Python value gives.
@@ -53,7 +54,7 @@ def mutate_bytes(random: Random, folder: Path) -> str:
     path = _any(random, files(folder))
     if path is None:
         return "nothing"
-    data = bytearray(path.read_bytes()[: 1 << 20])
+    data = bytearray(_start(path))
     at = random.randrange(min(len(data), random.choice((16, 400, 1 << 20))))
     match random.randrange(5):
         case 0:
@@ -90,7 +91,7 @@ def path_is_read(path: Path) -> bool:
 
 def _document(path: Path | None) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_bytes()) if path else None
+        value = json.loads(_start(path)) if path else None
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and value else None
@@ -219,7 +220,7 @@ def _other_word(random: Random, name: str) -> str:
 
 
 def _split(path: Path) -> tuple[dict[str, Any], bytes] | None:
-    raw = path.read_bytes()[: 1 << 20]
+    raw = _start(path)
     length = int.from_bytes(raw[:8], "little")
     try:
         header = json.loads(raw[8 : 8 + length])
@@ -294,7 +295,7 @@ def mutate_files(random: Random, folder: Path) -> str:
     if path is None:
         return "nothing"
     kind = random.randrange(10)
-    data = path.read_bytes()[: 1 << 20]
+    data = _start(path)
     path.unlink()
     match kind:
         case 0:
@@ -338,6 +339,12 @@ def add_file(random: Random, folder: Path) -> str:
         return "nothing"
     path.write_text(text)
     return f"new {name}: {text[:60]}"
+
+
+def _start(path: Path) -> bytes:
+    """All of a file of the fixtures; the start of one that was made huge."""
+    with path.open("rb") as file:
+        return file.read(1 << 20)
 
 
 def _any(random: Random, paths: Sequence[Path]) -> Path | None:
