@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig, read_config
-from gralora_convert.errors import UnreadableError, UnsupportedError
+from gralora_convert.errors import InvalidAdapterError, UnreadableError, UnsupportedError
 from gralora_convert.keys import Role
 from gralora_convert.places import Places
 from gralora_convert.report import Finding, Report, error, note, warning
@@ -120,6 +120,7 @@ class Adapter:
         """The update of one module, factors in float32 (float64 stays).
 
         Raises:
+            InvalidAdapterError: a factor holds NaN or infinity.
             UnsupportedError: a LoRA whose update is more than scaling * B @ A.
         """
         import torch
@@ -127,7 +128,13 @@ class Adapter:
         from gralora_convert.delta import Gralora, Lora
 
         def read(role: Role) -> torch.Tensor:
-            tensor = read_torch(self.roles[module][role])
+            spec = self.roles[module][role]
+            tensor = read_torch(spec)
+            if not tensor.isfinite().all():
+                raise InvalidAdapterError(
+                    f"{spec.name}: holds NaN or infinity", where=self.file.path,
+                    hint="Training diverged, or the file is damaged: use an earlier checkpoint.",
+                )  # fmt: skip
             return tensor if tensor.dtype == torch.float64 else tensor.float()
 
         if self.kind == "lora":

@@ -4,17 +4,19 @@ Structure comes from `scan_adapter`, the fit from `place`; here are the values (
 at a time, as raw bytes) and what is worth a warning when there is no base to ask.
 """
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gralora_convert.adapter import Adapter, scan_adapter
-from gralora_convert.checkpoint import Checkpoint
+from gralora_convert.checkpoint import RECEIPT_NAME, Checkpoint
 from gralora_convert.config import CONFIG_NAME
 from gralora_convert.errors import ConvertError
 from gralora_convert.keys import parse_key
 from gralora_convert.placement import bias_missing, place
+from gralora_convert.provenance import adapter_receipt_findings, checkpoint_receipt_findings
 from gralora_convert.report import Finding, Report, error, note, warning
 from gralora_convert.targets import is_saved
 from gralora_convert.tensors import FLOATING, TensorFile, TensorSpec, read_into
@@ -36,6 +38,8 @@ def validate(
     Without `base` the adapter is checked against the model that it names, if that is a local
     folder, and on its own otherwise. The values of all tensors are read once.
 
+    A checkpoint that this tool merged is checked against its receipt instead.
+
     Raises:
         UnreadableError: `adapter` is no folder, or the given `base` cannot be read.
         UnsupportedError: the given base is in a format that is not read.
@@ -43,15 +47,32 @@ def validate(
     >>> validate("fixtures/peft-0.21.2/llama-gralora", "fixtures/bases/llama").ok
     True
     """
-    scan = scan_adapter(adapter.path if isinstance(adapter, Adapter) else adapter)
+    path = adapter.path if isinstance(adapter, Adapter) else Path(adapter)
+    if _is_merged(path):
+        opened = Checkpoint.open(base) if isinstance(base, str | Path) else base
+        return Report.of(checkpoint_receipt_findings(path, opened))
+    scan = scan_adapter(path)
     findings = list(scan.report.findings)
     if scan.file is not None:
         findings += _value_findings(scan.file)
     if scan.adapter is not None:
+        findings += _receipt_findings(scan.adapter)
         findings += _fit_findings(scan.adapter, base, key_map, trust_remote_code)
     elif base is not None and not isinstance(base, Checkpoint):
         Checkpoint.open(base)  # an unreadable base is a refusal, whatever the adapter's state
     return Report.of(findings)
+
+
+def _is_merged(path: Path) -> bool:
+    """Whether `path` holds what `merge` wrote, and no adapter."""
+    return os.path.lexists(path / RECEIPT_NAME) and not os.path.lexists(path / CONFIG_NAME)
+
+
+def _receipt_findings(adapter: Adapter) -> Iterator[Finding]:
+    """For what `convert` and `extract` wrote."""
+    if os.path.lexists(adapter.path / RECEIPT_NAME):
+        modules = frozenset(adapter.modules)
+        yield from adapter_receipt_findings(adapter.path, adapter.file.path, modules)
 
 
 def _fit_findings(

@@ -183,6 +183,8 @@ def validate(
 ) -> int:
     """Is ADAPTER intact, does it fit the base? One finding per line.
 
+    A merged checkpoint is checked against its receipt: is it still what was written?
+
     Exits 0 when it is valid, 1 when it has errors, 2 when there is nothing to read.
     """
     from gralora_convert.checks import validate

@@ -37,6 +37,8 @@ def printable(text: object) -> str:
     if len(shown) > LONGEST:
         head, tail = shown[: LONGEST * 3 // 4], shown[-LONGEST // 4 :]
         shown = f"{head}[... {len(shown) - LONGEST} characters ...]{tail}"
+    if shown.isprintable():
+        return shown
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
 
 

@@ -6,11 +6,13 @@ tensor becomes a place in the file, like one of a safetensors file.
 Layout after torch 2.13, `_save` of torch/serialization.py.
 """
 
+import io
 import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from gralora_convert.files import file_stamp, open_regular, reading
 from gralora_convert.tensors import (
@@ -58,7 +60,7 @@ def read_pickle(path: Path) -> TensorFile:
                 reason="legacy-pickle" if legacy else "unreadable",
             )
         try:
-            with zipfile.ZipFile(file) as archive:
+            with zipfile.ZipFile(_Bounded(file)) as archive:
                 description, entries = _entries(archive, path)
                 storages = _places(file.fileno(), entries, status.st_size)
         except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, MemoryError) as error:
@@ -66,6 +68,19 @@ def read_pickle(path: Path) -> TensorFile:
     tensors = _unpickle(description, path)
     specs = {name: _spec(name, tensor, storages, path) for name, tensor in tensors.items()}
     return TensorFile(path, specs, None, True, file_stamp(status))
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which no long part is read at once: `zipfile` takes the directory as one, whatever
+    length the archive claims for it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(io.FileIO(file.fileno(), closefd=False))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_PICKLE_BYTES:
+            raise zipfile.BadZipFile(f"a directory of {size} bytes")
+        return super().read(size)
 
 
 def _entries(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, zipfile.ZipInfo]]:

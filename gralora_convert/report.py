@@ -15,7 +15,11 @@ _RANK: Mapping[Severity, int] = {"error": 0, "warning": 1, "note": 2}
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fact about an adapter, with a stable kebab-case `code` and what to do about it."""
+    """One fact about an adapter, with a stable kebab-case `code` and what to do about it.
+
+    `where`, `message` and `hint` quote untrusted files: each is made one printable line of bounded
+    length, wherever it is shown.
+    """
 
     code: str
     severity: Severity
@@ -23,10 +27,13 @@ class Finding:
     message: str
     hint: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("where", "message", "hint"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
+
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
-        text = sentences(f"{place}{self.message}", self.hint)
-        return printable(f"{self.severity}[{self.code}]: {text}")
+        return f"{self.severity}[{self.code}]: {sentences(f'{place}{self.message}', self.hint)}"
 
     def as_json(self) -> dict[str, str]:
         return {
@@ -111,7 +118,7 @@ def _annotation(finding: Finding) -> str:
     def escape(text: str, also: str = "") -> str:
         for character in "%\r\n" + also:
             text = text.replace(character, f"%{ord(character):02X}")
-        return printable(text)
+        return text
 
     title = escape(finding.code, ":,")
     place = f"{finding.where}: " if finding.where else ""

@@ -10,7 +10,7 @@ from gralora_convert.files import open_regular, reading
 
 __all__ = ["JsonError", "load_json", "parse_json"]
 
-MAX_JSON_BYTES = 100_000_000  # the cap of safetensors' headers; the largest public index has 10 MB
+MAX_JSON_BYTES = 32_000_000  # the largest public index has 10 MB
 MAX_DEPTH = 127  # of serde_json, which reads the same files in other tools
 _INTEGER_DIGITS = 300  # longer integers may exceed every float; longer than 4300 Python refuses
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")

@@ -55,6 +55,7 @@ FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 _WORD = 2**64
 MAX_DIMENSIONS = 64  # of numpy 2
 MAX_HEADER_BYTES = 100_000_000  # the cap of the official reader
+MAX_TENSORS = 250_000  # of one file; the largest public models have 100 000 in all their files
 _TORCH_NAMES: Mapping[str, str] = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
@@ -156,6 +157,8 @@ def read_safetensors(path: Path) -> TensorFile:
         raw = file.read(length)
     if not raw.startswith(b"{"):
         raise TensorFileError("is no safetensors file: the header is not JSON", where=path)
+    if raw.count(b"{") > MAX_TENSORS + 2 or raw.count(b"[") > 2 * MAX_TENSORS:
+        raise TensorFileError(f"describes more than {MAX_TENSORS} tensors", where=path)
     header = parse_json(raw, where=path)
     metadata = _metadata(header.pop("__metadata__", None), path)
     data_start = 8 + length

@@ -25,6 +25,7 @@ _DTYPES: Mapping[str, str] = {
     **{f"torch.{name}": dtype for name, dtype in DTYPE_OF_TORCH.items()},
     "torch.storage.UntypedStorage": "U8",
 }
+_WORD = 2**64
 _NAMES = frozenset(
     {
         "collections.OrderedDict",
@@ -177,6 +178,8 @@ class _Machine:
         for key, value in zip(values[::2], values[1::2], strict=True):
             if not isinstance(key, (str, int, float)) and key is not None:
                 raise UnsafePickleError("a key of a dictionary is neither a string nor a number")
+            if isinstance(key, int) and abs(key) >= _WORD:  # longer ones can be made to collide
+                raise UnsafePickleError("a key of a dictionary is a number of more than 64 bits")
             if key in target:
                 raise DamagedPickleError(
                     f"the key {str(key)[:200]!r} stands twice in one dictionary"

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -798,3 +799,15 @@ def test_no_adapter_makes_it_fail(
             for module in found.adapter.modules:
                 assert min(found.adapter.shape(module)) > 0
                 assert math.isfinite(found.adapter.scaling(module))
+
+
+def test_factors_that_are_not_finite_are_refused_where_they_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree("fixtures/peft-0.21.2/llama-gralora", folder)
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\xff" * 4)
+    adapter = Adapter.open(folder)
+    last = max(adapter.tensors.values(), key=lambda spec: spec.offset)
+    module = next(m for m in adapter.modules if f".{m}." in last.name)
+    with pytest.raises(InvalidAdapterError, match="NaN or infinity"):
+        adapter.delta(module)

@@ -16,8 +16,8 @@ LAYERS = {
     "foundation": {"version", "errors", "report"},
     "disk": {
         "adapter", "checkpoint", "config", "files", "journal", "keys", "pickles", "places", "plan",
-        "ranks", "rules", "shapes", "staging", "strictjson", "targets", "tensors", "unpickling",
-        "writing",
+        "provenance", "ranks", "rules", "shapes", "staging", "strictjson", "targets", "tensors",
+        "unpickling", "writing",
     },
     "mathematics": {"blocks", "delta", "diagnosis", "factorize", "layer", "rounding"},
     "base": {"architecture", "heads", "pieces", "placement", "ties", "values"},

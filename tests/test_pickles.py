@@ -393,3 +393,22 @@ def test_a_small_description_costs_little(name: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 3000
     assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+def test_numbers_that_could_be_made_to_collide_are_no_keys(tmp_path: Path) -> None:
+    """All multiples of 2**61 - 1 have the hash 0: a dictionary of them takes quadratic time."""
+    path = save(tmp_path, {(2**61 - 1) * i: 0 for i in range(1, 40)})
+    assert "more than 64 bits" in str(refusal(path, "unsafe-pickle"))
+
+
+def test_a_directory_of_an_archive_is_not_read_at_any_length(tmp_path: Path) -> None:
+    path = save(tmp_path, {"a": torch.zeros(2)})
+    data = bytearray(path.read_bytes()[: 1 << 16])
+    end = data[-22:]  # the record that says where the directory lies
+    end[12:20] = (1 << 30).to_bytes(4, "little") + (0).to_bytes(4, "little")
+    with path.open("wb") as file:
+        file.write(data[:100])
+        file.truncate(1 << 30)
+        file.seek(0, os.SEEK_END)
+        file.write(end)
+    assert "a directory of 1073741824 bytes" in str(refusal(path))

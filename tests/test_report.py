@@ -152,3 +152,11 @@ def test_a_finding_is_a_value() -> None:
     copy = pickle.loads(pickle.dumps(ERROR))
     assert copy == ERROR
     assert hash(copy) == hash(Finding(*ERROR.as_json().values()))  # type: ignore[arg-type]
+
+
+def test_what_a_finding_quotes_is_printable_and_short_everywhere() -> None:
+    found = error("tensor-shape", "a\n\x1b[31m", "\ud800" * 100_000, "\u202e" * 3)
+    assert found.where == "a\\n\\x1b[31m"
+    for shown in (str(found), *found.as_json().values()):
+        assert shown.isprintable()
+        assert len(shown) < 20_000

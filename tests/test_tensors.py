@@ -499,3 +499,12 @@ def test_a_file_that_was_replaced_or_touched_has_changed(tmp_path: Path) -> None
     copy.rename(path)
     with pytest.raises(ChangedInputError, match="changed while it was read"):
         file.require_unchanged()
+
+
+def test_more_tensors_than_any_model_has_are_refused_at_once(tmp_path: Path) -> None:
+    empty = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    path = write(tmp_path, pack(b"{" + b",".join(empty % i for i in range(300_000)) + b"}"))
+    started = time.process_time()
+    with pytest.raises(TensorFileError, match="more than 250000 tensors"):
+        read_safetensors(path)
+    assert time.process_time() - started < 1
