@@ -17,16 +17,25 @@ from gralora_convert.delta import Gralora, Lora
 from gralora_convert.errors import MisuseError
 from gralora_convert.keys import Role, key_of
 from gralora_convert.plan import Computed, Copied, Part
+from gralora_convert.serving import SERVED_RANKS, served_rank
 from gralora_convert.tensors import DTYPE_BITS, TensorSpec, torch_dtype
 
-__all__ = ["Kind", "Loss", "Shape", "copied", "loss_json", "module_parts", "rounded", "summary"]
+__all__ = [
+    "SERVED_RANKS",
+    "Kind",
+    "Loss",
+    "Shape",
+    "copied",
+    "loss_json",
+    "module_parts",
+    "rounded",
+    "summary",
+]
 
 Made = TypeVar("Made", Gralora, Lora)
 Kind = Literal["gralora", "hybrid", "lora"]
 NAMES: Mapping[Kind, str] = {"gralora": "GraLoRA", "hybrid": "Hybrid GraLoRA", "lora": "LoRA"}
 EXACT = 1e-6  # relative errors below it are those of float32 factors
-# vLLM's choices of --max-lora-rank (vllm/config/lora.py)
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 # What one module lost: squared error and squared norm (Frobenius).
 Loss = tuple[float, float]
@@ -203,7 +212,7 @@ def summary(receipt: Mapping[str, object], output: str) -> str:
         if isinstance(value, float):
             lines.append(f"{what} {value:.3g}")
     if kind == "lora":
-        served = next((rank for rank in SERVED_RANKS if rank >= r), None)
+        served = served_rank(r)
         if served is not None:
             lines.append(f"to serve: vllm --enable-lora --max-lora-rank {served}")
     return "\n".join(lines)

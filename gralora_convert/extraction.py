@@ -6,14 +6,14 @@ difference at a time.
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from gralora_convert.architecture import Architecture, quantisation
+from gralora_convert.architecture import Architecture, near_misses, quantisation
 from gralora_convert.assembly import (
     Kind,
     Loss,
@@ -152,6 +152,8 @@ class _Differences:
                 hint="Extract from a model with the same tensors as its base.",
             )
         names = _Names(Architecture(before, trust_remote_code=trust_remote_code))
+        modules = {names.parameter(name).rpartition(".")[0] for name in before.tensors}
+        self.notes += _unmatched(modules, include, exclude, after)
         others: list[str] = []
         for name, spec in before.tensors.items():
             tuned = after.tensors[name]
@@ -245,6 +247,22 @@ class _Names:
 def _chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     wanted = not include or any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
     return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+
+
+def _unmatched(
+    modules: Collection[str], include: Sequence[str], exclude: Sequence[str], after: Checkpoint
+) -> Iterator[str]:
+    """Notes on patterns of `exclude` that match nothing; one of `include` is a refusal."""
+    for pattern in (*include, *exclude):
+        if fnmatch.filter(modules, pattern):
+            continue
+        close = near_misses(pattern.strip("*"), sorted(modules))
+        if pattern in include:
+            raise MisuseError(
+                f"--include {pattern!r} matches no module", where=after.path,
+                hint=f"A pattern matches whole names, such as '*.q_proj'. {close}".strip(),
+            )  # fmt: skip
+        yield f"--exclude {pattern!r} matches no module. {close}".strip()
 
 
 def _same(one: TensorSpec, other: TensorSpec) -> bool:

@@ -113,7 +113,7 @@ def _weights(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> li
 
 
 def _base_name(adapters: Sequence[Adapter]) -> str:
-    names = {adapter.config.base_model_name_or_path for adapter in adapters}
+    names = {adapter.base_source for adapter in adapters}
     name = names.pop()
     if names or not name:
         found = "different base models" if names else "no base model"
