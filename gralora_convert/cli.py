@@ -10,20 +10,20 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
 from gralora_convert.errors import ConvertError, InvalidAdapterError, MisuseError
+from gralora_convert.terminal import Choice, bar, quiet_option, show, show_notes
 from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
     from gralora_convert.assembly import Kind
     from gralora_convert.plan import Plan
-    from gralora_convert.report import Finding
+    from gralora_convert.report import Finding, Report
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as exit_:
         status = exit_.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: the output is what it was before", err=True)
+        show("interrupted: the output is what it was before", err=True)
         status = EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
@@ -85,10 +85,10 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
         fields = {"kind": kind, "message": message, "where": where, "hint": hint}
         click.echo(json.dumps({"error": fields}, indent=2))
     else:
-        click.echo(f"error: {line}", err=True)
+        show(f"error: {line}", err=True)
         for finding in error.findings if isinstance(error, InvalidAdapterError) else ():
             if finding.severity == "error":
-                click.echo(f"  {finding}", err=True)
+                show(f"  {finding}", err=True)
 
 
 def _echo_json(value: object) -> None:
@@ -103,33 +103,43 @@ def _options(
 
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+PATH = click.Path()  # no check here: it may be a Hub id; a shell completes names of files
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON document on stdout.  [default: off]"
+)
 base_option = click.option(
-    "--base", metavar="MODEL",
+    "--base", type=PATH, metavar="MODEL",
     help="Base model: folder, file or Hub id.  [default: the adapter's base_model_name_or_path]",
 )  # fmt: skip
 device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Let transformers run code of the model's folder."
-)
+    "--trust-remote-code", is_flag=True,
+    help="Let transformers run code of the model's folder.  [default: off]",
+)  # fmt: skip
 key_map_option = click.option(
     "--key-map", multiple=True, metavar="FROM=TO",
-    help="Module FROM of the adapter is TO in the base (a whole name or a leading part).",
+    help="Module FROM of the adapter is TO in the base (a whole name or a leading part).  "
+    "[default: the same names]",
+)  # fmt: skip
+plot_option = click.option(
+    "--plot", type=PATH, metavar="FILE",
+    help="Draw it, as PNG, SVG or PDF by the suffix of FILE.  [default: no picture]",
 )  # fmt: skip
 progress_option = click.option(
     "--progress/--no-progress", default=None, help="A bar on stderr.  [default: on a terminal]"
 )
 writing_options = _options(
-    click.option("-o", "--output", required=True, metavar="DIR",
+    click.option("-o", "--output", type=PATH, required=True, metavar="DIR",
                  help="New folder; must not exist, or be empty, unless --overwrite."),
-    click.option("--dtype", type=click.Choice(DTYPES), default="keep", show_default=True,
+    click.option("--dtype", type=Choice(DTYPES), default="keep", show_default=True,
                  help="dtype of the tensors written; keep = each tensor's own."),
     click.option("--jobs", type=click.IntRange(min=1), help="Worker threads.  [default: the CPUs]"),
-    click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
-    click.option("--overwrite", is_flag=True, help="Replace DIR, atomically."),
+    click.option("--dry-run", is_flag=True,
+                 help="Print the plan and write nothing.  [default: off]"),
+    click.option("--overwrite", is_flag=True, help="Replace DIR, atomically.  [default: off]"),
     click.option("--verify/--no-verify", default=True, show_default=True,
                  help="Check what was written before publishing it."),
-    device_option, progress_option, json_option,
+    device_option, progress_option, quiet_option, json_option,
 )  # fmt: skip
 
 
@@ -139,32 +149,71 @@ def commands() -> None:
     """Model surgery on GraLoRA adapters: inspect, validate, merge, convert, extract, verify."""
 
 
-@commands.command()
-@click.argument("path")
+@commands.command(epilog=(
+    "\b\nExamples:\n"
+    "  gralora-convert inspect ./adapter\n"
+    "  gralora-convert inspect ./adapter --plot adapter.png\n"
+))  # fmt: skip
+@click.argument("path", type=PATH)
+@plot_option
+@click.option("--base", type=PATH, metavar="MODEL",
+              help="For --plot: norms against this model's.  [default: the adapter's, if it is "
+              "here]")  # fmt: skip
+@progress_option
+@quiet_option
 @json_option
-def inspect(path: str, as_json: bool) -> int:
+def inspect(
+    path: str, plot: str | None, base: str | None, progress: bool | None, as_json: bool
+) -> int:
     """What is PATH? An adapter or a checkpoint; reads headers only.
 
-    \b
-    Example:
-      gralora-convert inspect ./adapter
+    Exits 0 when it could be told, 1 when it is an adapter with errors, 2 when it is neither.
     """
     from gralora_convert.inspection import inspect
 
     found = inspect(path)
+    nothing = _nothing_to_read(found.report)
     if as_json:
-        _echo_json(found.document)
+        _echo_json({**found.document, **({"error": _nothing_read(nothing)} if nothing else {})})
     else:
-        click.echo(found.text)
-    return 0
+        show(found.text)
+    if plot is not None and found.report.ok:
+        _plot_adapter(path, found.document, plot, base, progress)
+    return EXIT_REFUSED if nothing else 0 if found.report.ok else EXIT_NO
 
 
-@commands.command()
-@click.argument("adapter")
+def _plot_adapter(
+    path: str,
+    document: Mapping[str, object],
+    plot: str,
+    base: str | None,
+    progress: bool | None,
+) -> None:
+    from gralora_convert.plots import draw_anatomy, require_drawable
+
+    require_drawable(plot)
+    if document["kind"] not in ("gralora", "hybrid", "lora"):
+        raise MisuseError("--plot draws one adapter", where=path)
+    from gralora_convert.adapter import Adapter
+    from gralora_convert.anatomy import dissect
+
+    adapter = Adapter.open(path)
+    total = sum(adapter.factor_bytes(module) for module in adapter.modules)
+    with bar(total, progress) as advance:
+        draw_anatomy(dissect(adapter, base, progress=advance), plot)
+    show_notes([f"drawn: {plot}"])
+
+
+@commands.command(epilog=(
+    "\b\nExample:\n"
+    "  gralora-convert validate ./adapter --base ./model --format github\n"
+))  # fmt: skip
+@click.argument("adapter", type=PATH)
 @base_option
-@click.option("--format", "style", type=click.Choice(["text", "json", "github"]), default="text",
+@click.option("--format", "style", type=Choice(["text", "json", "github"]), default="text",
               show_default=True, help="github prints workflow annotations.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.  [default: off]")
+@quiet_option
 @key_map_option
 @trust_option
 def validate(
@@ -178,27 +227,29 @@ def validate(
     """Is ADAPTER intact, does it fit the base? One finding per line.
 
     Exits 0 when it is valid, 1 when it has errors, 2 when there is nothing to read.
-
-    \b
-    Example:
-      gralora-convert validate ./adapter --base ./model --format github
     """
     from gralora_convert.checks import validate
 
     report = validate(adapter, base, key_map=_key_map(key_map), trust_remote_code=trust_remote_code)
-    nothing = [f for f in report.errors if f.code in ("config-missing", "weights-missing")]
+    nothing = _nothing_to_read(report)
     match "json" if as_json else style:
         case "json":
-            _echo_json(report.as_json() | ({"error": _nothing_read(nothing[0])} if nothing else {}))
+            _echo_json(report.as_json() | ({"error": _nothing_read(nothing)} if nothing else {}))
         case "github":
             if report.findings:
                 click.echo(report.as_annotations())
         case _:
             if report.findings:
-                click.echo(report.as_text())
+                show(report.as_text())
             errors = len(report.errors)
-            click.echo(f"{adapter}: " + (f"{errors} error(s)" if errors else "valid"))
+            show(f"{adapter}: " + (f"{errors} error(s)" if errors else "valid"))
     return EXIT_REFUSED if nothing else 0 if report.ok else EXIT_NO
+
+
+def _nothing_to_read(report: "Report") -> "Finding | None":
+    """The finding that says that a folder holds no adapter."""
+    missing = ("config-missing", "weights-missing")
+    return next((finding for finding in report.errors if finding.code in missing), None)
 
 
 def _nothing_read(finding: "Finding") -> dict[str, str]:
@@ -207,8 +258,11 @@ def _nothing_read(finding: "Finding") -> dict[str, str]:
     return {"kind": "unreadable", **fields}
 
 
-@commands.command()
-@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+@commands.command(epilog=(
+    "\b\nExample:\n"
+    "  gralora-convert merge ./adapter --base ./model -o ./merged\n"
+))  # fmt: skip
+@click.argument("adapters", type=PATH, metavar="ADAPTER...", nargs=-1, required=True)
 @base_option
 @click.option("--weight", "weights", type=float, multiple=True, metavar="FLOAT",
               help="One per ADAPTER, in order.  [default: 1.0]")  # fmt: skip
@@ -237,10 +291,6 @@ def merge(
     """Add ADAPTER's update to the base: a dense checkpoint that every server loads.
 
     Several adapters are summed in float32 and rounded once.
-
-    \b
-    Example:
-      gralora-convert merge ./adapter --base ./model -o ./merged
     """
     from gralora_convert.merging import merge, summary
 
@@ -260,23 +310,32 @@ def merge(
 
 
 shape_options = _options(
-    click.option("--to", type=click.Choice(["gralora", "hybrid", "lora"]), required=True,
+    click.option("--to", type=Choice(["gralora", "hybrid", "lora"]), required=True,
                  help="Kind of the result."),
     click.option("--k", type=click.IntRange(min=1),
                  help="Blocks per side.  [default: the source's, or 2]"),
-    click.option("--r", type=click.IntRange(min=1), help="Rank.  [default: the smallest exact]"),
-    click.option("--hybrid-r", type=click.IntRange(min=1), help="Rank of the general part."),
+    click.option("--r", type=click.IntRange(min=1),
+                 help="Rank.  [default: the smallest exact; extract: 32]"),
+    click.option("--hybrid-r", type=click.IntRange(min=1),
+                 help="Rank of the general part.  [default: the source's, or a LoRA's rank; "
+                 "extract: r / 2]"),
     click.option("--alpha", type=float,
                  help="Numerator of the scaling.  [default: keep the scaling]"),
     click.option("--max-error", type=float,
-                 help="Smallest rank with this relative Frobenius error; excludes --r."),
+                 help="Smallest rank with this relative Frobenius error; excludes --r.  "
+                 "[default: off]"),
 )  # fmt: skip
 
 
-@commands.command()
-@click.argument("adapter")
+@commands.command(epilog=(
+    "\b\nExamples:\n"
+    "  gralora-convert convert ./lora --to gralora --k 2 -o ./gralora\n"
+    "  gralora-convert convert ./gralora --to lora -o ./servable\n"
+))  # fmt: skip
+@click.argument("adapter", type=PATH)
 @shape_options
-@click.option("--allow-inexact", is_flag=True, help="Approximate optimally, print the error.")
+@click.option("--allow-inexact", is_flag=True,
+              help="Approximate optimally, print the error.  [default: off]")  # fmt: skip
 @writing_options
 def convert(
     adapter: str,
@@ -297,13 +356,7 @@ def convert(
     progress: bool | None,
     as_json: bool,
 ) -> int:
-    """Write ADAPTER as GraLoRA, Hybrid GraLoRA or LoRA, exactly unless told otherwise.
-
-    \b
-    Examples:
-      gralora-convert convert ./lora --to gralora --k 2 -o ./gralora
-      gralora-convert convert ./gralora --to lora -o ./servable
-    """
+    """Write ADAPTER as GraLoRA, Hybrid GraLoRA or LoRA, exactly unless told otherwise."""
     from gralora_convert.assembly import summary
     from gralora_convert.conversion import convert
 
@@ -323,12 +376,17 @@ def convert(
     return run.carry_out(plan, summary)
 
 
-@commands.command()
-@click.option("--base", required=True, metavar="MODEL", help="Folder, file or Hub id.")
-@click.option("--tuned", required=True, metavar="MODEL", help="The fine-tuned model.")
+@commands.command(epilog=(
+    "\b\nExample:\n"
+    "  gralora-convert extract --base ./model --tuned ./tuned --to gralora -o ./adapter\n"
+))  # fmt: skip
+@click.option("--base", type=PATH, required=True, metavar="MODEL", help="Folder, file or Hub id.")
+@click.option("--tuned", type=PATH, required=True, metavar="MODEL", help="The fine-tuned model.")
 @shape_options
-@click.option("--include", multiple=True, metavar="PATTERN", help="Only modules like this.")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="No modules like this.")
+@click.option("--include", multiple=True, metavar="PATTERN",
+              help="Only modules like this, such as '*.q_proj'.  [default: all]")  # fmt: skip
+@click.option("--exclude", multiple=True, metavar="PATTERN",
+              help="No modules like this.  [default: none]")  # fmt: skip
 @writing_options
 @trust_option
 def extract(
@@ -353,12 +411,7 @@ def extract(
     as_json: bool,
     trust_remote_code: bool,
 ) -> int:
-    """Find the adapter that takes the base to a fine-tuned model, optimally for its rank.
-
-    \b
-    Example:
-      gralora-convert extract --base ./model --tuned ./tuned --to gralora --k 2 --r 32 -o ./adapter
-    """
+    """Find the adapter that takes the base to a fine-tuned model, optimally for its rank."""
     from gralora_convert.assembly import summary
     from gralora_convert.extraction import extract
 
@@ -394,16 +447,14 @@ class _Run:
         as_json: bool,
     ) -> None:
         self.output, self.jobs, self.dry_run, self.overwrite = output, jobs, dry_run, overwrite
-        self.verify, self.as_json = verify, as_json
-        self.progress = sys.stderr.isatty() if progress is None else progress
+        self.verify, self.progress, self.as_json = verify, progress, as_json
 
     def carry_out(self, plan: "Plan", summary: Callable[[Mapping[str, object], str], str]) -> int:
         if self.dry_run:
             self._print_plan(plan)
             return 0
-        for note in plan.notes:
-            click.echo(f"note: {note}", err=True)
-        with _bar(plan.nbytes, self.progress) as advance:
+        show_notes(plan.notes)
+        with bar(plan.nbytes, self.progress) as advance:
             receipt = plan.write(
                 self.output,
                 overwrite=self.overwrite,
@@ -414,7 +465,7 @@ class _Run:
         if self.as_json:
             _echo_json(receipt)
         else:
-            click.echo(summary(receipt, self.output))
+            show(summary(receipt, self.output))
         return 0
 
     def _print_plan(self, plan: "Plan") -> None:
@@ -435,7 +486,7 @@ class _Run:
             f"{document['free_disk']:,} bytes free on the disk. Nothing was written."
         )
         for note in plan.notes:
-            click.echo(f"note: {note}")
+            show(f"note: {note}")
 
 
 def _key_map(entries: Sequence[str]) -> dict[str, str]:
@@ -449,17 +500,26 @@ def _key_map(entries: Sequence[str]) -> dict[str, str]:
     return mapping
 
 
-@commands.command()
-@click.argument("adapter")
+@commands.command(epilog=(
+    "\b\nExample:\n"
+    "  gralora-convert verify ./adapter --base ./model --merged ./merged\n"
+))  # fmt: skip
+@click.argument("adapter", type=PATH)
 @base_option
-@click.option("--merged", required=True, metavar="MODEL", help="The checkpoint to audit.")
-@click.option("--level", type=click.Choice(["weights", "modules", "model"]), default="model",
+@click.option(
+    "--merged", type=PATH, required=True, metavar="MODEL", help="The checkpoint to audit."
+)
+@click.option("--level", type=Choice(["weights", "modules", "model"]), default="model",
               show_default=True, help="How deep; each includes those before it.")  # fmt: skip
 @click.option("--slack", type=float, default=1.0, show_default=True,
               help="Widen every bound by this factor.")  # fmt: skip
-@click.option("--text", help="Run the model on this text, through its own tokenizer.")
+@click.option("--text",
+              help="Run the model on this text, through its own tokenizer.  "
+              "[default: random token ids]")  # fmt: skip
+@plot_option
 @device_option
 @progress_option
+@quiet_option
 @json_option
 @key_map_option
 @trust_option
@@ -470,6 +530,7 @@ def verify(
     level: str,
     slack: float,
     text: str | None,
+    plot: str | None,
     device: str,
     progress: bool | None,
     as_json: bool,
@@ -479,17 +540,15 @@ def verify(
     """Do base + ADAPTER and a merged checkpoint compute the same? Whoever made the merge.
 
     Exits 0 when they do, 1 when they do not; then it says what happened.
-
-    \b
-    Example:
-      gralora-convert verify ./adapter --base ./model --merged ./merged
     """
     from gralora_convert.checkpoint import Checkpoint
     from gralora_convert.equivalence import verify
+    from gralora_convert.plots import draw_equivalence, require_drawable
 
+    if plot is not None:
+        require_drawable(plot)
     opened = Checkpoint.open(merged)
-    show = sys.stderr.isatty() if progress is None else progress
-    with _bar(opened.nbytes, show) as advance:
+    with bar(opened.nbytes, progress) as advance:
         found = verify(
             adapter,
             base=base,
@@ -502,22 +561,12 @@ def verify(
             trust_remote_code=trust_remote_code,
             progress=advance,
         )
-    for line in found.notes:
-        click.echo(f"note: {line}", err=True)
+    show_notes(found.notes)
+    if plot is not None:
+        draw_equivalence(found, plot)
+        show_notes([f"drawn: {plot}"])
     if as_json:
         _echo_json(found.as_json())
     else:
-        click.echo(found.as_text())
+        show(found.as_text())
     return 0 if found.ok else EXIT_NO
-
-
-@contextmanager
-def _bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, advanced by a number of bytes."""
-    if not show:
-        yield lambda count: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr) as bar:
-        yield lambda count: bar.update(count) and None

@@ -113,8 +113,8 @@ SECTIONS: Mapping[str, Mapping[str, Meaning]] = {
         "target-without-tensors": Meaning(f"{E}, {W}", "A module is selected, but has no tensors. "
                                           "Warning: guessed without a base.",
                                           "Complete the adapter, or " + _OTHER_BASE.lower()),
-        "tensors-without-target": Meaning(E, "A module has tensors, but is not selected; PEFT would "
-                                          "ignore them.", "Correct `target_modules`."),
+        "tensors-without-target": Meaning(E, "A module has tensors, but is not selected; PEFT "
+                                          "would ignore them.", "Correct `target_modules`."),
     },
     "Keys": {
         "key-prefix-missing": Meaning(E, "Keys lack `base_model.model.`.", _RESAVE),

@@ -26,6 +26,7 @@ from gralora_convert.assembly import (
     require_divisible,
     shape_of,
 )
+from gralora_convert.cards import CARD_NAME, adapter_card
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig
 from gralora_convert.delta import Dense, Gralora, Lora
@@ -300,7 +301,10 @@ class _Extraction:
             command="extract",
             files=(OutputFile("adapter_model.safetensors", tuple(parts)),),
             receipt=self._receipt,
-            texts={CONFIG_NAME: self._config().to_json()},
+            texts={
+                CONFIG_NAME: self._config().to_json(),
+                CARD_NAME: adapter_card(self.shape.kind, self.before.source),
+            },
             inputs=(*self.before.layout.values(), *self.after.layout.values()),
             protected=(self.before.path, self.after.path),
             notes=tuple(self.found.notes),

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from gralora_convert.adapter import Adapter
+from gralora_convert.cards import CARD_NAME, merged_card
 from gralora_convert.checkpoint import Checkpoint, sidecars
 from gralora_convert.delta import Delta, permute_rows, to_device
 from gralora_convert.errors import CheckFailedError, MisuseError
@@ -308,7 +309,7 @@ class _Merge:
             if beside:
                 notes.append(f"{', '.join(sorted(beside))} taken from {adapter.path}")
             copies |= beside
-        texts = {}
+        texts = {CARD_NAME: merged_card(self.base, self.adapters)}
         edits = self._config_edits()
         if edits and "config.json" in copies:
             texts["config.json"] = _edited(copies.pop("config.json"), edits)

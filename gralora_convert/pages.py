@@ -4,7 +4,7 @@ Every line is made printable, so that no name in a hostile file breaks out of it
 """
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gralora_convert.errors import printable
@@ -93,7 +93,7 @@ def checkpoint_page(name: str, facts: Json, groups: Sequence[Group]) -> str:
 # layout -------------------------------------------------------------------------------------------
 
 
-def _page(title: str, fields: Iterable[tuple[str, str | list[str]]]) -> str:
+def _page(title: str, fields: Sequence[tuple[str, Sequence[str]]]) -> str:
     """A title and `  name  value` lines, values with several lines set off by empty ones."""
     held = [(name, [v] if isinstance(v, str) else v) for name, v in fields if v]
     width = max([9, *(len(name) for name, _ in held)])

@@ -29,7 +29,7 @@ def calls() -> list[tuple[str, ast.Call]]:
 def emitted() -> set[tuple[str, str]]:
     """Code and severity of every call that names both."""
     return {
-        (node.args[0].value, node.func.id)
+        (str(node.args[0].value), node.func.id)
         for _, node in calls()
         if isinstance(node.args[0], ast.Constant) and isinstance(node.func, ast.Name)
     }
@@ -56,8 +56,7 @@ def test_every_code_that_is_emitted_has_a_row_with_its_severity() -> None:
 def test_every_row_is_emitted() -> None:
     made_from_reasons = {f"config-{reason}" for reason in words_of({"strictjson"}) | {"bom"}}
     anywhere = words_of({path.stem for path in PACKAGE.glob("*.py")} - {"codes"})
-    emitted_codes = {code for code, _ in emitted()} | anywhere | made_from_reasons
-    assert CODES.keys() <= emitted_codes | {"config-unreadable"}
+    assert CODES.keys() <= anywhere | made_from_reasons | {"config-unreadable"}
 
 
 def test_codes_that_are_computed_have_rows() -> None:
