@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from gralora_convert.errors import ConvertError, InvalidAdapterError, MisuseError
+from gralora_convert.errors import ConvertError, InvalidAdapterError, MisuseError, printable
 from gralora_convert.terminal import Choice, bar, quiet_option, show, show_notes
 from gralora_convert.version import __version__
 
@@ -208,7 +208,7 @@ def _plot_adapter(
     "\b\nExample:\n"
     "  gralora-convert validate ./adapter --base ./model --format github\n"
 ))  # fmt: skip
-@click.argument("adapter", type=PATH)
+@click.argument("adapters", type=PATH, metavar="ADAPTER...", nargs=-1, required=True)
 @base_option
 @click.option("--format", "style", type=Choice(["text", "json", "github"]), default="text",
               show_default=True, help="github prints workflow annotations.")  # fmt: skip
@@ -217,7 +217,7 @@ def _plot_adapter(
 @key_map_option
 @trust_option
 def validate(
-    adapter: str,
+    adapters: Sequence[str],
     base: str | None,
     style: str,
     as_json: bool,
@@ -226,24 +226,51 @@ def validate(
 ) -> int:
     """Is ADAPTER intact, does it fit the base? One finding per line.
 
+    An adapter is named by its folder or by one of its files.
+
     Exits 0 when it is valid, 1 when it has errors, 2 when there is nothing to read.
     """
     from gralora_convert.checks import validate
 
-    report = validate(adapter, base, key_map=_key_map(key_map), trust_remote_code=trust_remote_code)
-    nothing = _nothing_to_read(report)
+    mapping = _key_map(key_map)
+    reports = {
+        adapter: validate(adapter, base, key_map=mapping, trust_remote_code=trust_remote_code)
+        for adapter in _folders(adapters)
+    }
     match "json" if as_json else style:
         case "json":
-            _echo_json(report.as_json() | ({"error": _nothing_read(nothing)} if nothing else {}))
+            documents = {adapter: _report_json(report) for adapter, report in reports.items()}
+            everything = {"ok": all(r.ok for r in reports.values()), "adapters": documents}
+            _echo_json(everything if len(documents) > 1 else next(iter(documents.values())))
         case "github":
-            if report.findings:
-                click.echo(report.as_annotations())
+            for adapter, report in reports.items():
+                if report.findings:
+                    titled = len(reports) > 1  # annotations name files within an adapter only
+                    lines = [f"::group::{printable(adapter)}"] if titled else []
+                    click.echo("\n".join([*lines, report.as_annotations()]))
+                    click.echo("::endgroup::\n" if titled else "", nl=False)
         case _:
-            if report.findings:
-                show(report.as_text())
-            errors = len(report.errors)
-            show(f"{adapter}: " + (f"{errors} error(s)" if errors else "valid"))
-    return EXIT_REFUSED if nothing else 0 if report.ok else EXIT_NO
+            for adapter, report in reports.items():
+                if report.findings:
+                    show(report.as_text())
+                errors = len(report.errors)
+                show(f"{adapter}: " + (f"{errors} error(s)" if errors else "valid"))
+    return max(
+        EXIT_REFUSED if _nothing_to_read(report) else 0 if report.ok else EXIT_NO
+        for report in reports.values()
+    )
+
+
+def _folders(names: Sequence[str]) -> list[str]:
+    """Each adapter once, where several were given by their files (as pre-commit does)."""
+    if len(names) == 1:
+        return list(names)
+    return list(dict.fromkeys(str(Path(n).parent) if Path(n).is_file() else n for n in names))
+
+
+def _report_json(report: "Report") -> dict[str, object]:
+    nothing = _nothing_to_read(report)
+    return report.as_json() | ({"error": _nothing_read(nothing)} if nothing else {})
 
 
 def _nothing_to_read(report: "Report") -> "Finding | None":

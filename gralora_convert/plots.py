@@ -90,7 +90,7 @@ def draw_equivalence(found: "Equivalence", path: str | Path) -> None:
     # rounding stays below 1; more is an error, which stands out in the other hue
     image = errors.imshow(_log(ratios), cmap="PuOr_r", vmin=-2, vmax=2, aspect="auto")
     _colour_bar(image, errors, "largest |difference| / rounding bound", (-2, 0, 2),
-                ("≤ 0.01", "1: the bound", "≥ 100"))  # fmt: skip
+                ("≤ 0.01", "1", "≥ 100"))  # fmt: skip
     _mark(errors, ratios > found.slack)
     wrong = len(found.wrong)
     table.label(errors, f"Error by module ({f'{wrong} wrong: x' if wrong else 'all within'})")
@@ -99,7 +99,9 @@ def draw_equivalence(found: "Equivalence", path: str | Path) -> None:
         survival = rows[module].survival
         return 100 * survival.noise if survival is not None else float("nan")
 
-    image = noise.imshow(table.grid(noise_of), cmap="viridis", vmin=0, aspect="auto")
+    costs = table.grid(noise_of)
+    top = max([1.0, *costs[costs == costs]])  # a scale below 1 % would make noise of nothing
+    image = noise.imshow(costs, cmap="viridis", vmin=0, vmax=top, aspect="auto")
     _colour_bar(image, noise, "rounding noise / update, %")
     table.label(noise, "What the stored dtype costs")
     verdict = "same function" if found.ok else "NOT the same function"
