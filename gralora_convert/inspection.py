@@ -98,7 +98,8 @@ def _hints(scan: Scan, folder: Path) -> Iterator[Finding]:
     specs = [spec for roles in factors for role, spec in roles.items() if role == "B"]
     try:
         starts = (read_bytes(spec, 0, min(SAMPLE, spec.nbytes)) for spec in specs)
-        untrained = bool(specs) and not any(any(start) for start in starts)
+        # bytes of zeros of either sign
+        untrained = bool(specs) and not any(bytes(start).strip(b"\0\x80") for start in starts)
     except UnreadableError as problem:
         yield error("weights-unreadable", scan.adapter.file.path.name, problem.message)
         return
