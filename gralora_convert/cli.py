@@ -481,7 +481,8 @@ class _Run:
             self._print_plan(plan)
             return 0
         show_notes(plan.notes)
-        with bar(plan.nbytes, self.progress) as advance:
+        tensors = sum(part.nbytes for file in plan.files for part in file.parts)
+        with bar(tensors, self.progress) as advance:
             receipt = plan.write(
                 self.output,
                 overwrite=self.overwrite,
