@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ BROKEN = "fixtures/peft-0.19.1/gpt2-bias-all"
 LLAMA, BASE = "fixtures/peft-0.21.2/llama-hybrid", "fixtures/bases/llama"
 
 
-def on_terminal(*arguments: object, width: int = 80, **settings: str) -> str:
+def on_terminal(
+    *arguments: object, width: int = 80, settings: Mapping[str, str] | None = None
+) -> str:
     """What `gralora-convert ARGUMENTS` shows on a terminal, both streams."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
@@ -28,7 +31,7 @@ def on_terminal(*arguments: object, width: int = 80, **settings: str) -> str:
     process = subprocess.Popen(
         [sys.executable, "-m", "gralora_convert", *map(str, arguments)],
         stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT,
-        env=environment | {"TERM": "xterm", "PYTHONPATH": str(ROOT)} | settings,
+        env=environment | {"TERM": "xterm", "PYTHONPATH": str(ROOT)} | dict(settings or {}),
     )  # fmt: skip
     os.close(theirs)
     shown = b""
@@ -55,14 +58,14 @@ def test_findings_are_coloured_and_wrapped_on_a_terminal() -> None:
     assert max(map(len, plain(shown).splitlines())) <= 60
     warning = on_terminal("validate", LLAMA, "--base", BASE, "--key-map", "nothing=x")
     assert "\x1b[33m\x1b[1mwarning" in warning
-    error = on_terminal("merge", LLAMA, "--base", "nowhere/at-all", "-o", "x", HF_HUB_OFFLINE="1")
+    error = on_terminal("merge", LLAMA, "--base", "nowhere/at-all", "-o", "x")
     assert "\x1b[31m\x1b[1merror" in error
 
 
 @pytest.mark.parametrize("settings", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
 def test_no_colours_where_none_are_wanted(settings: dict[str, str]) -> None:
     for arguments in (["validate", BROKEN], ["inspect", LLAMA], ["merge", LLAMA]):
-        assert "\x1b" not in on_terminal(*arguments, **settings)
+        assert "\x1b" not in on_terminal(*arguments, settings=settings)
 
 
 def test_a_page_keeps_its_commands_whole() -> None:
