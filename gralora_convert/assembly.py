@@ -87,7 +87,7 @@ def blocks_for(to: Kind, k: int | None, hybrid_r: int | None, default: int) -> i
         MisuseError: they do not.
     """
     if to == "lora" and (k is not None or hybrid_r):
-        raise MisuseError("a LoRA has neither k nor hybrid_r")
+        raise MisuseError("a LoRA has neither k nor hybrid_r", hint="Leave them out.")
     if to == "gralora" and hybrid_r:
         raise MisuseError("a pure GraLoRA has no hybrid_r", hint="Use --to hybrid.")
     return 1 if to == "lora" else k or default

@@ -22,7 +22,9 @@ __all__ = ["CARD_NAME", "adapter_card", "merged_card"]
 CARD_NAME = "README.md"
 LARGEST = 1 << 20  # bytes of a base's card that are looked at
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
-_LICENCE = re.compile(r"^(license|license_name|license_link): *([^\s#][^\n#]*?) *(?:#.*)?$", re.MULTILINE)
+_LICENCE = re.compile(
+    r"^(license|license_name|license_link): *([^\s#][^\n#]*?) *(?:#.*)?$", re.MULTILINE
+)
 
 
 def merged_card(base: Checkpoint, adapters: Sequence[Adapter]) -> bytes:

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from gralora_convert.errors import ConvertError, InvalidAdapterError, MisuseError, printable
+from gralora_convert.errors import (
+    ConvertError,
+    InvalidAdapterError,
+    MisuseError,
+    printable,
+    sentences,
+)
 from gralora_convert.terminal import Choice, bar, quiet_option, show, show_notes
 from gralora_convert.version import __version__
 
@@ -72,11 +78,11 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
         kind, where, message, hint = error.kind, error.where, error.message, error.hint
         line = str(error)
     elif isinstance(error, click.ClickException):
-        kind, where, message, hint = "usage", "", error.format_message(), ""
-        line = message
+        message = " ".join(error.format_message().split())  # click lists choices on lines
+        kind, where, hint = "usage", "", ""
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f"Try '{error.ctx.command_path} --help'."
-            line = f"{message} {hint}"
+        line = sentences(message, hint)
     else:
         kind, where, hint = "system", str(getattr(error, "filename", "") or ""), ""
         message = str(getattr(error, "strerror", "") or error)
@@ -171,6 +177,10 @@ def inspect(
     """
     from gralora_convert.inspection import inspect
 
+    if plot is not None:
+        from gralora_convert.plots import require_drawable
+
+        require_drawable(plot)
     found = inspect(path)
     nothing = _nothing_to_read(found.report)
     if as_json:
@@ -189,13 +199,11 @@ def _plot_adapter(
     base: str | None,
     progress: bool | None,
 ) -> None:
-    from gralora_convert.plots import draw_anatomy, require_drawable
-
-    require_drawable(plot)
     if document["kind"] not in ("gralora", "hybrid", "lora"):
         raise MisuseError("--plot draws one adapter", where=path)
     from gralora_convert.adapter import Adapter
     from gralora_convert.anatomy import dissect
+    from gralora_convert.plots import draw_anatomy
 
     adapter = Adapter.open(path)
     total = sum(adapter.factor_bytes(module) for module in adapter.modules)

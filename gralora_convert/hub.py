@@ -124,8 +124,8 @@ def _not_had(name: HubName, error: Exception) -> UnreadableError:
         hint = "Check the spelling; a private model needs `hf auth login`."
     elif isinstance(error, OfflineModeIsEnabled) or os.environ.get("HF_HUB_OFFLINE") == "1":
         message = (
-            f"{nowhere} the Hub's cache has no complete model of this name, and HF_HUB_OFFLINE "
-            f"forbids to ask the Hub: {reason}"
+            f"{nowhere} the Hub's cache has no complete model of this name; HF_HUB_OFFLINE "
+            "forbids to ask the Hub"
         )
         hint = f"Name a local folder, or unset it, or run `hf download {name.repository}` first."
     else:

@@ -20,6 +20,7 @@ from gralora_convert.tensors import TensorFile, TensorSpec, read_bytes
 
 __all__ = ["Inspection", "inspect"]
 
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
 SAMPLE = 4096  # bytes of a factor that are looked at: a hint, not a proof
 
 Json = Mapping[str, object]
@@ -44,6 +45,11 @@ def inspect(path: str | Path) -> Inspection:
     11
     """
     place = locate(path)
+    if place.is_file() and place.suffix not in SUFFIXES:
+        raise UnreadableError(
+            "is neither a folder nor a file of tensors", where=path,
+            hint="Name the folder of an adapter or a model.",
+        )  # fmt: skip
     folder = place.parent if place.name in (CONFIG_NAME, *WEIGHTS) else place
     if (folder / CONFIG_NAME).exists() or any((folder / name).exists() for name in WEIGHTS):
         return _of_adapter(folder, str(path if folder == place else folder))

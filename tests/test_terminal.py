@@ -110,6 +110,7 @@ def test_quiet_leaves_the_result(tmp_path: Path) -> None:
     ("arguments", "nearest"),
     [
         (["mrege"], "merge"),
+        (["convert", LLAMA, "-o", "x"], "gralora, hybrid, lora."),
         (["merge", "--bsae", "x"], "--base"),
         (["merge", LLAMA, "-o", "x", "--dtype", "bfloat"], "bfloat16"),
         (["extract", "--to", "gralroa"], "gralora"),
