@@ -20,7 +20,7 @@ from gralora_convert.tensors import TensorFile, TensorSpec, read_bytes
 
 __all__ = ["Inspection", "inspect"]
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 SAMPLE = 4096  # bytes of a factor that are looked at: a hint, not a proof
 
 Json = Mapping[str, object]
@@ -45,7 +45,7 @@ def inspect(path: str | Path) -> Inspection:
     11
     """
     place = locate(path)
-    if place.is_file() and place.suffix not in SUFFIXES:
+    if place.is_file() and place.name != CONFIG_NAME and place.suffix not in SUFFIXES:
         raise UnreadableError(
             "is neither a folder nor a file of tensors", where=path,
             hint="Name the folder of an adapter or a model.",
