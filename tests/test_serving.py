@@ -10,8 +10,10 @@ from gralora_convert.serving import SERVED_RANKS, served_rank
 from tests.command import run_ok
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-SOURCES = ["llama-hybrid", "llama-k4", "llama-regex", "llama-bf16-factors", "gpt2-hybrid-k4", "lora",
-           "lora-patterns", "lora-rslora"]  # fmt: skip
+SOURCES = [
+    "llama-hybrid", "llama-k4", "llama-regex", "llama-bf16-factors", "gpt2-hybrid-k4", "lora",
+    "lora-patterns", "lora-rslora",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SOURCES)
