@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig, read_config
 from gralora_convert.errors import InvalidAdapterError, UnreadableError, UnsupportedError
+from gralora_convert.hub import fetch, parse_name
 from gralora_convert.keys import Role
 from gralora_convert.places import Places
 from gralora_convert.report import Finding, Report, error, note, warning
@@ -66,7 +67,7 @@ class Adapter:
 
     @classmethod
     def open(cls, path: str | Path) -> "Adapter":
-        """The adapter in the folder `path`.
+        """The adapter in the folder `path`, or of that name on the Hub (its cache first).
 
         Raises:
             InvalidAdapterError: it has errors (all are listed in `findings`).
@@ -92,6 +93,14 @@ class Adapter:
     def blocks(self) -> int:
         """k: blocks per side of each module's delta; 1 for LoRA."""
         return self.config.gralora_k if isinstance(self.config, GraloraConfig) else 1
+
+    @property
+    def base_source(self) -> str | None:
+        """The base model that the config names, with its revision where that is of the Hub."""
+        name, revision = self.config.base_model_name_or_path, self.config.revision
+        if not name or not revision or Path(name).exists() or "@" in name:
+            return name
+        return f"{name}@{revision}" if parse_name(name) else name
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -172,12 +181,12 @@ class Scan:
 
 
 def scan_adapter(path: str | Path) -> Scan:
-    """Reads the adapter in the folder `path`, whatever its state.
+    """Reads the adapter in the folder `path`, or of that name on the Hub, whatever its state.
 
     Raises:
-        UnreadableError: `path` is no folder that can be read.
+        UnreadableError: `path` is no folder that can be read, and no adapter of the Hub.
     """
-    folder = _folder(Path(path))
+    folder = _folder(path)
     config = read_config(folder)
     findings = list(config.findings)
     try:
@@ -198,16 +207,26 @@ def scan_adapter(path: str | Path) -> Scan:
     return Scan(adapter, file, report)
 
 
-def _folder(path: Path) -> Path:
-    """The folder that `path` names, by itself or by one of the adapter's two files."""
+def _folder(source: str | Path) -> Path:
+    """The folder that `source` names: by itself, by one of the adapter's two files, on the Hub."""
+    path = Path(source)
     if path.name in (CONFIG_NAME, *WEIGHTS) and path.is_file():
         return path.parent
-    if not path.is_dir():
-        raise UnreadableError(
-            "is not a folder; the folder of an adapter was needed", where=path,
-            hint=f"It holds {CONFIG_NAME} and {WEIGHTS[0]}.",
-        )  # fmt: skip
-    return path
+    if path.is_dir():
+        return path
+    if isinstance(source, str) and not (path.exists() or path.is_symlink()):
+        name = parse_name(source)
+        if name is not None:
+            return fetch(name, _is_adapter)
+    raise UnreadableError(
+        "is not a folder; the folder of an adapter was needed", where=path,
+        hint=f"It holds {CONFIG_NAME} and {WEIGHTS[0]}.",
+    )  # fmt: skip
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder of the Hub's cache holds both files of an adapter."""
+    return (folder / CONFIG_NAME).exists() and any((folder / name).exists() for name in WEIGHTS)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -17,16 +17,25 @@ from gralora_convert.delta import Gralora, Lora
 from gralora_convert.errors import MisuseError
 from gralora_convert.keys import Role, key_of
 from gralora_convert.plan import Computed, Copied, Part
+from gralora_convert.serving import SERVED_RANKS, served_rank
 from gralora_convert.tensors import DTYPE_BITS, TensorSpec, torch_dtype
 
-__all__ = ["Kind", "Loss", "Shape", "copied", "loss_json", "module_parts", "rounded", "summary"]
+__all__ = [
+    "SERVED_RANKS",
+    "Kind",
+    "Loss",
+    "Shape",
+    "copied",
+    "loss_json",
+    "module_parts",
+    "rounded",
+    "summary",
+]
 
 Made = TypeVar("Made", Gralora, Lora)
 Kind = Literal["gralora", "hybrid", "lora"]
 NAMES: Mapping[Kind, str] = {"gralora": "GraLoRA", "hybrid": "Hybrid GraLoRA", "lora": "LoRA"}
 EXACT = 1e-6  # relative errors below it are those of float32 factors
-# vLLM's choices of --max-lora-rank (vllm/config/lora.py)
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 # What one module lost: squared error and squared norm (Frobenius).
 Loss = tuple[float, float]
@@ -78,7 +87,7 @@ def blocks_for(to: Kind, k: int | None, hybrid_r: int | None, default: int) -> i
         MisuseError: they do not.
     """
     if to == "lora" and (k is not None or hybrid_r):
-        raise MisuseError("a LoRA has neither k nor hybrid_r")
+        raise MisuseError("a LoRA has neither k nor hybrid_r", hint="Leave them out.")
     if to == "gralora" and hybrid_r:
         raise MisuseError("a pure GraLoRA has no hybrid_r", hint="Use --to hybrid.")
     return 1 if to == "lora" else k or default
@@ -203,7 +212,7 @@ def summary(receipt: Mapping[str, object], output: str) -> str:
         if isinstance(value, float):
             lines.append(f"{what} {value:.3g}")
     if kind == "lora":
-        served = next((rank for rank in SERVED_RANKS if rank >= r), None)
+        served = served_rank(r)
         if served is not None:
             lines.append(f"to serve: vllm --enable-lora --max-lora-rank {served}")
     return "\n".join(lines)

@@ -17,7 +17,9 @@ __all__ = [
     "Block",
     "Method",
     "Options",
+    "block_norms",
     "blocks_of",
+    "energies",
     "finite",
     "options_of",
     "shape_of",
@@ -201,6 +203,39 @@ def _project(block: Tensor, rank: int, options: Options) -> Block:
     core = basis.T @ block
     lost = torch.addmm(block, basis, core, alpha=-1)
     return Block(core, basis, None, float(lost.square().sum()))
+
+
+def block_norms(delta: Gralora | Lora) -> Tensor:
+    """The Frobenius norms of the blocks, (k, k) float64, rows j of the output, columns n of the
+    input; (1, 1) for LoRA. From the factors: ||L R||^2 = sum((L'L) * (R R')).
+
+    >>> block_norms(Gralora(torch.ones(2, 3, 4), torch.ones(2, 4, 5), 1.0)).round(decimals=3)
+    tensor([[7.7460, 7.7460],
+            [7.7460, 7.7460]], dtype=torch.float64)
+    """
+    if isinstance(delta, Lora):
+        slots, k = [(delta.scaling * delta.B.double(), delta.A.double())], 1
+    else:
+        slots, k = list(_slots(delta)), delta.k
+    squares = [float(((left.T @ left) * (right @ right.T)).sum()) for left, right in slots]
+    return torch.tensor(squares, dtype=torch.float64).clamp(min=0).sqrt().view(k, k)
+
+
+def energies(delta: Gralora | Lora) -> Tensor:
+    """The squared singular values of the delta, (r) float64, largest first; r its LoRA's rank.
+
+    From the Gram matrices of the factors, a hundred times faster than their QR and true to about
+    1e-15 of the largest: enough for shares of energy, not for ranks near the precision.
+
+    >>> energies(Lora(torch.eye(2, 3), torch.eye(4, 2), 2.0))
+    tensor([4., 4.], dtype=torch.float64)
+    """
+    lora = delta if isinstance(delta, Lora) else gralora_to_lora(delta)
+    left, right = lora.scaling * finite(lora.B).double(), finite(lora.A).double()
+    values, vectors = torch.linalg.eigh(left.T @ left)
+    half = vectors * values.clamp(min=0).sqrt()
+    squares: Tensor = torch.linalg.eigvalsh(half.T @ (right @ right.T) @ half)
+    return squares.clamp(min=0).flip(0)
 
 
 def finite(matrix: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Which files hold the weights is decided as transformers 5.23 does (modeling_util
 folders that transformers did not write may hold safetensors files under other names.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from gralora_convert.errors import UnreadableError, UnsupportedError
 from gralora_convert.files import open_regular, reading
+from gralora_convert.hub import fetch, parse_name
 from gralora_convert.strictjson import JsonError, load_json, parse_json
 from gralora_convert.tensors import (
     DTYPE_BITS,
@@ -50,10 +50,9 @@ RECEIPT_NAME = "gralora_convert.json"
 MAX_FOLDERS = 32  # below one another, of the files beside the weights
 _INDEX_SUFFIX = ".index.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# Weights in other formats, or of other things: never copied beside the merged weights.
-# the folders that sentence-transformers names in modules.json: 1_Pooling, 2_Dense
+# The folders that sentence-transformers names in modules.json: 1_Pooling, 2_Dense
 _STEP = re.compile(r"\d+_[A-Za-z]\w*")
+# Weights in other formats, or of other things: never copied beside the merged weights.
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"}
 )
@@ -154,7 +153,7 @@ class Checkpoint:
 
 
 def locate(source: str | Path) -> Path:
-    """The local path of a folder, file or Hub id.
+    """The local path of a folder, file or Hub id (`hub.parse_name`).
 
     Raises:
         UnreadableError: nothing of that name here, in the Hub's cache, or (online) on the Hub.
@@ -165,33 +164,10 @@ def locate(source: str | Path) -> Path:
             return path
     except (OSError, ValueError) as error:
         raise UnreadableError(f"is not a usable path: {error}", where=source) from error
-    if not isinstance(source, str) or not _HUB_ID.fullmatch(source) or path.is_symlink():
+    name = parse_name(source) if isinstance(source, str) and not path.is_symlink() else None
+    if name is None:
         raise UnreadableError("there is no such file or folder", where=source)
-    return _from_hub(source)
-
-
-def _from_hub(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    cached = None
-    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
-        cached = Path(snapshot_download(model, local_files_only=True))
-    if cached and _holds_weights(cached):
-        return cached
-    ignore = ["*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ot", "original/*", "consolidated*"]
-    try:
-        return Path(snapshot_download(model, ignore_patterns=ignore))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        if cached:
-            return cached  # whoever opens it says what is missing
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableError(
-            f"there is no such file or folder, and no model of this name could be had from the "
-            f"Hub: {reason}",
-            where=model,
-            hint="Name a local folder, or download the model first.",
-        ) from error
+    return fetch(name, _holds_weights)
 
 
 def _holds_weights(folder: Path) -> bool:

@@ -10,21 +10,21 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from gralora_convert.errors import ConvertError, MisuseError
+from gralora_convert.errors import ConvertError, MisuseError, printable, sentences
+from gralora_convert.terminal import Choice, bar, quiet_option, show, show_notes
 from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
     from gralora_convert.assembly import Kind
     from gralora_convert.plan import Plan
     from gralora_convert.ranks import Ranks
-    from gralora_convert.report import Finding
+    from gralora_convert.report import Finding, Report
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as exit_:
         status = exit_.exit_code
     except (click.Abort, KeyboardInterrupt) as interrupt:
-        click.echo("interrupted: the output is what it was before", err=True)
+        show("interrupted: the output is what it was before", err=True)
         for note in getattr(interrupt.__cause__ or interrupt, "__notes__", ()):
-            click.echo(note, err=True)
+            show(note, err=True)
         status = EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
@@ -75,11 +75,11 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
         kind, where, message, hint = error.kind, error.where, error.message, error.hint
         line = str(error)
     elif isinstance(error, click.ClickException):
-        kind, where, message, hint = "usage", "", error.format_message(), ""
-        line = message
+        message = " ".join(error.format_message().split())  # click lists choices on lines
+        kind, where, hint = "usage", "", ""
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f"Try '{error.ctx.command_path} --help'."
-            line = f"{message} {hint}"
+        line = sentences(message, hint)
     else:
         kind, where, hint = "system", str(getattr(error, "filename", "") or ""), ""
         message = str(getattr(error, "strerror", "") or error)
@@ -90,7 +90,7 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
         fields = {"kind": kind, "message": message, "where": where, "hint": hint}
         click.echo(json.dumps({"error": fields}, indent=2))
     else:
-        click.echo(f"error: {line}", err=True)
+        show(f"error: {line}", err=True)
 
 
 def _echo_json(value: object) -> None:
@@ -112,33 +112,43 @@ def _examples(*lines: str) -> str:
 
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+PATH = click.Path()  # no check here: it may be a Hub id; a shell completes names of files
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON document on stdout.  [default: off]"
+)
 base_option = click.option(
-    "--base", metavar="MODEL",
+    "--base", type=PATH, metavar="MODEL",
     help="Base model: folder, file or Hub id.  [default: the adapter's base_model_name_or_path]",
 )  # fmt: skip
 device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Let transformers run code of the model's folder."
-)
+    "--trust-remote-code", is_flag=True,
+    help="Let transformers run code of the model's folder.  [default: off]",
+)  # fmt: skip
 key_map_option = click.option(
     "--key-map", multiple=True, metavar="FROM=TO",
-    help="Module FROM of the adapter is TO in the base (a whole name or a leading part).",
+    help="Module FROM of the adapter is TO in the base (a whole name or a leading part).  "
+    "[default: the same names]",
+)  # fmt: skip
+plot_option = click.option(
+    "--plot", type=PATH, metavar="FILE",
+    help="Draw it, as PNG, SVG or PDF by the suffix of FILE.  [default: no picture]",
 )  # fmt: skip
 progress_option = click.option(
     "--progress/--no-progress", default=None, help="A bar on stderr.  [default: on a terminal]"
 )
 writing_options = _options(
-    click.option("-o", "--output", required=True, metavar="DIR",
+    click.option("-o", "--output", type=PATH, required=True, metavar="DIR",
                  help="New folder; must not exist, or be empty, unless --overwrite."),
-    click.option("--dtype", type=click.Choice(DTYPES), default="keep", show_default=True,
+    click.option("--dtype", type=Choice(DTYPES), default="keep", show_default=True,
                  help="dtype of the tensors written; keep = each tensor's own."),
     click.option("--jobs", type=click.IntRange(min=1), help="Worker threads.  [default: the CPUs]"),
-    click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
-    click.option("--overwrite", is_flag=True, help="Replace DIR, atomically."),
+    click.option("--dry-run", is_flag=True,
+                 help="Print the plan and write nothing.  [default: off]"),
+    click.option("--overwrite", is_flag=True, help="Replace DIR, atomically.  [default: off]"),
     click.option("--verify/--no-verify", default=True, show_default=True,
                  help="Check what was written before publishing it."),
-    device_option, progress_option, json_option,
+    device_option, progress_option, quiet_option, json_option,
 )  # fmt: skip
 
 
@@ -148,33 +158,77 @@ def commands() -> None:
     """Model surgery on GraLoRA adapters: inspect, validate, merge, convert, extract, verify."""
 
 
-@commands.command(epilog=_examples("gralora-convert inspect ./adapter"))
-@click.argument("path")
+@commands.command(
+    epilog=_examples(
+        "gralora-convert inspect ./adapter",
+        "gralora-convert inspect ./adapter --plot adapter.png",
+    )
+)
+@click.argument("path", type=PATH)
+@plot_option
+@click.option("--base", type=PATH, metavar="MODEL",
+              help="For --plot: norms against this model's.  [default: the adapter's, if it is "
+              "here]")  # fmt: skip
+@progress_option
+@quiet_option
 @json_option
-def inspect(path: str, as_json: bool) -> int:
-    """What is PATH? An adapter or a checkpoint; reads headers only."""
+def inspect(
+    path: str, plot: str | None, base: str | None, progress: bool | None, as_json: bool
+) -> int:
+    """What is PATH? An adapter or a checkpoint; reads headers only.
+
+    Exits 0 when it could be told, 1 when it is an adapter with errors, 2 when it is neither.
+    """
     from gralora_convert.inspection import inspect
 
+    if plot is not None:
+        from gralora_convert.plots import require_drawable
+
+        require_drawable(plot)
     found = inspect(path)
+    nothing = _nothing_to_read(found.report)
     if as_json:
-        _echo_json(found.document)
+        _echo_json({**found.document, **({"error": _nothing_read(nothing)} if nothing else {})})
     else:
-        click.echo(found.text)
-    return 0
+        show(found.text)
+    if plot is not None and found.report.ok:
+        _plot_adapter(path, found.document, plot, base, progress)
+    return EXIT_REFUSED if nothing else 0 if found.report.ok else EXIT_NO
+
+
+def _plot_adapter(
+    path: str,
+    document: Mapping[str, object],
+    plot: str,
+    base: str | None,
+    progress: bool | None,
+) -> None:
+    if document["kind"] not in ("gralora", "hybrid", "lora"):
+        raise MisuseError("--plot draws one adapter", where=path)
+    from gralora_convert.adapter import Adapter
+    from gralora_convert.anatomy import dissect
+    from gralora_convert.plots import draw_anatomy
+
+    adapter = Adapter.open(path)
+    total = sum(adapter.factor_bytes(module) for module in adapter.modules)
+    with bar(total, progress) as advance:
+        draw_anatomy(dissect(adapter, base, progress=advance), plot)
+    show_notes([f"drawn: {plot}"])
 
 
 @commands.command(
     epilog=_examples("gralora-convert validate ./adapter --base ./model --format github")
 )
-@click.argument("adapter")
+@click.argument("adapters", type=PATH, metavar="ADAPTER...", nargs=-1, required=True)
 @base_option
-@click.option("--format", "style", type=click.Choice(["text", "json", "github"]), default="text",
+@click.option("--format", "style", type=Choice(["text", "json", "github"]), default="text",
               show_default=True, help="github prints workflow annotations.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.  [default: off]")
+@quiet_option
 @key_map_option
 @trust_option
 def validate(
-    adapter: str,
+    adapters: Sequence[str],
     base: str | None,
     style: str,
     as_json: bool,
@@ -185,24 +239,57 @@ def validate(
 
     A merged checkpoint is checked against its receipt: is it still what was written?
 
+    An adapter is named by its folder or by one of its files.
+
     Exits 0 when it is valid, 1 when it has errors, 2 when there is nothing to read.
     """
     from gralora_convert.checks import validate
 
-    report = validate(adapter, base, key_map=_key_map(key_map), trust_remote_code=trust_remote_code)
-    nothing = [f for f in report.errors if f.code in ("config-missing", "weights-missing")]
+    mapping = _key_map(key_map)
+    reports = {
+        adapter: validate(adapter, base, key_map=mapping, trust_remote_code=trust_remote_code)
+        for adapter in _folders(adapters)
+    }
     match "json" if as_json else style:
         case "json":
-            _echo_json(report.as_json() | ({"error": _nothing_read(nothing[0])} if nothing else {}))
+            documents = {adapter: _report_json(report) for adapter, report in reports.items()}
+            everything = {"ok": all(r.ok for r in reports.values()), "adapters": documents}
+            _echo_json(everything if len(documents) > 1 else next(iter(documents.values())))
         case "github":
-            if report.findings:
-                click.echo(report.as_annotations())
+            for adapter, report in reports.items():
+                if report.findings:
+                    titled = len(reports) > 1  # annotations name files within an adapter only
+                    lines = [f"::group::{printable(adapter)}"] if titled else []
+                    click.echo("\n".join([*lines, report.as_annotations()]))
+                    click.echo("::endgroup::\n" if titled else "", nl=False)
         case _:
-            if report.findings:
-                click.echo(report.as_text())
-            errors = len(report.errors)
-            click.echo(f"{adapter}: " + (f"{errors} error(s)" if errors else "valid"))
-    return EXIT_REFUSED if nothing else 0 if report.ok else EXIT_NO
+            for adapter, report in reports.items():
+                if report.findings:
+                    show(report.as_text())
+                errors = len(report.errors)
+                show(f"{adapter}: " + (f"{errors} error(s)" if errors else "valid"))
+    return max(
+        EXIT_REFUSED if _nothing_to_read(report) else 0 if report.ok else EXIT_NO
+        for report in reports.values()
+    )
+
+
+def _folders(names: Sequence[str]) -> list[str]:
+    """Each adapter once, where several were given by their files (as pre-commit does)."""
+    if len(names) == 1:
+        return list(names)
+    return list(dict.fromkeys(str(Path(n).parent) if Path(n).is_file() else n for n in names))
+
+
+def _report_json(report: "Report") -> dict[str, object]:
+    nothing = _nothing_to_read(report)
+    return report.as_json() | ({"error": _nothing_read(nothing)} if nothing else {})
+
+
+def _nothing_to_read(report: "Report") -> "Finding | None":
+    """The finding that says that a folder holds no adapter."""
+    missing = ("config-missing", "weights-missing")
+    return next((finding for finding in report.errors if finding.code in missing), None)
 
 
 def _nothing_read(finding: "Finding") -> dict[str, str]:
@@ -217,7 +304,7 @@ def _nothing_read(finding: "Finding") -> dict[str, str]:
         "torchrun --nproc-per-node 4 -m gralora_convert merge ./adapter --base ./model -o ./merged",
     )
 )
-@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+@click.argument("adapters", type=PATH, metavar="ADAPTER...", nargs=-1, required=True)
 @base_option
 @click.option("--weight", "weights", type=float, multiple=True, metavar="FLOAT",
               help="One per ADAPTER, in order.  [default: 1.0]")  # fmt: skip
@@ -276,16 +363,20 @@ def merge(
 
 
 shape_options = _options(
-    click.option("--to", type=click.Choice(["gralora", "hybrid", "lora"]), required=True,
+    click.option("--to", type=Choice(["gralora", "hybrid", "lora"]), required=True,
                  help="Kind of the result."),
     click.option("--k", type=click.IntRange(min=1),
                  help="Blocks per side.  [default: the source's, or 2]"),
-    click.option("--r", type=click.IntRange(min=1), help="Rank.  [default: the smallest exact]"),
-    click.option("--hybrid-r", type=click.IntRange(min=1), help="Rank of the general part."),
+    click.option("--r", type=click.IntRange(min=1),
+                 help="Rank.  [default: the smallest exact; extract: 32]"),
+    click.option("--hybrid-r", type=click.IntRange(min=1),
+                 help="Rank of the general part.  [default: the source's, or a LoRA's rank; "
+                 "extract: r / 2]"),
     click.option("--alpha", type=float,
                  help="Numerator of the scaling.  [default: keep the scaling]"),
     click.option("--max-error", type=float,
-                 help="Smallest rank with this relative Frobenius error; excludes --r."),
+                 help="Smallest rank with this relative Frobenius error; excludes --r.  "
+                 "[default: off]"),
 )  # fmt: skip
 
 
@@ -295,9 +386,10 @@ shape_options = _options(
         "gralora-convert convert ./gralora --to lora -o ./servable",
     )
 )
-@click.argument("adapter")
+@click.argument("adapter", type=PATH)
 @shape_options
-@click.option("--allow-inexact", is_flag=True, help="Approximate optimally, print the error.")
+@click.option("--allow-inexact", is_flag=True,
+              help="Approximate optimally, print the error.  [default: off]")  # fmt: skip
 @writing_options
 def convert(
     adapter: str,
@@ -343,11 +435,13 @@ def convert(
         "gralora-convert extract --base ./model --tuned ./tuned --to lora -o ./adapter"
     )
 )
-@click.option("--base", required=True, metavar="MODEL", help="Folder, file or Hub id.")
-@click.option("--tuned", required=True, metavar="MODEL", help="The fine-tuned model.")
+@click.option("--base", type=PATH, required=True, metavar="MODEL", help="Folder, file or Hub id.")
+@click.option("--tuned", type=PATH, required=True, metavar="MODEL", help="The fine-tuned model.")
 @shape_options
-@click.option("--include", multiple=True, metavar="PATTERN", help="Only modules like this.")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="No modules like this.")
+@click.option("--include", multiple=True, metavar="PATTERN",
+              help="Only modules like this, such as '*.q_proj'.  [default: all]")  # fmt: skip
+@click.option("--exclude", multiple=True, metavar="PATTERN",
+              help="No modules like this.  [default: none]")  # fmt: skip
 @writing_options
 @trust_option
 def extract(
@@ -408,8 +502,7 @@ class _Run:
         as_json: bool,
     ) -> None:
         self.output, self.jobs, self.dry_run, self.overwrite = output, jobs, dry_run, overwrite
-        self.verify, self.as_json = verify, as_json
-        self.progress = sys.stderr.isatty() if progress is None else progress
+        self.verify, self.progress, self.as_json = verify, progress, as_json
 
     def carry_out(
         self,
@@ -425,11 +518,12 @@ class _Run:
             if is_speaker:
                 self._print_plan(plan)
             return 0
-        for note in plan.notes if is_speaker else ():
-            click.echo(f"note: {note}", err=True)
+        if is_speaker:
+            show_notes(plan.notes)
         if resume and is_speaker and (left := plan.resumable_bytes(self.output)):
-            click.echo(f"note: goes on: {left:,} bytes are there already", err=True)
-        with _bar(plan.nbytes, self.progress and is_speaker) as advance:
+            show_notes([f"goes on: {left:,} bytes are there already"])
+        tensors = sum(part.nbytes for file in plan.files for part in file.parts)
+        with bar(tensors, self.progress if is_speaker else False) as advance:
             receipt = plan.write(
                 self.output,
                 overwrite=self.overwrite,
@@ -444,7 +538,7 @@ class _Run:
         if self.as_json:
             _echo_json(receipt)
         else:
-            click.echo(summary(receipt, self.output))
+            show(summary(receipt, self.output))
         return 0
 
     def _print_plan(self, plan: "Plan") -> None:
@@ -465,7 +559,7 @@ class _Run:
             f"{document['free_disk']:,} bytes free on the disk. Nothing was written."
         )
         for note in plan.notes:
-            click.echo(f"note: {note}")
+            show(f"note: {note}")
 
 
 def _key_map(entries: Sequence[str]) -> dict[str, str]:
@@ -482,16 +576,22 @@ def _key_map(entries: Sequence[str]) -> dict[str, str]:
 @commands.command(
     epilog=_examples("gralora-convert verify ./adapter --base ./model --merged ./merged")
 )
-@click.argument("adapter")
+@click.argument("adapter", type=PATH)
 @base_option
-@click.option("--merged", required=True, metavar="MODEL", help="The checkpoint to audit.")
-@click.option("--level", type=click.Choice(["weights", "modules", "model"]), default="model",
+@click.option(
+    "--merged", type=PATH, required=True, metavar="MODEL", help="The checkpoint to audit."
+)
+@click.option("--level", type=Choice(["weights", "modules", "model"]), default="model",
               show_default=True, help="How deep; each includes those before it.")  # fmt: skip
 @click.option("--slack", type=float, default=1.0, show_default=True,
               help="Widen every bound by this factor.")  # fmt: skip
-@click.option("--text", help="Run the model on this text, through its own tokenizer.")
+@click.option("--text",
+              help="Run the model on this text, through its own tokenizer.  "
+              "[default: random token ids]")  # fmt: skip
+@plot_option
 @device_option
 @progress_option
+@quiet_option
 @json_option
 @key_map_option
 @trust_option
@@ -502,6 +602,7 @@ def verify(
     level: str,
     slack: float,
     text: str | None,
+    plot: str | None,
     device: str,
     progress: bool | None,
     as_json: bool,
@@ -514,10 +615,12 @@ def verify(
     """
     from gralora_convert.checkpoint import Checkpoint
     from gralora_convert.equivalence import verify
+    from gralora_convert.plots import draw_equivalence, require_drawable
 
+    if plot is not None:
+        require_drawable(plot)
     opened = Checkpoint.open(merged)
-    show = sys.stderr.isatty() if progress is None else progress
-    with _bar(opened.nbytes, show) as advance:
+    with bar(opened.nbytes, progress) as advance:
         found = verify(
             adapter,
             base=base,
@@ -530,22 +633,12 @@ def verify(
             trust_remote_code=trust_remote_code,
             progress=advance,
         )
-    for line in found.notes:
-        click.echo(f"note: {line}", err=True)
+    show_notes(found.notes)
+    if plot is not None:
+        draw_equivalence(found, plot)
+        show_notes([f"drawn: {plot}"])
     if as_json:
         _echo_json(found.as_json())
     else:
-        click.echo(found.as_text())
+        show(found.as_text())
     return 0 if found.ok else EXIT_NO
-
-
-@contextmanager
-def _bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, advanced by a number of bytes."""
-    if not show:
-        yield lambda count: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr) as bar:
-        yield lambda count: bar.update(count) and None

@@ -30,6 +30,7 @@ from gralora_convert.assembly import (
     rounded,
     shape_of,
 )
+from gralora_convert.cards import CARD_NAME, adapter_card
 from gralora_convert.checkpoint import sidecars
 from gralora_convert.config import CONFIG_NAME, PEFT_VERSION, GraloraConfig, LoraConfig
 from gralora_convert.delta import (
@@ -174,7 +175,12 @@ class _Conversion:
             command="convert",
             files=(OutputFile("adapter_model.safetensors", tuple(parts)),),
             receipt=partial(self._receipt, notes),
-            texts={CONFIG_NAME: self._config().to_json()},
+            texts={
+                CONFIG_NAME: self._config().to_json(),
+                CARD_NAME: adapter_card(
+                    self.shape.kind, self.adapter.config.base_model_name_or_path, self.adapter.path
+                ),
+            },
             sidecars=sidecars(self.adapter.path),
             inputs=(self.adapter.file,),
             protected=(self.adapter.path,),

@@ -180,7 +180,7 @@ def verify(
     if not slack > 0:
         raise MisuseError(f"slack {slack} is not positive")
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
-    named = base or opened.config.base_model_name_or_path
+    named = base or opened.base_source
     if named is None:
         raise MisuseError("names no base model", where=opened.path, hint="Give --base.")
     source = named if isinstance(named, Checkpoint) else Checkpoint.open(named)

@@ -6,14 +6,14 @@ difference at a time.
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from gralora_convert.architecture import Architecture, quantisation
+from gralora_convert.architecture import Architecture, near_misses, quantisation
 from gralora_convert.assembly import (
     Kind,
     Loss,
@@ -26,6 +26,7 @@ from gralora_convert.assembly import (
     require_divisible,
     shape_of,
 )
+from gralora_convert.cards import CARD_NAME, adapter_card
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig
 from gralora_convert.delta import Dense, Gralora, Lora
@@ -152,6 +153,8 @@ class _Differences:
                 hint="Extract from a model with the same tensors as its base.",
             )
         names = _Names(Architecture(before, trust_remote_code=trust_remote_code))
+        modules = {names.parameter(name).rpartition(".")[0] for name in before.tensors}
+        self.notes += _unmatched(modules, include, exclude, after)
         others: list[str] = []
         for name, spec in before.tensors.items():
             tuned = after.tensors[name]
@@ -247,6 +250,22 @@ def _chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
 
 
+def _unmatched(
+    modules: Collection[str], include: Sequence[str], exclude: Sequence[str], after: Checkpoint
+) -> Iterator[str]:
+    """Notes on patterns of `exclude` that match nothing; one of `include` is a refusal."""
+    for pattern in (*include, *exclude):
+        if fnmatch.filter(modules, pattern):
+            continue
+        close = near_misses(pattern.strip("*"), sorted(modules))
+        if pattern in include:
+            raise MisuseError(
+                f"--include {pattern!r} matches no module", where=after.path,
+                hint=f"A pattern matches whole names, such as '*.q_proj'. {close}".strip(),
+            )  # fmt: skip
+        yield f"--exclude {pattern!r} matches no module. {close}".strip()
+
+
 def _same(one: TensorSpec, other: TensorSpec) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         if one.shape != other.shape or one.dtype not in FLOATING or other.dtype not in FLOATING:
@@ -282,7 +301,10 @@ class _Extraction:
             command="extract",
             files=(OutputFile("adapter_model.safetensors", tuple(parts)),),
             receipt=self._receipt,
-            texts={CONFIG_NAME: self._config().to_json()},
+            texts={
+                CONFIG_NAME: self._config().to_json(),
+                CARD_NAME: adapter_card(self.shape.kind, self.before.source),
+            },
             inputs=(*self.before.layout.values(), *self.after.layout.values()),
             protected=(self.before.path, self.after.path),
             notes=tuple(self.found.notes),

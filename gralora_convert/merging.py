@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from gralora_convert.adapter import Adapter
+from gralora_convert.cards import CARD_NAME, merged_card
 from gralora_convert.checkpoint import Checkpoint, sidecars
 from gralora_convert.delta import Delta, permute_rows, to_device
 from gralora_convert.errors import CheckFailedError, MisuseError
@@ -126,7 +127,7 @@ def _weights(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> li
 
 
 def _base_name(adapters: Sequence[Adapter]) -> str:
-    names = {adapter.config.base_model_name_or_path for adapter in adapters}
+    names = {adapter.base_source for adapter in adapters}
     name = names.pop()
     if names or not name:
         found = "different base models" if names else "no base model"
@@ -325,7 +326,7 @@ class _Merge:
             if beside:
                 notes.append(f"{', '.join(sorted(beside))} taken from {adapter.path}")
             copies |= beside
-        texts = {}
+        texts = {CARD_NAME: merged_card(self.base, self.adapters)}
         if "config.json" in copies:
             config = load_json(copies["config.json"], allow_non_finite=True)
             edited = _updated(config, self._config_edits(config))

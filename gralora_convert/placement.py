@@ -5,7 +5,7 @@ do not fit, targets without tensors, lost biases, tied weights. Headers only, bu
 that may be unchanged copies.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from gralora_convert.adapter import Adapter
@@ -47,6 +47,7 @@ def place(
         key_map or {}, trust_remote_code,
     )  # fmt: skip
     placer = _Placer(adapter, architecture)
+    placer.findings += _unused(key_map or {}, adapter)
     settlement = placer.place()
     report = Report.of(placer.findings)
     if not report.ok:
@@ -311,6 +312,17 @@ class _Placer:
                 f"fan_in_fan_out is {str(flag).lower()}, but the layers are "
                 f"{'nn.Linear' if flag else 'Conv1D'}; the layer decides",
             ))  # fmt: skip
+
+
+def _unused(key_map: Mapping[str, str], adapter: Adapter) -> Iterator[Finding]:
+    """Renamings that rename nothing: most likely misspelt."""
+    names = [*adapter.modules, *adapter.biases, *adapter.saved]
+    for name in key_map:
+        if not any(known == name or known.startswith(f"{name}.") for known in names):
+            yield warning(
+                "key-map-unmatched", name, "is named by --key-map, but begins no module here",
+                near_misses(name, names),
+            )  # fmt: skip
 
 
 def _stored(transposed: bool) -> str:

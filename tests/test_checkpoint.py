@@ -526,7 +526,7 @@ def test_a_part_of_a_model_in_the_cache_is_completed(
 def test_offline_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(None, False, lambda: None))
-    error = refused("org/name", "org/name", "offline mode is enabled")
+    error = refused("org/name", "org/name", "HF_HUB_OFFLINE")
     assert "Name a local folder" in error.hint
     snapshot = write_shards(tmp_path / "snapshot")
     (snapshot / "model-2.safetensors").unlink()

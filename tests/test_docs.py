@@ -1,12 +1,16 @@
-"""The README tells the truth: its commands run and print what it shows; every command is in it."""
+"""The documents tell the truth: their commands run, and print what is shown; every command, option
+and module is in them."""
 
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 import gralora_convert as gc
 from gralora_convert.cli import commands
@@ -14,57 +18,141 @@ from tests.command import run, run_ok
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"(?:<!-- exit (\d) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
 
 
 @pytest.fixture
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the fixtures, in which the README's commands write."""
+    """A folder with the fixtures, in which the commands write."""
     shutil.copytree(ROOT / "fixtures", tmp_path / "fixtures")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: Path) -> Iterator[tuple[int, str, str]]:
+    """Exit status, language and text of the fenced blocks of a page, in order."""
+    for status, language, text in FENCE.findall(page.read_text()):
+        yield int(status or 0), language, text
 
 
-def lines_of_commands() -> list[list[str]]:
-    text = " ".join(blocks("bash")).replace("&&", "\n").replace("\\\n", " ")
-    found = re.findall(r"gralora-convert [^\n]+", text)
-    return [shlex.split(line)[1:] for line in found]
+def commands_in(text: str) -> list[list[str]]:
+    lines = text.replace("\\\n", " ").replace("&&", "\n").splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("gralora-convert ")]
 
 
-def test_the_commands_print_what_is_shown(copy: Path) -> None:
-    printed = ""
-    for arguments in lines_of_commands():
-        printed += run_ok(*arguments).stdout
-    shown = next(block for block in blocks("text") if block.startswith("merged"))
-    lines = _without_rounding(printed).splitlines()
-    for line in _without_rounding(shown).splitlines():
-        assert line == "..." or line in lines
-    assert len(lines_of_commands()) >= 6
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_run_and_print_what_is_shown(page: Path, copy: Path) -> None:
+    printed: list[str] = []
+    for status, language, text in blocks(page):
+        if language == "bash":
+            printed = []
+            for arguments in commands_in(text):
+                if "--plot" in arguments and find_spec("matplotlib") is None:
+                    continue  # an extra; continuous integration has it
+                outcome = run(*arguments)
+                assert outcome.status == status, outcome.stdout + outcome.stderr
+                printed += _plain(outcome.stdout + outcome.stderr).splitlines()
+        elif language == "text" and not text.startswith("gralora-convert inspect  PATH"):
+            _require_shown(_plain(text).splitlines(), printed)
+        elif language == "python":
+            exec(compile(text, str(page), "exec"), {})
 
 
-def _without_rounding(text: str) -> str:
+def _require_shown(shown: list[str], printed: list[str]) -> None:
+    """The lines shown, in this order; `...` stands for any number of others."""
+    place = 0
+    skipping = False
+    for line in shown:
+        if line == "...":
+            skipping = True
+            continue
+        assert line in printed[place:], f"not printed: {line}"
+        found = printed.index(line, place)
+        assert skipping or found == place or place == 0, f"lines left out before: {line}"
+        place, skipping = found + 1, False
+
+
+def _plain(text: str) -> str:
     """`text` without how far rounding went: the order of sums differs from processor to processor,
     and with it the last bits."""
-    return re.sub(r"[\d.]+ x the rounding bound", "N x the rounding bound", text)
+    return re.sub(r"[\d.e+]+ x the rounding bound", "N x the rounding bound", text)
 
 
-def test_the_python_example_runs(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
-    assert "bytes will be written" in capsys.readouterr().out
-    assert (copy / "merged/model.safetensors").exists()
+def test_enough_is_run() -> None:
+    run_here = [c for page in PAGES for _, lang, t in blocks(page) if lang == "bash"
+                for c in commands_in(t)]  # fmt: skip
+    assert {arguments[0] for arguments in run_here} >= {
+        "inspect", "validate", "merge", "convert", "verify",
+    }  # fmt: skip
+    assert sum(language == "python" for page in PAGES for _, language, _ in blocks(page)) >= 5
 
 
 @pytest.mark.parametrize("name", sorted(commands.commands))
-def test_every_command_has_help_with_an_example_and_is_in_the_readme(name: str) -> None:
-    command = commands.commands[name]
-    shown = command.get_help(click.Context(command, info_name=f"gralora-convert {name}"))
-    assert "Example" in shown
-    assert f"gralora-convert {name}" in shown
+def test_every_command_has_help_that_ends_with_an_example(name: str) -> None:
+    shown = run_ok(name, "--help").stdout
+    example = shown[shown.rindex("Example") :]
+    assert "\n\n" not in example.rstrip()
+    assert f"gralora-convert {name}" in example
     assert f"gralora-convert {name}" in README
+
+
+@pytest.mark.parametrize("name", sorted(commands.commands))
+def test_every_option_shows_its_default(name: str) -> None:
+    command = commands.commands[name]
+    context = click.Context(command, info_name=name)
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if isinstance(parameter, click.Option) and record and "--help" not in record[0]:
+            assert re.search(r"\[(default: [^\]]+|required)\]", record[1]), record
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_every_guide_is_in_the_readme() -> None:
+    for page in PAGES[1:]:
+        assert f"docs/{page.name}" in README or "performance" in page.name
+
+
+def test_the_map_names_every_module() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("| layer |") : text.index("| kind of change |")]
+    named = re.findall(r"`(\w+)`", " ".join(line.split("|")[2] for line in table.splitlines()
+                                            if line.startswith("|")))  # fmt: skip
+    present = {path.stem for path in (ROOT / "gralora_convert").glob("*.py")}
+    assert set(named) == present - {"__init__", "__main__"}
+    assert len(named) == len(set(named))
+
+
+def test_the_workflow_runs_a_command_that_exists(copy: Path) -> None:
+    text = (ROOT / "docs/examples/validate-adapters.yml").read_text()
+    assert text in (ROOT / "docs/ci.md").read_text()
+    steps = yaml.safe_load(text)["jobs"]["validate"]["steps"]
+    (command,) = [s["run"] for s in steps if s.get("run", "").startswith("gralora-convert")]
+    adapters = [
+        str(copy / "fixtures/peft-0.21.2/llama-k4"),
+        str(copy / "fixtures/peft-0.21.2/lora"),
+    ]
+    found = run_ok(*command.replace("adapters/*", shlex.join(adapters)).split()[1:])
+    assert "::error" not in found.stdout
+
+
+def test_the_hook_is_a_command_that_takes_files(copy: Path) -> None:
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    files = [p for p in sorted(copy.glob("fixtures/peft-0.2*/llama-k*/*"))
+             if re.search(hook["files"], str(p.relative_to(copy)))]  # fmt: skip
+    assert len(files) == 8
+    outcome = run_ok(*hook["entry"].split()[1:], *files)
+    assert outcome.stdout.count(": valid") == 4
+    broken = copy / "fixtures/peft-0.19.1/gpt2-bias-all"
+    (broken / "adapter_config.json").write_text("{")
+    outcome = run(*hook["entry"].split()[1:], *files, *broken.iterdir())
+    assert outcome.status == 1
+    assert "config-not-json" in outcome.stdout
 
 
 @pytest.mark.parametrize("name", gc.__all__)

@@ -1,0 +1,95 @@
+"""The table of finding codes: complete, without rows that nothing emits, and printed in docs/."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from gralora_convert import errors
+from gralora_convert.codes import CODES, EXIT_STATUS, REFUSALS, page
+from tests.pages import FINDINGS
+
+PACKAGE = Path(__file__).parent.parent / "gralora_convert"
+MAKERS = {"error", "warning", "note", "Finding"}
+CODE = re.compile(r"[a-z]+(-[a-z]+)+")
+
+
+def calls() -> list[tuple[str, ast.Call]]:
+    """Every call that makes a finding, with its module."""
+    found = []
+    for path in sorted(PACKAGE.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+                if node.func.id in MAKERS and path.stem != "report":
+                    found.append((path.stem, node))
+    return found
+
+
+def emitted() -> set[tuple[str, str]]:
+    """Code and severity of every call that names both."""
+    return {
+        (str(node.args[0].value), node.func.id)
+        for _, node in calls()
+        if isinstance(node.args[0], ast.Constant) and isinstance(node.func, ast.Name)
+    }
+
+
+def words_of(modules: set[str]) -> set[str]:
+    """Every string in these modules that looks like a code."""
+    return {
+        node.value
+        for module in modules
+        for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and CODE.fullmatch(node.value)
+    }
+
+
+def test_every_code_that_is_emitted_has_a_row_with_its_severity() -> None:
+    assert len(emitted()) > 80
+    for code, severity in emitted():
+        assert severity in CODES[code].severity.split(", "), (code, severity)
+
+
+def test_every_row_is_emitted() -> None:
+    made_from_reasons = {f"config-{reason}" for reason in words_of({"strictjson"}) | {"bom"}}
+    anywhere = words_of({path.stem for path in PACKAGE.glob("*.py")} - {"codes"})
+    assert CODES.keys() <= anywhere | made_from_reasons | {"config-unreadable"}
+
+
+def test_codes_that_are_computed_have_rows() -> None:
+    """Reasons of JSON and of tensor files, and codes chosen between two."""
+    from gralora_convert.adapter import _REASONS
+
+    assert set(_REASONS.values()) | {"weights-unreadable"} <= CODES.keys()
+    for reason in ("bom", "not-json", "duplicate-key", "non-finite", "not-object", "unreadable"):
+        assert f"config-{reason}" in CODES
+    computed = {module for module, node in calls() if not isinstance(node.args[0], ast.Constant)}
+    chosen = {w for w in words_of(computed - {"config"}) if w.startswith(("base-", "modules-to"))}
+    assert chosen <= CODES.keys()
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert FINDINGS.read_text() == page(), "run `python -m tests.pages`"
+
+
+def test_every_row_says_something() -> None:
+    for code, row in CODES.items():
+        assert CODE.fullmatch(code)
+        assert set(row.severity.split(", ")) <= {"error", "warning", "note"}
+        assert row.meaning.endswith(".")
+        assert row.remedy.endswith((".", "?"))
+
+
+@pytest.mark.parametrize("name", [n for n in errors.__all__ if n != "ConvertError"])
+def test_every_refusal_is_documented(name: str) -> None:
+    assert getattr(errors, name).kind in REFUSALS
+
+
+def test_the_statuses_are_those_of_the_command_line() -> None:
+    from gralora_convert import cli
+
+    used = {cli.EXIT_NO, cli.EXIT_REFUSED, cli.EXIT_BUG, cli.EXIT_INTERRUPTED}
+    assert EXIT_STATUS.keys() == used | {0}

@@ -1,0 +1,157 @@
+"""Terminal manners: colours, widths, quiet, suggestions, completion. A pseudo-terminal stands in
+for the real one."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.command import run, run_ok
+
+ROOT = Path(__file__).parent.parent
+BROKEN = "fixtures/peft-0.19.1/gpt2-bias-all"
+LLAMA, BASE = "fixtures/peft-0.21.2/llama-hybrid", "fixtures/bases/llama"
+
+
+def on_terminal(
+    *arguments: object, width: int = 80, settings: Mapping[str, str] | None = None
+) -> str:
+    """What `gralora-convert ARGUMENTS` shows on a terminal, both streams."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gralora_convert", *map(str, arguments)],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT,
+        env=environment | {"TERM": "xterm", "PYTHONPATH": str(ROOT)} | dict(settings or {}),
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    process.wait()
+    os.close(ours)
+    return shown.decode().replace("\r\n", "\n")
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_findings_are_coloured_and_wrapped_on_a_terminal() -> None:
+    shown = on_terminal("validate", BROKEN, width=60)
+    assert re.search(r"\x1b\[31m\x1b\[1merror\x1b\[0m\x1b\[2m\[bias-missing\]", shown)
+    assert max(map(len, plain(shown).splitlines())) <= 60
+    warning = on_terminal("validate", LLAMA, "--base", BASE, "--key-map", "nothing=x")
+    assert "\x1b[33m\x1b[1mwarning" in warning
+    error = on_terminal("merge", LLAMA, "--base", "nowhere/at-all", "-o", "x")
+    assert "\x1b[31m\x1b[1merror" in error
+
+
+@pytest.mark.parametrize("settings", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
+def test_no_colours_where_none_are_wanted(settings: dict[str, str]) -> None:
+    for arguments in (["validate", BROKEN], ["inspect", LLAMA], ["merge", LLAMA]):
+        assert "\x1b" not in on_terminal(*arguments, settings=settings)
+
+
+def test_a_page_keeps_its_commands_whole() -> None:
+    shown = on_terminal("inspect", LLAMA, width=50)
+    assert "\x1b[" in shown
+    lines = plain(shown).splitlines()
+    assert any(line.endswith(f"merge {LLAMA} --base {BASE} -o OUT") for line in lines)
+    others = [line for line in lines if "gralora-convert " not in line]
+    assert max(map(len, others)) <= 50
+    joined = re.sub(r"\n +", " ", plain(shown))
+    assert "blocks of rank 2 beside a LoRA of rank 3" in joined
+
+
+def test_piped_output_is_plain_and_one_fact_per_line() -> None:
+    outcome = run("validate", BROKEN)
+    assert "\x1b" not in outcome.stdout + outcome.stderr
+    assert len(outcome.stdout.splitlines()) == 2
+    assert outcome.stdout.splitlines()[0].startswith("error[bias-missing]: ")
+
+
+def test_a_bar_with_rate_and_time_left(tmp_path: Path) -> None:
+    shown = on_terminal("merge", LLAMA, "--base", BASE, "-o", tmp_path / "a", width=100)
+    assert re.search(r"100%\|.*B/s", shown)
+    quiet = on_terminal("merge", LLAMA, "--base", BASE, "-o", tmp_path / "b", "-q")
+    assert "B/s" not in quiet
+    assert "merged 4 modules" in quiet
+    asked = run_ok("merge", LLAMA, "--base", BASE, "-o", tmp_path / "c", "--progress")
+    assert "B/s" in asked.stderr
+    assert "B/s" not in run_ok("merge", LLAMA, "--base", BASE, "-o", tmp_path / "d").stderr
+
+
+def test_quiet_leaves_the_result(tmp_path: Path) -> None:
+    arguments = ("verify", LLAMA, "--base", BASE, "--merged", f"{BASE}/model.safetensors")
+    loud, quiet = run(*arguments), run(*arguments, "-q")
+    assert "note: " in loud.stderr
+    assert quiet.stderr == ""
+    assert quiet.stdout == loud.stdout
+    assert run_ok("inspect", LLAMA, "-q").stdout == run_ok("inspect", LLAMA).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (["mrege"], "merge"),
+        (["convert", LLAMA, "-o", "x"], "gralora, hybrid, lora."),
+        (["merge", "--bsae", "x"], "--base"),
+        (["merge", LLAMA, "-o", "x", "--dtype", "bfloat"], "bfloat16"),
+        (["extract", "--to", "gralroa"], "gralora"),
+        (["extract", "--base", BASE, "--tuned", "fixtures/bases/llama", "--to", "lora", "-o", "x",
+          "--include", "*.q_prj"], "q_proj"),
+    ],
+)  # fmt: skip
+def test_what_is_misspelt_is_told_the_nearest(arguments: list[str], nearest: str) -> None:
+    outcome = run(*arguments)
+    assert outcome.status == 2
+    (line,) = outcome.stderr.splitlines()
+    assert nearest in line
+
+
+def test_a_renaming_that_renames_nothing_is_told(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_prj"
+    outcome = run_ok("validate", LLAMA, "--base", BASE, "--key-map", f"{name}=x")
+    assert "warning[key-map-unmatched]" in outcome.stdout
+    assert "model.layers.0.mlp.down_proj" in outcome.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete(shell: str) -> None:
+    def completed(**settings: str) -> str:
+        program = "from gralora_convert.cli import main; main()"
+        result = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | settings,
+        )  # fmt: skip
+        return result.stdout
+
+    source = completed(_GRALORA_CONVERT_COMPLETE=f"{shell}_source")
+    assert "_GRALORA_CONVERT_COMPLETE" in source
+    words = {"COMP_WORDS": "gralora-convert me", "COMP_CWORD": "me" if shell == "fish" else "1"}
+    assert "merge" in completed(_GRALORA_CONVERT_COMPLETE=f"{shell}_complete", **words)
+    last = "g" if shell == "fish" else "3"
+    words = {"COMP_WORDS": "gralora-convert convert --to g", "COMP_CWORD": last}
+    assert "gralora" in completed(_GRALORA_CONVERT_COMPLETE=f"{shell}_complete", **words)
+
+
+def test_the_version() -> None:
+    from gralora_convert.version import __version__
+
+    assert run_ok("--version").stdout.strip().endswith(__version__)
