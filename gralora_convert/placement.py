@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from gralora_convert.adapter import Adapter
-from gralora_convert.architecture import Architecture, Origin, near_misses, quantisation
+from gralora_convert.architecture import Architecture, Origin, near_misses
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.config import CONFIG_NAME
 from gralora_convert.heads import head_edits, tie_edits, vocabulary_edits
 from gralora_convert.pieces import Piece, Placement, Replacement, Target
+from gralora_convert.quantisation import ADVICE, quantisation
 from gralora_convert.report import Finding, Report, error, note, warning
 from gralora_convert.targets import rule_of, select
 from gralora_convert.tensors import FLOATING, TensorSpec
@@ -39,7 +40,7 @@ def place(
     if method is not None:
         return None, Report.of([error(
             "base-quantised", base.path, f"is quantised ({method}); plain weights were needed",
-            "Merge into the original model, then quantise the result.",
+            ADVICE,
         )])  # fmt: skip
     name = (adapter.config.auto_mapping or {}).get("base_model_class")
     architecture = Architecture(
@@ -205,7 +206,7 @@ class _Placer:
         if spec.dtype not in FLOATING:
             return error(
                 "base-quantised", module, f"has dtype {spec.dtype}, a 16- or 32-bit one was needed",
-                "Merge into the original model.",
+                ADVICE,
             )  # fmt: skip
         return None
 

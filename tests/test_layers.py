@@ -19,7 +19,9 @@ LAYERS = {
         "shapes", "staging", "strictjson", "targets", "tensors", "unpickling",
     },
     "mathematics": {"blocks", "delta", "diagnosis", "factorize", "layer", "rounding"},
-    "base": {"architecture", "heads", "pieces", "placement", "ties", "values"},
+    "base": {
+        "architecture", "heads", "pieces", "placement", "quantisation", "ties", "values",
+    },
     "output": {"assembly", "tiles"},
     "models": {"blueprint", "forward", "origins", "outputs"},
     "verbs": {"checks", "conversion", "equivalence", "extraction", "inspection", "merging"},
