@@ -21,7 +21,10 @@ SIZES: Mapping[str, Any] = {
     "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "kv_lora_rank": 16,
     "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
-    "prediction_length": 4, "context_length": 16,
+    "prediction_length": 4, "context_length": 16, "emb_dim": 32, "n_words": 64,
+    "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "global_head_dim": 8,
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "ffn_hidden_size": 48,
+    "expert_ffn_hidden_size": 16, "encoder_hash_byte_group_vocab": 16,
 }  # fmt: skip
 # Sizes that some configs check against others, from those most often at fault.
 DOUBTFUL = (
@@ -35,24 +38,39 @@ INDEXES = (
     "deepstack_visual_indexes", "fullatt_block_indexes", "global_attn_indexes",
     "cross_attention_layers", "window_block_indexes", "full_attention_layer_idxs", "hybrid_layer_ids",
 )  # fmt: skip
+OWN: Mapping[str, Mapping[str, Any]] = {  # what single types need beside
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"is_decoder": True},
+    "dots3_note": {"num_key_value_heads": 4},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "chameleon": {"vocabulary_map": {"IMGIMGBS0Z": 3, "<image>": 4}},
+    "conditional_detr": {"use_timm_backbone": False, "use_pretrained_backbone": False},
+    "dots1": {"n_group": 1, "topk_group": 1},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "bridgetower": {"num_hidden_layers": 2},
+}
 DROPOUTS = ("dropout", "drop", "pdrop", "layerdrop", "drop_path_rate", "mask_time_prob")
 
 
 def _names(default: Mapping[str, Any], leave: frozenset[str]) -> dict[str, Any]:
     """The sizes of one config made small, but those in `leave`."""
-    values = {n: v for n, v in SIZES.items() if n in default and n not in leave}
+    values: dict[str, Any] = {}
     for name, value in default.items():
-        if isinstance(value, float) and name.rpartition("_")[2] in DROPOUTS:
+        is_list = isinstance(value, list | tuple)
+        if name in SIZES and name not in leave:
+            values[name] = type(value)([SIZES[name]] * len(value)) if is_list else SIZES[name]
+        elif isinstance(value, float) and name.rpartition("_")[2] in DROPOUTS:
             values[name] = 0.0
-        if name in TYPES and isinstance(value, list) and "hidden_size" not in leave:
+        elif name in TYPES and is_list:
             values[name] = value[:2]
-        if name in INDEXES and isinstance(value, list):
+        elif name in INDEXES and is_list:
             values[name] = [0]
-        if name == "depths" and isinstance(value, list):
+        elif name == "depths" and is_list:
             values[name] = [1] * len(value)
-        if name in values and isinstance(value, list | tuple) and name not in TYPES:
-            values[name] = type(value)([values[name]] * len(value))
-    return values
+    return values | OWN.get(default.get("model_type", ""), {})
 
 
 def configs(model_type: str) -> Iterator[Any]:

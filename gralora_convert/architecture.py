@@ -352,6 +352,30 @@ class Architecture:
         siblings = (f"{parent}.in_proj_weight", f"{parent}.q_proj_weight")
         return last == "out_proj" and any(name in self.base.tensors for name in siblings)
 
+    @cached_property
+    def _uncalled(self) -> frozenset[tuple[str, str]]:
+        """(class, layer) of linear layers whose weight the class uses while it never calls them."""
+        found = set()
+        for name, body in re.findall(r"^class (\w+)\((.*?)(?=^\S|\Z)", self.source, _LINES):
+            if ".weight" not in body:
+                continue
+            usual = re.sub(r"if hasattr\(self\.config, \"_is_quantized\"\):\n.*\n", "", body)
+            for layer in re.findall(
+                r"^        self\.(\w+) = (?:nn\.Linear|Conv1D)\(", body, _LINES
+            ):
+                called = rf"self\.{layer}(?![.\w])(?! =)"
+                if f"self.{layer}.weight" in usual and not re.search(called, usual):
+                    found.add((name, layer))
+        return frozenset(found)
+
+    def is_uncalled(self, module: str) -> bool:
+        """Whether the model's forward reads the weight of a layer but never calls it, so that an
+        adapter there has no effect (Mamba's `dt_proj`, the attention of WavLM)."""
+        parent, _, leaf = module.rpartition(".")
+        if all(leaf != layer for _, layer in self._uncalled) or self.blueprint is None:
+            return False
+        return any((name, leaf) in self._uncalled for name in self.blueprint.classes(parent))
+
     def is_embedding(self, module: str) -> bool:
         """Whether a module is called like an embedding."""
         return _EMBEDDING.fullmatch(module) is not None

@@ -19,7 +19,7 @@ from gralora_convert.report import Finding, Report, error, note, warning
 from gralora_convert.targets import rule_of, select
 from gralora_convert.tensors import FLOATING, TensorSpec
 from gralora_convert.ties import Claims, Settlement, settle
-from gralora_convert.values import Values, bias_missing, stored_shape
+from gralora_convert.values import Values, bias_missing, is_zero, stored_shape
 
 __all__ = ["Piece", "Placement", "Replacement", "Target", "bias_missing", "place"]
 
@@ -196,6 +196,13 @@ class _Placer:
                 "is the out_proj of nn.MultiheadAttention, whose forward ignores the adapter",
                 "The trained function is the base's here; remove these tensors to merge the rest.",
             )  # fmt: skip
+        if self.architecture.is_uncalled(module) and self._has_effect(module):
+            return error(
+                "forward-ignores-adapter", module,
+                "is a layer of which the model reads the weight and which it never calls: the "
+                "adapter there has no effect, and its factors are not zero",
+                "The trained function is the base's here; remove these tensors to merge the rest.",
+            )  # fmt: skip
         if self.architecture.is_embedding(module):
             kind = self.architecture.kind(module)
             if kind not in ("Linear", "Conv1D"):
@@ -209,6 +216,11 @@ class _Placer:
                 ADVICE,
             )  # fmt: skip
         return None
+
+    def _has_effect(self, module: str) -> bool:
+        """Whether the delta is not all zero, as training leaves it where it gets no gradient."""
+        roles = self.adapter.roles[module]
+        return not all(is_zero(spec) for role, spec in roles.items() if role.endswith("B"))
 
     def _unsupported(self, module: str, what: str) -> Finding:
         return error(
