@@ -1,4 +1,4 @@
-"""Quantised bases are recognised by their config, or by their tensors alone, and refused by name."""
+"""Quantised bases are recognised by config or tensors alone, and refused by name."""
 
 import json
 from pathlib import Path
