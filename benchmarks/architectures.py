@@ -55,6 +55,14 @@ TASKS: dict[str, str | None] = {
     "AutoModelForTextToSpectrogram": None,
     "AutoModelForTextToWaveform": None,
 }
+INTRODUCTION = """\
+Tiny models of transformers with random weights, one per model type and auto class, adapted by PEFT
+on all linear layers with random factors, merged by the command line, loaded by plain transformers.
+*right*: every weight equals base + PEFT's delta weight, and the outputs are those of PEFT's
+unmerged model ("weights and outputs"), or the model took none of the inputs that were tried
+("weights"). "all that PEFT can adapt" leaves out layers that PEFT refuses (sizes that k does not
+divide) or ignores (`out_proj` of nn.MultiheadAttention, which is refused). *not run*: no small
+model could be built, or PEFT does not adapt it."""
 HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 HEADS = ("classifier", "score", "qa_outputs")  # saved whole by PEFT for these tasks
 BATCH = 40  # cases of one process
@@ -318,7 +326,9 @@ class Worker:
         if self.process is None or self.count >= BATCH:
             self._restart()
         process = self.process
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         self.count += 1
         timer = threading.Timer(self.limit, process.kill)
         timer.start()
@@ -423,8 +433,10 @@ def table(found: dict[Case, Verdict], command: str) -> str:
         short = case.auto.removeprefix("AutoModelFor")
         reasons[verdict.kind, why(verdict)].append(f"{case.model_type} ({short})")
     kinds = ("right", "refused", "not run", "WRONG")
-    lines = [f"Measured with {versions()}:", "", f"    {command}", "",
-             "| auto class | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)]  # fmt: skip
+    lines = ["# Architectures", "", *INTRODUCTION.splitlines(), "",
+             f"Measured with {versions()}:", "", f"    {command}", "",
+             "| auto class | " + " | ".join(kinds) + " |",
+             "|---|" + "---:|" * len(kinds)]  # fmt: skip
     for auto, held in counts.items():
         lines.append(f"| {auto} | " + " | ".join(str(held[kind]) for kind in kinds) + " |")
     total: Counter[str] = sum(counts.values(), Counter())
@@ -439,7 +451,7 @@ def table(found: dict[Case, Verdict], command: str) -> str:
             lines.append("None.")
         for number, reason, names in reversed(held):
             listed = "" if kind == "right" else ": " + ", ".join(sorted(names))
-            lines.append(f"* {number} × {reason}{listed}")
+            lines.append(f"* {number} x {reason}{listed}")
     return "\n".join(lines) + "\n"
 
 

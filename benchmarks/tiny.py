@@ -36,7 +36,8 @@ LAYERS = frozenset(name for name in SIZES if name.endswith(("layers", "layer")))
 TYPES = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types")
 INDEXES = (
     "deepstack_visual_indexes", "fullatt_block_indexes", "global_attn_indexes",
-    "cross_attention_layers", "window_block_indexes", "full_attention_layer_idxs", "hybrid_layer_ids",
+    "cross_attention_layers", "window_block_indexes", "full_attention_layer_idxs",
+    "hybrid_layer_ids",
 )  # fmt: skip
 OWN: Mapping[str, Mapping[str, Any]] = {  # what single types need beside
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},

@@ -23,7 +23,16 @@ from tests import oracle
 from tests.builders import random_delta, write_adapter, write_model
 from tests.command import run, run_ok
 from tests.models import (
-    ARCHITECTURES, IDS, Architecture, close, gpt2, llama, load, outputs, save_base, train,
+    ARCHITECTURES,
+    IDS,
+    Architecture,
+    close,
+    gpt2,
+    llama,
+    load,
+    outputs,
+    save_base,
+    train,
 )  # fmt: skip
 
 CAUSAL, BARE = "AutoModelForCausalLM", "AutoModel"
@@ -74,7 +83,8 @@ def merge(folder: Path, *more: object) -> Path:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    found: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    return found
 
 
 def delta_of(delta: Gralora) -> torch.Tensor:
