@@ -382,6 +382,39 @@ def test_a_layer_that_the_model_never_calls_has_no_adapter(tmp_path: Path) -> No
     assert "dt_proj: [forward-ignores-adapter]" in refused.stderr
 
 
+CONV1D: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 16, "n_inner": 16, "n_layer": 1, "n_head": 2}),
+    "OpenAIGPTLMHeadModel": ("OpenAIGPTConfig", {"n_embd": 16, "n_layer": 1, "n_head": 2}),
+    "ImageGPTModel": ("ImageGPTConfig", {"n_embd": 16, "n_inner": 16, "n_layer": 1, "n_head": 2}),
+    "DecisionTransformerModel": (
+        "DecisionTransformerConfig", {"hidden_size": 16, "n_inner": 16, "n_layer": 1, "n_head": 2},
+    ),
+    "ClvpForCausalLM": (
+        "ClvpDecoderConfig",
+        {"hidden_size": 16, "n_inner": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_mel_attn_blocks": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONV1D)
+def test_square_weights_of_conv1d_are_stored_the_other_way(name: str, tmp_path: Path) -> None:
+    config, sizes = CONV1D[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**sizes))
+    model.save_pretrained(tmp_path / "base")
+    adapted = adapt(model, tmp_path / "adapter", ["c_fc", "c_proj"])
+    loaded = type(model).from_pretrained(merge(tmp_path))
+    square = 0
+    for path, module in adapted.base_model.model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weight = module.base_layer.weight
+            square += weight.shape[0] == weight.shape[1]
+            wanted = weight + module.get_delta_weight("default")
+            assert torch.allclose(loaded.get_submodule(path).weight, wanted, atol=1e-6), path
+    assert square
+
+
 # custom code -----------------------------------------------------------------------------------
 
 
@@ -398,3 +431,32 @@ def test_custom_code_is_not_run_unasked(tmp_path: Path) -> None:
     refused = run("merge", tmp_path / "square", "--base", tmp_path / "base", "-o", tmp_path / "no")
     assert refused.status == 2
     assert "or pass --trust-remote-code." in refused.stderr.splitlines()[-1]
+
+
+def test_custom_code_tells_the_orientation_when_it_may_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    auto_map = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "modeling_x.XModel"}
+    tensors = {"linear.weight": torch.randn(8, 8), "conv.weight": torch.randn(8, 8)}
+    base = write_model(tmp_path / "base", tensors, model_type="x", auto_map=auto_map)
+    (base / "configuration_x.py").write_text(
+        "from transformers import PretrainedConfig\n"
+        "class XConfig(PretrainedConfig):\n    model_type = 'x'\n"
+    )
+    (base / "modeling_x.py").write_text(
+        "import torch\nfrom transformers import PreTrainedModel\n"
+        "from transformers.pytorch_utils import Conv1D\n"
+        "from .configuration_x import XConfig\n"
+        "class XModel(PreTrainedModel):\n    config_class = XConfig\n"
+        "    def __init__(self, config):\n        super().__init__(config)\n"
+        "        self.linear = torch.nn.Linear(8, 8, bias=False)\n"
+        "        self.conv = Conv1D(8, 8)\n        self.post_init()\n"
+    )
+    deltas = {"linear": random_delta(8, 8, r=4), "conv": random_delta(8, 8, r=4, seed=3)}
+    write_adapter(tmp_path / "adapter", deltas)
+    after = tensors_of(merge(tmp_path, "--trust-remote-code"))
+    for name, delta in deltas.items():
+        dense = delta_of(delta) if name == "linear" else delta_of(delta).T
+        assert torch.allclose(after[f"{name}.weight"], tensors[f"{name}.weight"] + dense, atol=1e-6)
