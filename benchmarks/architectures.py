@@ -416,8 +416,8 @@ def why(verdict: Verdict) -> str:
     return verdict.reason
 
 
-def table(found: dict[Case, Verdict], command: str) -> str:
-    """The results as Markdown."""
+def table(found: dict[Case, Verdict], command: str, total_cases: int) -> str:
+    """The results as Markdown; `total_cases` is the number of all, run or not."""
     import peft
     import torch
     import transformers
@@ -434,7 +434,8 @@ def table(found: dict[Case, Verdict], command: str) -> str:
         reasons[verdict.kind, why(verdict)].append(f"{case.model_type} ({short})")
     kinds = ("right", "refused", "not run", "WRONG")
     lines = ["# Architectures", "", *INTRODUCTION.splitlines(), "",
-             f"Measured with {versions()}:", "", f"    {command}", "",
+             f"Measured with {versions()}, {len(found)} of {total_cases} cases:", "",
+             f"    {command}", "",
              "| auto class | " + " | ".join(kinds) + " |",
              "|---|" + "---:|" * len(kinds)]  # fmt: skip
     for auto, held in counts.items():
@@ -461,6 +462,7 @@ def main() -> None:
     parser.add_argument("--auto", action="append", choices=TASKS, help="these classes only")
     parser.add_argument("--table", type=Path, help="write the results there")
     parser.add_argument("--record", type=Path, help="resume: verdicts are kept there")
+    parser.add_argument("--recorded", action="store_true", help="the cases in --record only")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds of one case")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -468,8 +470,11 @@ def main() -> None:
     if chosen.worker:
         return work()
     every = [case for case in cases(chosen.types) if case.auto in (chosen.auto or TASKS)]
+    if chosen.recorded:
+        known = _recorded(chosen.record)
+        every = [case for case in every if case in known]
     found = judge_all(every, chosen.limit, chosen.jobs, chosen.record)
-    text = table(found, "python -m benchmarks.architectures")
+    text = table(found, "python -m benchmarks.architectures", len(cases([])))
     if chosen.table is not None:
         chosen.table.write_text(text)
     print(json.dumps(Counter(verdict.kind for verdict in found.values())))
