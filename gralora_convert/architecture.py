@@ -7,7 +7,7 @@ imports torch and transformers).
 
 import ast
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gralora_convert.checkpoint import Checkpoint
+from gralora_convert.quantisation import nested
 from gralora_convert.tensors import FLOATING
 
 if TYPE_CHECKING:
     from gralora_convert.blueprint import Blueprint
 
-__all__ = ["Architecture", "Origin", "near_misses", "quantisation"]
+__all__ = ["Architecture", "Origin", "near_misses"]
 
 # Blocks of these models are Conv1D throughout, their heads nn.Linear (transformers 5.23).
 _CONV1D_FAMILY = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -30,17 +31,6 @@ _EMBEDDING = re.compile(
 )
 _HEADS = ("lm_head", "embed_out", "output")
 _LEGACY = {"weight": "gamma", "bias": "beta"}  # norms of the first BERT checkpoints
-_QUANTISED_SUFFIXES = {
-    ".weight_scale_inv": "fp8 (block scales)",
-    ".weight.absmax": "bitsandbytes 4-bit",
-    ".weight.quant_map": "bitsandbytes 4-bit",
-    ".SCB": "bitsandbytes 8-bit",
-    ".qweight": "GPTQ or AWQ",
-    ".weight_packed": "compressed-tensors",
-    ".W_q": "HQQ",
-    ".weight._data": "quanto",
-    "_blocks": "MXFP4",
-}
 _LINES = re.MULTILINE | re.DOTALL
 AUTO_CLASSES: Mapping[str, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -62,39 +52,6 @@ class Origin:
     count: int
     delta_start: int = 0
     order: tuple[int, ...] | None = None
-
-
-def quantisation(base: Checkpoint) -> str | None:
-    """The name of the quantisation of a base, None when its weights are plain numbers."""
-    for config in _objects(base.config):
-        found = config.get("quantization_config") or config.get("compression_config")
-        if isinstance(found, Mapping):
-            method = found.get("quant_method") or found.get("quant_algo")
-            if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
-                method = "bitsandbytes"
-            return str(method or "a quantization_config")
-    for name in base.tensors:
-        for suffix, method in _QUANTISED_SUFFIXES.items():
-            if name.endswith(suffix) and _is_quantised_partner(base, name, suffix):
-                return method
-    return None
-
-
-def _objects(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
-    """A config and all objects in it."""
-    yield config
-    for value in config.values():
-        if isinstance(value, Mapping):
-            yield from _objects(value)
-
-
-def _is_quantised_partner(base: Checkpoint, name: str, suffix: str) -> bool:
-    stem = name.removesuffix(suffix)
-    if suffix == "_blocks":
-        return f"{stem}_scales" in base.tensors
-    if suffix == ".weight_scale_inv":
-        return f"{stem}.weight" in base.tensors
-    return True
 
 
 @cache
@@ -148,7 +105,7 @@ class Architecture:
     @cached_property
     def _types(self) -> tuple[str, ...]:
         """The model types of the config and of the configs within it."""
-        found = [config.get("model_type") for config in _objects(self.base.config)]
+        found = [config.get("model_type") for config in nested(self.base.config)]
         return tuple(dict.fromkeys(name for name in found if isinstance(name, str)))
 
     @cached_property
@@ -174,13 +131,18 @@ class Architecture:
     @cached_property
     def _tie_patterns(self) -> tuple[re.Pattern[str], ...]:
         """Patterns of the parameters that may be one and the same with others."""
-        if "_tied_weights_keys[" in self.source:  # made while the model is built: any may be
-            return (re.compile(""),)
+        any_may_be = (re.compile(""),)
+        if "_tied_weights_keys[" in self.source:  # made while the model is built
+            return any_may_be
         words: set[str] = set()
         for block in re.findall(
             r"_tied_weights_keys\b[^=\n]*=\s*(\{.*?\})", self.source, re.DOTALL
         ):
-            for pair in ast.literal_eval(block).items():
+            try:
+                pairs = ast.literal_eval(block)
+            except (ValueError, SyntaxError):  # made of the config, likewise
+                return any_may_be
+            for pair in pairs.items():
                 words.update(word.removeprefix("^") for word in pair)
         if not self.source:
             words = {rf"(^|\.){name}\.weight" for name in _HEADS}
@@ -389,6 +351,30 @@ class Architecture:
         parent, _, last = disk_module.rpartition(".")
         siblings = (f"{parent}.in_proj_weight", f"{parent}.q_proj_weight")
         return last == "out_proj" and any(name in self.base.tensors for name in siblings)
+
+    @cached_property
+    def _uncalled(self) -> frozenset[tuple[str, str]]:
+        """(class, layer) of linear layers whose weight the class uses while it never calls them."""
+        found = set()
+        for name, body in re.findall(r"^class (\w+)\((.*?)(?=^\S|\Z)", self.source, _LINES):
+            if ".weight" not in body:
+                continue
+            usual = re.sub(r"if hasattr\(self\.config, \"_is_quantized\"\):\n.*\n", "", body)
+            for layer in re.findall(
+                r"^        self\.(\w+) = (?:nn\.Linear|Conv1D)\(", body, _LINES
+            ):
+                called = rf"self\.{layer}(?![.\w])(?! =)"
+                if f"self.{layer}.weight" in usual and not re.search(called, usual):
+                    found.add((name, layer))
+        return frozenset(found)
+
+    def is_uncalled(self, module: str) -> bool:
+        """Whether the model's forward reads the weight of a layer but never calls it, so that an
+        adapter there has no effect (Mamba's `dt_proj`, the attention of WavLM)."""
+        parent, _, leaf = module.rpartition(".")
+        if all(leaf != layer for _, layer in self._uncalled) or self.blueprint is None:
+            return False
+        return any((name, leaf) in self._uncalled for name in self.blueprint.classes(parent))
 
     def is_embedding(self, module: str) -> bool:
         """Whether a module is called like an embedding."""

@@ -94,6 +94,11 @@ class Blueprint:
             return "MultiheadAttention"
         return "Linear" if isinstance(found, torch.nn.Linear) else type(found).__name__
 
+    def classes(self, module: str) -> tuple[str, ...]:
+        """The names of a module's class and of those that it derives from."""
+        found = self._modules.get(module)
+        return () if found is None else tuple(cls.__name__ for cls in type(found).__mro__)
+
     def linear(self, *, head: bool) -> list[str]:
         """Names of all nn.Linear and Conv1D; without `head`, but the output embedding (PEFT 0.21.2,
         tuners_utils.py, `_maybe_include_all_linear_layers`)."""

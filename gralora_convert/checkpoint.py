@@ -52,9 +52,15 @@ _INDEX_SUFFIX = ".index.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # The folders that sentence-transformers names in modules.json: 1_Pooling, 2_Dense
 _STEP = re.compile(r"\d+_[A-Za-z]\w*")
+_SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})(?P<end>\.safetensors|\.bin)")
+_NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 # Weights in other formats, or of other things: never copied beside the merged weights.
+_FOREIGN = {
+    ".h5": "HDF5", ".msgpack": "Flax", ".onnx": "ONNX", ".ot": "rust-bert", ".npz": "NumPy",
+    ".tflite": "TensorFlow Lite",
+}  # fmt: skip
 _WEIGHT_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"}
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", *_FOREIGN} - {".npz"}
 )
 
 
@@ -95,8 +101,7 @@ class Checkpoint:
         else:
             folder = path.parent
             names, index_name = {path.name: None}, None
-            if path.suffix == ".gguf":
-                raise _gguf(path)
+            _require_whole_model(path)
             layout = {path.name: read_tensor_file(path)}
         config = {}
         if os.path.lexists(folder / "config.json"):
@@ -194,30 +199,82 @@ def _weight_files(folder: Path) -> tuple[dict[str, list[str] | None], str | None
         n for n in present if n.endswith(".safetensors") and not n.startswith("adapter_model")
     )
     if others:
+        _require_whole(folder, others)
         return {name: None for name in others}, None
     raise _no_weights(folder, present)
 
 
+def _require_whole_model(path: Path) -> None:
+    """Refuses a file whose name says that it is no model, or a part of one."""
+    if path.suffix == ".gguf":
+        raise _gguf(path)
+    if path.suffix in _FOREIGN:
+        raise _foreign(path, f"is {_FOREIGN[path.suffix]}, which is not read here")
+    part = _SHARD.fullmatch(path.name)
+    if path.suffix == ".json" or (part and int(part["count"]) > 1):
+        what = "is one shard of a model" if part else "is no file of weights"
+        raise UnsupportedError(what, where=path, hint=f"Name its folder: {path.parent}")
+
+
+def _require_whole(folder: Path, names: list[str]) -> None:
+    """Refuses shards without an index of which some are missing."""
+    for name in names:
+        found = _SHARD.fullmatch(name)
+        if found:
+            every = [f"{found['stem']}-{i:05}-of-{found['count']}{found['end']}"
+                     for i in range(1, int(found["count"]) + 1)]  # fmt: skip
+            missing = [n for n in every if n not in names]
+            if missing:
+                raise UnreadableError(
+                    f"{len(missing)} of {len(every)} shards are missing, first {missing[0]}",
+                    where=folder,
+                    hint="Download the model again, completely.",
+                )
+
+
 def _no_weights(folder: Path, present: set[str]) -> UnreadableError | UnsupportedError:
-    gguf = sorted(n for n in present if n.endswith(".gguf"))
-    if gguf:
+    """What lies there instead, and what to do with it."""
+
+    def named(*suffixes: str) -> list[str]:
+        return sorted(name for name in present if name.endswith(suffixes))
+
+    if gguf := named(".gguf"):
         return _gguf(folder / gguf[0])
-    foreign = sorted(n for n in present if n.endswith((".h5", ".msgpack", ".ckpt")))
-    if foreign:
-        return UnsupportedError(
-            f"holds weights only as {foreign[0]}",
-            where=folder,
-            hint="Load them with transformers and save them with save_pretrained first.",
-        )
     if "adapter_config.json" in present:
         return UnreadableError(
             "is an adapter, a dense model was needed",
             where=folder,
             hint="Give the base model's folder.",
         )
+    torch_files = [n for n in named(".bin", ".pt", ".pth", ".ckpt") if n not in _NO_WEIGHTS]
+    if len(torch_files) > 1 or (torch_files and _SHARD.fullmatch(torch_files[0])):
+        return UnreadableError(
+            f"holds {torch_files[0]}{' and others' if torch_files[1:] else ''}, without the index "
+            "that makes such files one model",
+            where=folder,
+            hint="Download the model again, completely, or save it as safetensors first.",
+        )
+    if torch_files:
+        return UnreadableError(
+            f"holds weights only as {torch_files[0]}, a name that transformers does not load",
+            where=folder,
+            hint=f"If that is the whole model, name the file: {folder / torch_files[0]}",
+        )
+    if foreign := named(*_FOREIGN):
+        return _foreign(folder, f"holds weights only as {foreign[0]}")
+    inner = [e.name for e in _listing(folder) if e.is_dir() and _holds_a_model(e)]
     return UnreadableError(
         "holds no weights; model.safetensors, shards with an index, or pytorch_model.bin is needed",
         where=folder,
+        hint=f"Its folder {inner[0]} holds some: name that?" if inner else "",
+    )
+
+
+def _foreign(where: Path, what: str) -> UnsupportedError:
+    return UnsupportedError(
+        what,
+        where=where,
+        hint="Load it with the library that wrote it, and save it as safetensors first.",
     )
 
 

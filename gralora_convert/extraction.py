@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gralora_convert.architecture import Architecture, near_misses, quantisation
+from gralora_convert.architecture import Architecture, near_misses
 from gralora_convert.assembly import (
     Kind,
     Loss,
@@ -34,6 +34,7 @@ from gralora_convert.errors import MisuseError, UnsupportedError
 from gralora_convert.factorize import smallest_rank, spectra, to_gralora, to_hybrid, to_lora
 from gralora_convert.keys import key_of
 from gralora_convert.plan import OutputFile, Part, Plan
+from gralora_convert.quantisation import quantisation
 from gralora_convert.rounding import half_ulp
 from gralora_convert.tensors import FLOATING, TensorSpec, read_bytes, read_torch, torch_dtype
 from gralora_convert.version import __version__

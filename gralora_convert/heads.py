@@ -4,7 +4,6 @@ head, the size of a vocabulary, ties that no longer hold."""
 from collections.abc import Mapping, Sequence
 
 from gralora_convert.architecture import AUTO_CLASSES, Architecture
-from gralora_convert.checkpoint import Checkpoint
 
 __all__ = ["head_edits", "tie_edits", "vocabulary_edits"]
 
@@ -19,14 +18,15 @@ _NAMES = {
 }
 
 
-def head_edits(architecture: Architecture, rows: int) -> dict[str, object]:
-    """The class that loads the base with a head of `rows` labels, and the names of the labels."""
+def head_edits(architecture: Architecture, rows: int, beside: Json) -> dict[str, object]:
+    """The class that loads the base with a head of `rows` labels, and the names of the labels:
+    those of the config `beside` the adapter or of the base, if one has so many."""
     edits: dict[str, object] = {}
     name = _head_class(architecture)
     if name is not None and name not in architecture.base.architectures:
         edits["architectures"] = [name]
     if architecture.task_type != "QUESTION_ANS":  # its two outputs are no labels
-        edits |= _labels(architecture.base, rows)
+        edits |= _labels((beside, architecture.base.config), rows)
     return edits
 
 
@@ -44,10 +44,13 @@ def _head_class(architecture: Architecture) -> str | None:
     return first if isinstance(first, str) else None
 
 
-def _labels(base: Checkpoint, rows: int) -> dict[str, object]:
-    known = base.config.get("id2label")
-    if isinstance(known, Mapping) and len(known) == rows:
-        return {}
+def _labels(configs: Sequence[Json], rows: int) -> dict[str, object]:
+    for config in configs:
+        names, numbers = config.get("id2label"), config.get("label2id")
+        if isinstance(names, Mapping) and len(names) == rows:
+            if not isinstance(numbers, Mapping) or len(numbers) != rows:
+                numbers = {str(name): int(i) for i, name in names.items() if str(i).isdecimal()}
+            return {"id2label": dict(names), "label2id": dict(numbers)}
     names = {str(i): f"LABEL_{i}" for i in range(rows)}
     return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
 

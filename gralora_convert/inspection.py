@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gralora_convert.adapter import WEIGHTS, Adapter, Scan, scan_adapter
-from gralora_convert.architecture import quantisation
 from gralora_convert.checkpoint import RECEIPT_NAME, Checkpoint, locate
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig, read_config
 from gralora_convert.errors import UnreadableError
 from gralora_convert.groups import Group, group
 from gralora_convert.keys import parse_key
 from gralora_convert.pages import adapter_page, adapters_page, checkpoint_page
+from gralora_convert.quantisation import quantisation
 from gralora_convert.report import Finding, Report, error, note, warning
 from gralora_convert.serving import served_rank
 from gralora_convert.strictjson import load_json

@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from gralora_convert.adapter import Adapter
-from gralora_convert.architecture import Architecture, Origin, near_misses, quantisation
+from gralora_convert.architecture import Architecture, Origin, near_misses
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.config import CONFIG_NAME
 from gralora_convert.heads import head_edits, tie_edits, vocabulary_edits
 from gralora_convert.pieces import Piece, Placement, Replacement, Target
+from gralora_convert.quantisation import ADVICE, quantisation
 from gralora_convert.report import Finding, Report, error, note, warning
+from gralora_convert.strictjson import load_json
 from gralora_convert.targets import rule_of, select
 from gralora_convert.tensors import FLOATING, TensorSpec
 from gralora_convert.ties import Claims, Settlement, settle
-from gralora_convert.values import Values, bias_missing, stored_shape
+from gralora_convert.values import Values, bias_missing, is_zero, stored_shape
 
 __all__ = ["Piece", "Placement", "Replacement", "Target", "bias_missing", "place"]
 
@@ -39,7 +41,7 @@ def place(
     if method is not None:
         return None, Report.of([error(
             "base-quantised", base.path, f"is quantised ({method}); plain weights were needed",
-            "Merge into the original model, then quantise the result.",
+            ADVICE,
         )])  # fmt: skip
     name = (adapter.config.auto_mapping or {}).get("base_model_class")
     architecture = Architecture(
@@ -63,12 +65,18 @@ def _placement(placer: "_Placer", settlement: Settlement, report: Report) -> Pla
     heads: Callable[[], dict[str, object]] | None = None
     outer: Mapping[str, str] = {}
     if values.head_rows is not None:
-        heads = partial(head_edits, architecture, values.head_rows)
+        heads = partial(head_edits, architecture, values.head_rows, _config_beside(placer.adapter))
         outer = architecture.outer_names()
     return Placement(
         tuple(settlement.targets), tuple(settlement.replacements), edits, architecture, outer,
         heads, tuple(str(finding) for finding in report.findings),
     )  # fmt: skip
+
+
+def _config_beside(adapter: Adapter) -> Mapping[str, object]:
+    """The `config.json` that some trainers save beside the adapter; {} when there is none."""
+    path = adapter.path / "config.json"
+    return load_json(path, allow_non_finite=True) if path.is_file() else {}
 
 
 class _Placer:
@@ -196,6 +204,13 @@ class _Placer:
                 "is the out_proj of nn.MultiheadAttention, whose forward ignores the adapter",
                 "The trained function is the base's here; remove these tensors to merge the rest.",
             )  # fmt: skip
+        if self.architecture.is_uncalled(module) and self._has_effect(module):
+            return error(
+                "forward-ignores-adapter", module,
+                "is a layer of which the model reads the weight and which it never calls: the "
+                "adapter there has no effect, and its factors are not zero",
+                "The trained function is the base's here; remove these tensors to merge the rest.",
+            )  # fmt: skip
         if self.architecture.is_embedding(module):
             kind = self.architecture.kind(module)
             if kind not in ("Linear", "Conv1D"):
@@ -206,9 +221,14 @@ class _Placer:
         if spec.dtype not in FLOATING:
             return error(
                 "base-quantised", module, f"has dtype {spec.dtype}, a 16- or 32-bit one was needed",
-                "Merge into the original model.",
+                ADVICE,
             )  # fmt: skip
         return None
+
+    def _has_effect(self, module: str) -> bool:
+        """Whether the delta is not all zero, as training leaves it where it gets no gradient."""
+        roles = self.adapter.roles[module]
+        return not all(is_zero(spec) for role, spec in roles.items() if role.endswith("B"))
 
     def _unsupported(self, module: str, what: str) -> Finding:
         return error(

@@ -180,11 +180,16 @@ class Places:
         )
 
     def _place_copy(self, key: Key) -> None:
-        """A key inside the wrapper of a saved module: with bias='all' PEFT saves biases twice."""
+        """A key inside the wrapper of a saved module: PEFT saves biases twice with bias='all', and
+        embeddings whose vocabulary was resized (0.21.2). It loads the bare name and no other."""
         is_bias = key.name.rpartition(".")[2] == "bias" and self.bias == "all"
-        if is_bias and self._parameters.intersection(key.copy_of):
+        bare = self._parameters.intersection(key.copy_of)
+        if is_bias and bare:
             self.ignored[key.key] = "a second copy of a bias"
             self._say(note("bias-saved-twice", key.key, "is a second copy; it is not used"))
+        elif any(_is_input_embedding(name) or _is_output_embedding(name) for name in bare):
+            self.ignored[key.key] = "a second copy of an embedding"
+            self._say(note("embeddings-saved", key.key, "is a second copy; it is not used"))
         else:
             self._say(error(
                 "key-modules-to-save-infix", key.key, "holds the wrapper of a saved module; PEFT "

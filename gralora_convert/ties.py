@@ -175,14 +175,23 @@ class _Group:
                 self._copy(names[0], self.names)
 
     def _copy(self, name: str, shared: Sequence[str]) -> None:
-        for other in shared:
-            origins = self.architecture.locate(other)
+        """Gives `name` a tensor of its own, with the value that all `shared` names have."""
+        source = self._shared_value((name, *shared))
+        if source is not None:
+            new = Replacement(source, self.architecture.disk_name(name))
+            if new not in self.settlement.replacements:
+                self.settlement.replacements.append(new)
+
+    def _shared_value(self, names: Sequence[str]) -> TensorSpec | None:
+        """The adapter's copy of a value (its vocabulary may be resized), else the base's."""
+        for name in names:
+            if name in self.claims.frozen:
+                return self.claims.frozen[name]
+        for name in names:
+            origins = self.architecture.locate(name)
             if len(origins) == 1 and origins[0].order is None:
-                spec = self.base.tensors[origins[0].tensor]
-                new = Replacement(spec, self.architecture.disk_name(name))
-                if new not in self.settlement.replacements:
-                    self.settlement.replacements.append(new)
-                return
+                return self.base.tensors[origins[0].tensor]
+        return None
 
     def _emit(self, names: Sequence[str]) -> None:
         """Carries out the claim on one place, in every tensor on disk that holds it."""

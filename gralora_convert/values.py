@@ -16,7 +16,7 @@ from gralora_convert.tensors import FLOATING, TensorSpec, read_bytes
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["Values", "bias_missing", "same_values", "stored_shape"]
+__all__ = ["Values", "bias_missing", "is_zero", "same_values", "stored_shape"]
 
 COMPARED_ELEMENTS = 4 * 1024 * 1024  # of two tensors, at a time
 _TASK_HEADS = ("classifier", "score", "qa_outputs")  # what PEFT adds to modules_to_save by task
@@ -300,6 +300,15 @@ def bias_missing(version: str | None, mode: str, what: str) -> Finding:
     return error(
         "bias-missing", CONFIG_NAME, f"bias is {mode!r}, but {what} are not in the file", reason
     )
+
+
+def is_zero(spec: TensorSpec) -> bool:
+    """Whether every value is (positive) zero."""
+    for start in range(0, spec.numel, COMPARED_ELEMENTS):
+        held = _bytes(spec, start, min(start + COMPARED_ELEMENTS, spec.numel))
+        if held.count(0) != len(held):
+            return False
+    return True
 
 
 def same_values(one: TensorSpec, other: TensorSpec) -> bool:

@@ -395,14 +395,39 @@ def test_another_file_that_is_something_else(kind: str, name: str, tmp_path: Pat
         (["model.Q4.gguf", "config.json"], "is GGUF", UnsupportedError),
         (["tf_model.h5", "config.json"], "only as tf_model.h5", UnsupportedError),
         (["flax_model.msgpack"], "only as flax_model.msgpack", UnsupportedError),
+        (["model.onnx"], "only as model.onnx", UnsupportedError),
+        (["rust_model.ot"], "only as rust_model.ot", UnsupportedError),
+        (["consolidated.00.pth"], "name the file: ", UnreadableError),
+        (["model.ckpt", "training_args.bin"], "only as model.ckpt", UnreadableError),
+        (["consolidated.00.pth", "consolidated.01.pth"], "without the index", UnreadableError),
+        (["pytorch_model-00001-of-00002.bin"], "without the index", UnreadableError),
+        (["training_args.bin", "optimizer.pt"], "holds no weights", UnreadableError),
+        (["original/consolidated.00.pth"], "Its folder original holds some", UnreadableError),
+        (["checkpoint-9/model.safetensors"], "folder checkpoint-9 holds some", UnreadableError),
+        (["model-00001-of-00003.safetensors"], "2 of 3 shards are missing", UnreadableError),
     ],
 )
 def test_what_is_there_instead_is_named(
     names: list[str], words: str, kind: type, tmp_path: Path
 ) -> None:
     for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     assert type(refused(tmp_path, words)) is kind
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model-00001-of-00002.safetensors", "is one shard of a model. Name its folder"),
+        ("model.safetensors.index.json", "is no file of weights. Name its folder"),
+        ("tf_model.h5", "is HDF5, which is not read here"),
+        ("flax_model.msgpack", "is Flax, which is not read here"),
+    ],
+)
+def test_a_file_that_is_no_model_is_named(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    refused(tmp_path / name, words)
 
 
 def test_one_file_of_another_format(tmp_path: Path) -> None:

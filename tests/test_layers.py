@@ -20,7 +20,9 @@ LAYERS = {
         "strictjson", "targets", "tensors", "unpickling", "writing",
     },
     "mathematics": {"blocks", "delta", "diagnosis", "factorize", "layer", "rounding"},
-    "base": {"architecture", "heads", "pieces", "placement", "ties", "values"},
+    "base": {
+        "architecture", "heads", "pieces", "placement", "quantisation", "ties", "values",
+    },
     "output": {"assembly", "tiles"},
     "models": {"blueprint", "forward", "origins", "outputs"},
     "verbs": {
