@@ -22,6 +22,7 @@ from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
     from gralora_convert.assembly import Kind
+    from gralora_convert.blocks import Method
     from gralora_convert.plan import Plan
     from gralora_convert.report import Finding
 
@@ -265,7 +266,7 @@ shape_options = _options(
     click.option("--k", type=click.IntRange(min=1),
                  help="Blocks per side.  [default: the source's, or 2]"),
     click.option("--r", type=click.IntRange(min=1), help="Rank.  [default: the smallest exact]"),
-    click.option("--hybrid-r", type=click.IntRange(min=1), help="Rank of the general part."),
+    click.option("--hybrid-r", type=click.IntRange(min=0), help="Rank of the general part."),
     click.option("--alpha", type=float,
                  help="Numerator of the scaling.  [default: keep the scaling]"),
     click.option("--max-error", type=float,
@@ -277,7 +278,14 @@ shape_options = _options(
 @click.argument("adapter")
 @shape_options
 @click.option("--allow-inexact", is_flag=True, help="Approximate optimally, print the error.")
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.",
+)
 @writing_options
+@key_map_option
+@trust_option
 def convert(
     adapter: str,
     to: "Kind",
@@ -287,6 +295,7 @@ def convert(
     alpha: float | None,
     max_error: float | None,
     allow_inexact: bool,
+    base: str | None,
     output: str,
     dtype: str,
     jobs: int | None,
@@ -296,6 +305,8 @@ def convert(
     device: str,
     progress: bool | None,
     as_json: bool,
+    key_map: Sequence[str],
+    trust_remote_code: bool,
 ) -> int:
     """Write ADAPTER as GraLoRA, Hybrid GraLoRA or LoRA, exactly unless told otherwise.
 
@@ -310,6 +321,7 @@ def convert(
     plan = convert(
         adapter,
         to=to,
+        base=base,
         k=k,
         r=r,
         hybrid_r=hybrid_r,
@@ -317,7 +329,10 @@ def convert(
         max_error=max_error,
         allow_inexact=allow_inexact,
         dtype=dtype,
+        device=device,
         verify=verify,
+        key_map=_key_map(key_map),
+        trust_remote_code=trust_remote_code,
     )
     run = _Run(output, jobs, dry_run, overwrite, verify, progress, as_json)
     return run.carry_out(plan, summary)
@@ -329,6 +344,13 @@ def convert(
 @shape_options
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only modules like this.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No modules like this.")
+@click.option(
+    "--svd",
+    type=click.Choice(["auto", "exact", "randomised"]),
+    default="auto",
+    show_default=True,
+    help="auto = randomised where a block's side is above 512.",
+)
 @writing_options
 @trust_option
 def extract(
@@ -342,6 +364,7 @@ def extract(
     max_error: float | None,
     include: Sequence[str],
     exclude: Sequence[str],
+    svd: "Method",
     output: str,
     dtype: str,
     jobs: int | None,
@@ -373,7 +396,10 @@ def extract(
         max_error=max_error,
         include=include,
         exclude=exclude,
+        svd=svd,
         dtype=dtype,
+        device=device,
+        verify=verify,
         trust_remote_code=trust_remote_code,
     )
     run = _Run(output, jobs, dry_run, overwrite, verify, progress, as_json)

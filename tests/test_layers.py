@@ -18,10 +18,12 @@ LAYERS = {
         "adapter", "checkpoint", "config", "files", "keys", "pickles", "places", "plan", "rules",
         "shapes", "staging", "strictjson", "targets", "tensors", "unpickling",
     },
-    "mathematics": {"blocks", "delta", "diagnosis", "factorize", "layer", "rounding"},
+    "mathematics": {
+        "blocks", "delta", "diagnosis", "factorize", "layer", "rounding", "variants",
+    },
     "base": {"architecture", "heads", "pieces", "placement", "ties", "values"},
     "output": {"assembly", "tiles"},
-    "models": {"blueprint", "forward", "origins", "outputs"},
+    "models": {"blueprint", "forward", "origins", "outputs", "source"},
     "verbs": {"checks", "conversion", "equivalence", "extraction", "inspection", "merging"},
     "surface": {"__init__", "__main__", "cli"},
 }  # fmt: skip
