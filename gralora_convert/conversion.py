@@ -41,7 +41,6 @@ from gralora_convert.delta import (
     Dense,
     Gralora,
     Lora,
-    gralora_to_hybrid,
     gralora_to_lora,
     hybrid_to_gralora,
     lora_to_hybrid,
@@ -180,11 +179,22 @@ def _default_rank(source: Source, to: Kind, k: int, general: int, max_error: flo
         if to == "hybrid":
             raise MisuseError("--max-error chooses the rank of a LoRA or GraLoRA, not of a Hybrid")
         return k * smallest_rank([spectra(source.delta(m), k).cpu() for m in modules], max_error)
-    config = source.adapter.config
-    if to == "hybrid":
-        r = config.r if isinstance(config, GraloraConfig) else general
-        return -(-r // k) * k
-    return max(exact_rank(source.outline(module), to, k) for module in modules)
+    least = max(_least_rank(source.outline(module), to, k, general) for module in modules)
+    if to == "hybrid" and source.adapter.kind == "lora":
+        return max(least, -(-general // k) * k)
+    return least
+
+
+def _least_rank(delta: Delta, to: Kind, k: int, general: int) -> int:
+    """The smallest exact r of one module for factors of full rank; what a general part of rank
+    `general` cannot hold of the source's goes into the blocks."""
+    if to != "hybrid" or isinstance(delta, Dense):
+        return exact_rank(delta, "gralora" if to == "hybrid" else to, k)
+    side = min(delta.in_features, delta.out_features) // k
+    if isinstance(delta, Lora):
+        return k * max(1, min(delta.r - general, side))
+    more = max(0, delta.hybrid_r - general)
+    return min(exact_rank(delta, "hybrid", k) + k * more, k * side)
 
 
 @dataclass
@@ -250,14 +260,8 @@ class _Conversion:
 
     def _needed(self, module: str) -> int | None:
         """The smallest exact r when the shape's is smaller, for factors of full rank."""
-        delta, shape = self.source.outline(module), self.shape
-        if shape.kind == "hybrid":
-            held = delta.hybrid_r if isinstance(delta, Gralora) else _rank(delta)
-            needed = exact_rank(delta, "hybrid", shape.k)
-            if held > shape.hybrid_r:  # the blocks would have to take over the general part
-                needed = exact_rank(delta, "gralora", shape.k)
-        else:
-            needed = exact_rank(delta, shape.kind, shape.k)
+        shape = self.shape
+        needed = _least_rank(self.source.outline(module), shape.kind, shape.k, shape.hybrid_r)
         return needed if shape.r < needed else None
 
     # one module -----------------------------------------------------------------------------------
@@ -396,10 +400,6 @@ def _left_out(ignored: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _rank(delta: Lora | Dense) -> int:
-    return delta.r if isinstance(delta, Lora) else min(delta.weight.shape)
-
-
 def _fitted_dtype(delta: Delta) -> torch.dtype:
     return torch.float32 if isinstance(delta, Dense) else delta.A.dtype
 
@@ -424,21 +424,35 @@ def _as_gralora(delta: Delta, shape: Shape, generator: torch.Generator) -> Fit[G
 
 
 def _as_hybrid(delta: Delta, shape: Shape, generator: torch.Generator) -> Fit[Gralora]:
-    """Exact where the general part fits and the blocks are new or fit; else alternating fits."""
-    h = shape.hybrid_r
+    """Exact where the general part and the blocks hold all; else alternating fits."""
+    k, r, h = shape.k, shape.r, shape.hybrid_r
     if isinstance(delta, Lora) and delta.r <= h:
         general = pad_lora(with_scaling(delta, shape.scaling), h, generator)
-        return _exact(lora_to_hybrid(general, shape.k, shape.r, generator))
-    if isinstance(delta, Gralora) and delta.hybrid_r <= h:
-        scaled = gralora_to_hybrid(with_scaling(delta, shape.scaling), h, generator)
-        blocks = replace(scaled, general_A=None, general_B=None)
-        fit = _as_gralora(blocks, replace(shape, kind="gralora"), generator)
-        both = replace(fit.delta, general_A=scaled.general_A, general_B=scaled.general_B)
+        return _exact(lora_to_hybrid(general, k, r, generator))
+    kept = isinstance(delta, Gralora) and delta.hybrid_r <= h
+    if not isinstance(delta, Dense) and (kept or _least_rank(delta, "hybrid", k, h) <= r):
+        general, rest = _divided(delta, h)
+        fit = _as_gralora(rest, replace(shape, kind="gralora"), generator)
+        general = pad_lora(with_scaling(general, shape.scaling), h, generator)
+        both = replace(fit.delta, general_A=general.A, general_B=general.B)
         return Fit(both, fit.error2, squared_norm(delta))
     return to_hybrid(
-        delta, shape.k, shape.r, h, scaling=shape.scaling, dtype=_fitted_dtype(delta),
-        generator=generator,
-    )  # fmt: skip
+        delta, k, r, h, scaling=shape.scaling, dtype=_fitted_dtype(delta), generator=generator
+    )
+
+
+def _divided(delta: Gralora | Lora, h: int) -> tuple[Lora, Gralora | Lora]:
+    """The first h terms of the general part (of a LoRA: of all), and the rest for the blocks."""
+    if isinstance(delta, Lora):
+        head = Lora(delta.A[:h], delta.B[:, :h], delta.scaling)
+        return head, Lora(delta.A[h:], delta.B[:, h:], delta.scaling)
+    if delta.general_A is None or delta.general_B is None:
+        a, b = delta.A.new_empty(0, delta.in_features), delta.B.new_empty(delta.out_features, 0)
+        return Lora(a, b, delta.scaling), delta
+    a, b = delta.general_A, delta.general_B
+    rest = (a[h:], b[:, h:]) if h < delta.hybrid_r else (None, None)
+    blocks = Gralora(delta.A, delta.B, delta.scaling, *rest)
+    return Lora(a[:h], b[:, :h], delta.scaling), blocks
 
 
 def _exact(delta: Made) -> Fit[Made]:

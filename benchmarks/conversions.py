@@ -1,0 +1,94 @@
+"""Conversions of an adapter of a 1.1 B-parameter model, beside PEFT's:
+
+    python -m benchmarks.conversions FOLDER [--quick]
+
+Builds its inputs in FOLDER (about 4 GB; kept for the next run) and prints tables of medians as
+`python -m benchmarks` does. The adapter has 154 modules, r = 64, k = 4. PEFT's `save_as_lora` takes
+the SVD of every dense update; it is run on 2 of the 22 layers (14 of the 154 modules) from a model
+in memory, beside ours on the same two layers: both work module by module, so that the whole takes
+11 times as long.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from benchmarks.inputs import LINEAR, llama_modules, make_adapter, make_base
+from benchmarks.measurement import table
+
+PEFT = """
+import sys
+from transformers import AutoModelForCausalLM
+from peft import PeftModel, save_as_lora
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+save_as_lora(sys.argv[3], PeftModel.from_pretrained(model, sys.argv[2]), rank=int(sys.argv[4]))
+"""
+RANK, BLOCKS = 64, 4
+
+
+def make_tuned(folder: Path, base: Path) -> Path:
+    """The base with a change of rank 32 and some noise in every linear layer."""
+    if (folder / "config.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(2)
+    tensors = {}
+    with safe_open(base / "model.safetensors", "pt") as file:
+        for name in file.keys():
+            tensor = file.get_tensor(name)
+            if any(f"{layer}.weight" in name for layer in LINEAR):
+                rows, columns = tensor.shape
+                change = torch.randn(rows, 32) @ torch.randn(32, columns) * 2e-4
+                tensor = (tensor + change + 1e-4 * torch.randn(rows, columns)).to(tensor.dtype)
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one run each, no PEFT")
+    options = parser.parse_args()
+    folder: Path = options.folder
+    runs, out = (1 if options.quick else 3), folder / "out"
+    tool = [sys.executable, "-m", "gralora_convert"]
+
+    def convert(adapter: Path, to: str, *more: str) -> list[str]:
+        return [*tool, "convert", str(adapter), "--to", to, "-o", str(out), *more]
+
+    adapter = make_adapter(folder / "adapter-64", llama_modules(22), r=RANK, k=BLOCKS)
+    truncated = ("--r", str(RANK), "--allow-inexact")
+    commands = {
+        "LoRA, exact (r = 256)": convert(adapter, "lora"),
+        "LoRA, r = 64": convert(adapter, "lora", *truncated),
+        "LoRA, --max-error 0.5": convert(adapter, "lora", "--max-error", "0.5"),
+        "GraLoRA k = 2, r = 64": convert(adapter, "gralora", "--k", "2", *truncated),
+        "LoRA, exact, --jobs 1": convert(adapter, "lora", "--jobs", "1"),
+        "LoRA, r = 64, --jobs 1": convert(adapter, "lora", *truncated, "--jobs", "1"),
+    }
+    table("154 modules, from GraLoRA r = 64 k = 4", commands, out, runs)
+
+    few = make_adapter(folder / "adapter-2-layers", llama_modules(2), r=RANK, k=BLOCKS)
+    base = make_base(folder / "2-layers", 2)
+    commands = {"LoRA, r = 64": convert(few, "lora", *truncated)}
+    if not options.quick:
+        peft = [sys.executable, "-c", PEFT, str(base), str(few), str(out), str(RANK)]
+        commands["PEFT save_as_lora, rank 64"] = peft
+    table("2 of 22 layers, 14 modules, against PEFT", commands, out, 1)
+
+    pair = ["--base", str(base), "--tuned", str(make_tuned(folder / "2-tuned", base))]
+    commands = {
+        to: [*tool, "extract", *pair, "--to", to, "--r", "32", "-o", str(out)]
+        for to in ("lora", "gralora", "hybrid")
+    }
+    table("extract, 2 layers, 14 modules, r = 32", commands, out, 1)
+
+
+if __name__ == "__main__":
+    main()
