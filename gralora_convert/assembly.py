@@ -117,7 +117,7 @@ def shape_of(to: Kind, k: int, r: int, hybrid_r: int, alpha: float | None, scali
 def require_device(device: str) -> None:
     """Raises `MisuseError` unless torch can compute there."""
     try:
-        torch.zeros(1, device=device)
+        float(torch.zeros(1, device=device))
     except (RuntimeError, AssertionError) as problem:
         reason = str(problem).partition("\n")[0]
         raise MisuseError(f"--device {device} cannot be used: {reason}") from problem

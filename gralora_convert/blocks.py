@@ -133,7 +133,7 @@ def squared_norm(delta: Delta) -> float:
         case Gralora():
             pairs = list(_slots(delta))
     # |L R|^2 = <L'L, RR'>; rounding may leave a tiny negative number for a zero product
-    return max(0.0, sum(float(((x.T @ x) * (y @ y.T)).sum()) for x, y in pairs))
+    return max(sum(float(((x.T @ x) * (y @ y.T)).sum()) for x, y in pairs), 0.0)
 
 
 def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:

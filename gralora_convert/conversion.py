@@ -48,7 +48,7 @@ from gralora_convert.delta import (
     pad_lora,
     with_scaling,
 )
-from gralora_convert.errors import InexactError, InvalidAdapterError, MisuseError
+from gralora_convert.errors import InexactError, MisuseError
 from gralora_convert.factorize import (
     Fit,
     exact_rank,
@@ -283,18 +283,12 @@ class _Conversion:
     def _made(self, module: str) -> Gralora | Lora:
         """The converted module as it is stored; what was lost is kept for the receipt."""
         delta = self.source.delta(module)
-        norm2 = squared_norm(delta)
-        if not norm2 < float("inf"):
-            raise InvalidAdapterError(
-                "holds values that are not finite", where=module,
-                hint="`gralora-convert validate` says where.",
-            )  # fmt: skip
         fit = self._fit(module, delta)
         dtype = torch_dtype(self._dtype_of(module))
         made = rounded(fit.delta, dtype)
         if self.verify:
             require_same(module, delta, made, fit.error2, dtype)
-        self.lost[module] = (fit.error2, norm2)
+        self.lost[module] = (fit.error2, fit.norm2)
         return made
 
     def _dtype_of(self, module: str) -> str:

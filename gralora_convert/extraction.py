@@ -68,6 +68,11 @@ class _Module:
     def delta(self, device: str) -> Dense:
         difference = read_parameter(self.parts, self.after).to(device).double()
         difference -= read_parameter(self.parts, self.before).to(device)
+        if not difference.isfinite().all():
+            raise InvalidAdapterError(
+                "the difference of the two weights is not finite", where=self.name,
+                hint="Leave it out with --exclude.",
+            )  # fmt: skip
         return Dense(difference.T if self.transposed else difference)
 
     @property
@@ -198,16 +203,18 @@ class _Differences:
                 where=after.path,
                 hint="Extract from a model with the same tensors as its base.",
             )
-        changed = {n for n, spec in before.tensors.items() if not _same(spec, after.tensors[n])}
+        changed = frozenset(
+            n for n, spec in before.tensors.items() if not _same(spec, after.tensors[n])
+        )
         names = _Names(Architecture(before, trust_remote_code=trust_remote_code))
-        others: list[str] = []
+        held: set[str] = set()
         for module in names.linear(changed, before.tensors, after.tensors):
-            changed -= {part.tensor for part in module.parts}
+            held.update(part.tensor for part in module.parts)
             if _chosen(module.name, include, exclude):
                 self.modules.append(module)
             else:
                 self.notes.append(f"{module.name} differs and was left out")
-        others = [name for name in before.tensors if name in changed]
+        others = [name for name in before.tensors if name in changed - (held - names.lost)]
         if not self.modules:
             raise MisuseError(
                 "no linear layer differs" + (" that was chosen" if self.notes else ""),
@@ -221,13 +228,14 @@ class _Differences:
         """Whole tensors: all of a module's for `modules_to_save`, all biases for bias `all`."""
         holders = set()
         for name in others:
-            parameter = names.parameter(name)
-            if not _chosen(parameter.rpartition(".")[0], (), exclude):
+            holder = names.parameter(name).rpartition(".")[0]
+            if not _chosen(holder, (), exclude):
                 self.notes.append(f"{name} differs and was left out")
-            elif names.is_moved(name):
+            elif not names.is_whole(name):
                 raise UnsupportedError(
-                    "differs, and is joined or cut into layers that no adapter can hold",
-                    where=name, hint=f"Leave it out with --exclude {parameter!r}.",
+                    "differs, and is loaded as a part of what no adapter can hold (a stack of "
+                    "experts, or layers joined into one)",
+                    where=name, hint=f"Leave it out with --exclude {holder!r}.",
                 )  # fmt: skip
             elif name.endswith(".bias") and not self._is_norm(name, after):
                 self.biases = {
@@ -254,35 +262,40 @@ class _Names:
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
         self._origins = architecture.origins
+        tensors = architecture.base.tensors
         self._parameters = {
-            found[0].tensor: name for name, found in self._origins.items() if _is_whole(found)
+            found[0].tensor: name
+            for name, found in self._origins.items()
+            if len(found) == 1 and _is_whole(found[0], tensors)
         }
         known = architecture.linear_modules()
         self._linear = None if known is None else set(known)
-        self._moved = {
-            part.tensor for found in self._origins.values() for part in found
-        } - self._parameters.keys()
+        self.lost: set[str] = set()  # tensors of which a changed part is no linear layer
 
     def parameter(self, name: str) -> str:
         return self._parameters.get(name, name)
 
-    def is_moved(self, name: str) -> bool:
-        """Whether a tensor is joined with others or cut while it is loaded."""
-        return name in self._moved
+    def is_whole(self, name: str) -> bool:
+        """Whether a tensor on disk is a parameter in memory, not joined with others or cut."""
+        return not self._origins or name in self._parameters
 
     def linear(self, changed: Set[str], before: Tensors, after: Tensors) -> Iterator[_Module]:
         """The linear layers (the output head is none) of which a tensor changed."""
         for name, spec in before.items():
-            if name in changed and not self.is_moved(name):
+            if name in changed and self.is_whole(name):
                 whole = (Origin(name, 0, spec.shape[0] if spec.shape else 1),)
                 module = self._module(self.parameter(name), whole, before, after)
                 if module is not None:
                     yield module
         for parameter, parts in self._origins.items():
-            if any(self.is_moved(part.tensor) and part.tensor in changed for part in parts):
+            if any(p.tensor in changed and not self.is_whole(p.tensor) for p in parts):
+                if not _differs(parts, before, after):
+                    continue
                 module = self._module(parameter, parts, before, after)
-                if module is not None and _differs(parts, before, after):
+                if module is not None:
                     yield module
+                else:
+                    self.lost.update(part.tensor for part in parts)
 
     def _module(
         self, parameter: str, parts: tuple[Origin, ...], before: Tensors, after: Tensors
@@ -306,8 +319,9 @@ class _Names:
         return _Module(name, parts, shape, transposed, before, after)
 
 
-def _is_whole(parts: Sequence[Origin]) -> bool:
-    return len(parts) == 1 and parts[0].order is None and parts[0].delta_start == 0
+def _is_whole(part: Origin, tensors: Tensors) -> bool:
+    shape = tensors[part.tensor].shape
+    return part.order is None and part.count == (shape[0] if shape else 1)
 
 
 def _differs(parts: Sequence[Origin], before: Tensors, after: Tensors) -> bool:
@@ -368,11 +382,6 @@ class _Extraction:
     def _made(self, module: _Module) -> Gralora | Lora:
         """The module's adapter as it is stored; what was lost is kept for the receipt."""
         delta, shape = module.delta(self.how.device), self.shape
-        if not delta.weight.isfinite().all():
-            raise InvalidAdapterError(
-                "the difference of the two weights is not finite", where=module.name,
-                hint="Leave it out with --exclude.",
-            )  # fmt: skip
         fit = self._fit(delta)
         dtype = torch_dtype(self.dtype)
         made = rounded(fit.delta, dtype)

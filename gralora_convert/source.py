@@ -113,7 +113,21 @@ class Source:
 
     def delta(self, module: str) -> Delta:
         """The update of one module, on the device: factors in float32 or wider, or dense for a
-        DoRA."""
+        DoRA.
+
+        Raises:
+            InvalidAdapterError: it has values that are not finite.
+        """
+        found = self._delta(module)
+        tensors = (value for value in vars(found).values() if isinstance(value, torch.Tensor))
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise InvalidAdapterError(
+                "has values that are not finite", where=module,
+                hint="`gralora-convert validate` says where.",
+            )  # fmt: skip
+        return found
+
+    def _delta(self, module: str) -> Delta:
         factors = to_device(self.adapter.factors(module), self.device)
         if isinstance(factors, Lora) and (self._start or self.is_dora):
             weight, transposed = self._weight(module)
