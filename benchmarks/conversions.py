@@ -1,6 +1,6 @@
 """Conversions of an adapter of a 1.1 B-parameter model, beside PEFT's:
 
-    python -m benchmarks.conversions FOLDER [--quick]
+    python -m benchmarks.conversions FOLDER [--runs 3]
 
 Builds its inputs in FOLDER (about 4 GB; kept for the next run) and prints tables of medians as
 `python -m benchmarks` does. The adapter has 154 modules, r = 64, k = 4. PEFT's `save_as_lora` takes
@@ -53,10 +53,10 @@ def make_tuned(folder: Path, base: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one run each, no PEFT")
+    parser.add_argument("--runs", type=int, default=3, help="of each command on 154 modules")
     options = parser.parse_args()
     folder: Path = options.folder
-    runs, out = (1 if options.quick else 3), folder / "out"
+    runs, out = options.runs, folder / "out"
     tool = [sys.executable, "-m", "gralora_convert"]
 
     def convert(adapter: Path, to: str, *more: str) -> list[str]:
@@ -76,10 +76,12 @@ def main() -> None:
 
     few = make_adapter(folder / "adapter-2-layers", llama_modules(2), r=RANK, k=BLOCKS)
     base = make_base(folder / "2-layers", 2)
-    commands = {"LoRA, r = 64": convert(few, "lora", *truncated)}
-    if not options.quick:
-        peft = [sys.executable, "-c", PEFT, str(base), str(few), str(out), str(RANK)]
-        commands["PEFT save_as_lora, rank 64"] = peft
+    commands = {
+        "LoRA, r = 64": convert(few, "lora", *truncated),
+        "PEFT save_as_lora, rank 64": [
+            sys.executable, "-c", PEFT, str(base), str(few), str(out), str(RANK),
+        ],
+    }  # fmt: skip
     table("2 of 22 layers, 14 modules, against PEFT", commands, out, 1)
 
     pair = ["--base", str(base), "--tuned", str(make_tuned(folder / "2-tuned", base))]

@@ -297,6 +297,8 @@ class _Conversion:
     def _parts(self, workshop: Workshop, module: str) -> list[Part]:
         weight = self.adapter.shape(module)
         made = 4 * sum(math.prod(size) for size in self.shape.sizes(*weight).values())
+        if self.shape.kind == "hybrid" and self._needed(module) is not None:
+            made += 16 * math.prod(weight)  # fitted by turns to the dense matrix
         return workshop.parts(
             module, weight, self.shape, self._dtype_of(module), partial(self._made, module),
             self.source.memory(module) + made,

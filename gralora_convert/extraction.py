@@ -76,8 +76,8 @@ class _Module:
         return Dense(difference.T if self.transposed else difference)
 
     @property
-    def memory(self) -> int:
-        """Bytes of the difference and what is made of it."""
+    def nbytes(self) -> int:
+        """Bytes of the difference."""
         rows, columns = self.shape
         return 8 * rows * columns
 
@@ -247,8 +247,9 @@ class _Differences:
                 holders.add(name.rpartition(".")[0])
         for name, spec in after.tensors.items():
             if name.rpartition(".")[0] in holders:
-                self.saved[names.parameter(name)] = spec
-                self.biases.pop(names.parameter(name).removesuffix(".bias"), None)
+                for parameter in names.sharing(name):
+                    self.saved[parameter] = spec
+                    self.biases.pop(parameter.removesuffix(".bias"), None)
 
     @staticmethod
     def _is_norm(name: str, after: Checkpoint) -> bool:
@@ -274,6 +275,11 @@ class _Names:
 
     def parameter(self, name: str) -> str:
         return self._parameters.get(name, name)
+
+    def sharing(self, name: str) -> tuple[str, ...]:
+        """All names in memory of a tensor: PEFT unties a saved embedding from its head, so that
+        both must be saved."""
+        return self.architecture.sharing(self.parameter(name))
 
     def is_whole(self, name: str) -> bool:
         """Whether a tensor on disk is a parameter in memory, not joined with others or cut."""
@@ -376,7 +382,7 @@ class _Extraction:
     def _parts(self, workshop: Workshop, module: _Module) -> list[Part]:
         return workshop.parts(
             module.name, module.shape, self.shape, self.dtype, partial(self._made, module),
-            module.memory,
+            module.nbytes * (2 if self.shape.kind == "hybrid" else 1),
         )  # fmt: skip
 
     def _made(self, module: _Module) -> Gralora | Lora:
