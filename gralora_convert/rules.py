@@ -57,7 +57,11 @@ NEEDS_BASE = frozenset(
      f"init_lora_weights=olora{_CHANGED}")
 )  # fmt: skip
 # What to do about the others, by how they begin; most can be merged by PEFT
+_FIRST = "Convert it to a LoRA with --base MODEL first, or merge it with PEFT."
 _WAYS_OUT: Mapping[str, str] = {
+    "lora_bias": _FIRST,
+    f"init_lora_weights=pissa{_CHANGED}": _FIRST,
+    f"init_lora_weights=olora{_CHANGED}": _FIRST,
     "init_lora_weights=loftq": "Its start belongs to a quantised base: merge it with PEFT.",
     "init_lora_weights=": "Save it with PEFT's path_initial_model_for_weight_conversion, which "
     "makes it a plain LoRA.",

@@ -108,6 +108,7 @@ def test_a_lora_goes_on_as_gralora_from_where_it_was(
     assert close(outputs(converted), expected) <= 1e-5
     before = {n: p.detach().clone() for n, p in converted.named_parameters() if p.requires_grad}
     losses = step(converted, 6)
+    assert losses[0] == pytest.approx(step(source, 1)[0], rel=1e-4)  # no worse a start
     assert losses[-1] < losses[0]
     moved = [n for n, p in converted.named_parameters() if n in before and (p != before[n]).any()]
     assert len(moved) == len(before)  # every factor learns
