@@ -25,6 +25,7 @@ from gralora_convert.assembly import (
     blocks_for,
     copied,
     loss_json,
+    one_thread,
     relative,
     require_device,
     require_divisible,
@@ -108,7 +109,8 @@ def convert(
         UnsupportedError: a LoRA whose update is more than scaling * B @ A, for want of the base or
             in a way that no adapter can express.
         InexactError: something would be lost, and neither `allow_inexact` nor `max_error` is given.
-        MisuseError: arguments that do not go together, or do not fit the modules.
+        MisuseError: arguments that do not go together, or do not fit the modules; a DoRA without
+            a rank or an error.
 
     >>> convert("fixtures/peft-0.21.2/llama-hybrid", to="lora").files[0].parts[0].shape
     (11, 24)
@@ -121,15 +123,16 @@ def convert(
         opened, base, device=device, key_map=key_map, trust_remote_code=trust_remote_code
     )
     if source.is_dora and r is None and max_error is None:
-        raise InexactError(
+        raise MisuseError(
             "a DoRA has an update of full rank, which a smaller adapter can only approximate",
-            where=opened.path, hint="Give --r with --allow-inexact, or --max-error.",
-            exact_rank=max(min(opened.shape(module)) for module in opened.modules), error=0.0,
-        )  # fmt: skip
-    shape = _shape(source, to, k, r, hybrid_r, alpha, max_error)
-    conversion = _Conversion(source, shape, dtype, verify)
-    if not allow_inexact and max_error is None:
-        conversion.require_exact()
+            where=opened.path,
+            hint="Give --r with --allow-inexact, or --max-error.",
+        )
+    with one_thread():
+        shape = _shape(source, to, k, r, hybrid_r, alpha, max_error)
+        conversion = _Conversion(source, shape, dtype, verify)
+        if not allow_inexact and max_error is None:
+            conversion.require_exact()
     return conversion.plan()
 
 
