@@ -26,13 +26,27 @@ if TYPE_CHECKING:
         Lora,
         delta_weight,
         dense,
+        gralora_to_hybrid,
         gralora_to_lora,
+        hybrid_to_gralora,
         lora_to_gralora,
         lora_to_hybrid,
+        pad,
+        pad_lora,
+        with_scaling,
     )
     from gralora_convert.equivalence import Equivalence, verify
     from gralora_convert.errors import ConvertError
     from gralora_convert.extraction import extract
+    from gralora_convert.factorize import (
+        Fit,
+        exact_rank,
+        smallest_rank,
+        spectra,
+        to_gralora,
+        to_hybrid,
+        to_lora,
+    )
     from gralora_convert.forward import GraloraLinear, attach
     from gralora_convert.merging import merge
     from gralora_convert.plan import Plan
@@ -51,13 +65,27 @@ _HOMES = {
         "Lora",
         "delta_weight",
         "dense",
+        "gralora_to_hybrid",
         "gralora_to_lora",
+        "hybrid_to_gralora",
         "lora_to_gralora",
         "lora_to_hybrid",
+        "pad",
+        "pad_lora",
+        "with_scaling",
     ),
     "equivalence": ("Equivalence", "verify"),
     "errors": ("ConvertError",),
     "extraction": ("extract",),
+    "factorize": (
+        "Fit",
+        "exact_rank",
+        "smallest_rank",
+        "spectra",
+        "to_gralora",
+        "to_hybrid",
+        "to_lora",
+    ),
     "forward": ("GraloraLinear", "attach"),
     "merging": ("merge",),
     "plan": ("Plan",),
@@ -73,6 +101,7 @@ __all__ = [
     "Dense",
     "Equivalence",
     "Finding",
+    "Fit",
     "Gralora",
     "GraloraConfig",
     "GraloraLinear",
@@ -85,13 +114,24 @@ __all__ = [
     "convert",
     "delta_weight",
     "dense",
+    "exact_rank",
     "extract",
+    "gralora_to_hybrid",
     "gralora_to_lora",
+    "hybrid_to_gralora",
     "lora_to_gralora",
     "lora_to_hybrid",
     "merge",
+    "pad",
+    "pad_lora",
+    "smallest_rank",
+    "spectra",
+    "to_gralora",
+    "to_hybrid",
+    "to_lora",
     "validate",
     "verify",
+    "with_scaling",
 ]
 
 

@@ -6,7 +6,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +17,8 @@ from gralora_convert.hub import fetch, parse_name
 from gralora_convert.keys import Role
 from gralora_convert.places import Places
 from gralora_convert.report import Finding, Report, error, note, warning
+from gralora_convert.rules import way_out
+from gralora_convert.shapes import lora_shapes
 from gralora_convert.strictjson import JsonError
 from gralora_convert.tensors import (
     TensorFile,
@@ -112,8 +114,11 @@ class Adapter:
         roles = self.roles[module]
         if "embedding_A" in roles:  # (r, rows), (columns, r) of a weight (rows, columns)
             return roles["embedding_A"].shape[1], roles["embedding_B"].shape[0]
+        if isinstance(self.config, LoraConfig):
+            lora_a, lora_b = lora_shapes(module, roles, self.config)
+            return lora_b[0], lora_a[1]
         a, b = roles["A"].shape, roles["B"].shape
-        return (b[0], a[1]) if self.kind == "lora" else (b[0] * b[2], a[0] * a[1])
+        return b[0] * b[2], a[0] * a[1]
 
     def scaling(self, module: str) -> float:
         """The factor of B @ A of one module."""
@@ -122,8 +127,17 @@ class Adapter:
 
     def factor_bytes(self, module: str) -> int:
         """Bytes of the module's factors once they are read (float32, float64 stays)."""
-        specs = self.roles[module].values()
-        return sum((8 if spec.dtype == "F64" else 4) * spec.numel for spec in specs)
+        specs = self.roles[module].items()
+        whole = dict(zip(("A", "B"), self._diagonal(module), strict=True))
+        return sum(
+            (8 if spec.dtype == "F64" else 4) * spec.numel * whole.get(role, 1)
+            for role, spec in specs
+        )
+
+    def _diagonal(self, module: str) -> tuple[int, int]:
+        """Blocks on the diagonals of A and B, of which the file holds nothing else."""
+        config = self.config
+        return config.diagonal(module) if isinstance(config, LoraConfig) else (1, 1)
 
     def delta(self, module: str) -> "Gralora | Lora":
         """The update of one module, factors in float32 (float64 stays).
@@ -132,9 +146,15 @@ class Adapter:
             InvalidAdapterError: a factor holds NaN or infinity.
             UnsupportedError: a LoRA whose update is more than scaling * B @ A.
         """
+        self.require_plain()
+        return self.factors(module)
+
+    def factors(self, module: str) -> "Gralora | Lora":
+        """What the factors of one module say, whatever else a LoRA has beyond them; dtypes as
+        `delta`."""
         import torch
 
-        from gralora_convert.delta import Gralora, Lora
+        from gralora_convert.delta import Gralora, Lora, direct_sum
 
         def read(role: Role) -> torch.Tensor:
             spec = self.roles[module][role]
@@ -147,18 +167,21 @@ class Adapter:
             return tensor if tensor.dtype == torch.float64 else tensor.float()
 
         if self.kind == "lora":
-            self.require_plain()
-            return Lora(read("A"), read("B"), self.scaling(module))
+            a_blocks, b_blocks = self._diagonal(module)
+            a, b = direct_sum(read("A").chunk(a_blocks)), direct_sum(read("B").chunk(b_blocks))
+            return Lora(a, b, self.scaling(module))
         general = (read("general_A"), read("general_B")) if self.kind == "hybrid" else (None, None)
         return Gralora(read("A"), read("B"), self.scaling(module), *general)
 
-    def require_plain(self) -> None:
-        """Raises `UnsupportedError` when factors alone do not determine a LoRA's update."""
-        if self.unsupported:
+    def require_plain(self, allowed: Collection[str] = ()) -> None:
+        """Raises `UnsupportedError` when factors alone do not determine a LoRA's update, unless
+        all that it has beyond them is `allowed`."""
+        beyond = [feature for feature in self.unsupported if feature not in allowed]
+        if beyond:
             raise UnsupportedError(
-                f"is a LoRA with {', '.join(self.unsupported)}: its update is not scaling * B @ A",
+                f"is a LoRA with {', '.join(beyond)}: its update is not scaling * B @ A",
                 where=self.path,
-                hint="Merge it with PEFT.",
+                hint=way_out(beyond[0]),
             )
 
     def sha256(self) -> str:

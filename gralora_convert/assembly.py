@@ -6,28 +6,32 @@ config, and the lines about what was lost and how to serve it.
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeVar
 
 import torch
 
-from gralora_convert.delta import Gralora, Lora
-from gralora_convert.errors import MisuseError
+from gralora_convert.delta import Delta, Dense, Gralora, Lora
+from gralora_convert.errors import CheckFailedError, MisuseError
 from gralora_convert.keys import Role, key_of
+from gralora_convert.layer import forward_path
 from gralora_convert.plan import Computed, Copied, Part
-from gralora_convert.serving import SERVED_RANKS, served_rank
-from gralora_convert.tensors import DTYPE_BITS, TensorSpec, torch_dtype
+from gralora_convert.serving import serving_lines
+from gralora_convert.tensors import DTYPE_BITS, TensorSpec
 
 __all__ = [
-    "SERVED_RANKS",
     "Kind",
     "Loss",
     "Shape",
+    "Workshop",
     "copied",
     "loss_json",
-    "module_parts",
+    "one_thread",
+    "require_same",
     "rounded",
     "summary",
 ]
@@ -36,6 +40,7 @@ Made = TypeVar("Made", Gralora, Lora)
 Kind = Literal["gralora", "hybrid", "lora"]
 NAMES: Mapping[Kind, str] = {"gralora": "GraLoRA", "hybrid": "Hybrid GraLoRA", "lora": "LoRA"}
 EXACT = 1e-6  # relative errors below it are those of float32 factors
+PROBES = 32
 
 # What one module lost: squared error and squared norm (Frobenius).
 Loss = tuple[float, float]
@@ -107,6 +112,17 @@ def shape_of(to: Kind, k: int, r: int, hybrid_r: int, alpha: float | None, scali
     return Shape(to, k, r, hybrid_r, scaling)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread for small matrices: more would spin for 30 times the CPU seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def require_divisible(k: int, module: str, weight: tuple[int, int]) -> None:
     """Raises `MisuseError` unless k divides both sides of a module's weight."""
     if k < 1 or any(size % k for size in weight):
@@ -117,51 +133,126 @@ def require_divisible(k: int, module: str, weight: tuple[int, int]) -> None:
         )
 
 
-class _Shared:
-    """The tensors of one module, made when the first is asked for, dropped after the last."""
+class Workshop:
+    """The modules of a plan, each made once by the worker that needs it first.
 
-    def __init__(self, make: Callable[[], Gralora | Lora], dtype: str, uses: int) -> None:
-        self._make, self._dtype, self._uses = make, dtype, uses
-        self._value: Gralora | Lora | None = None
+    A worker that finds its module in the making makes the next one meanwhile, so that all workers
+    are busy although the tensors of one module follow one another in the file.
+    """
+
+    def __init__(self) -> None:
+        self._makers: list[Callable[[], Gralora | Lora]] = []
+        self._made: dict[int, Future[Gralora | Lora]] = {}
+        self._uses: list[int] = []
         self._lock = threading.Lock()
 
-    def bytes_of(self, role: Role, tile: int) -> memoryview:
+    def parts(
+        self,
+        module: str,
+        weight: tuple[int, int],
+        shape: Shape,
+        dtype: str,
+        make: Callable[[], Gralora | Lora],
+        memory: int,
+    ) -> list[Part]:
+        """The tensors of one module under PEFT's keys; `make` gives the factors in the dtype
+        written, and keeps up to `memory` bytes meanwhile."""
+        method: Literal["gralora", "lora"] = "lora" if shape.kind == "lora" else "gralora"
+        sizes, place = shape.sizes(*weight), len(self._makers)
+        self._makers.append(make)
+        self._uses.append(len(sizes))
+        parts: list[Part] = []
+        for role, size in sizes.items():
+            nbytes = math.prod(size) * DTYPE_BITS[dtype] // 8
+            produce = partial(self._bytes_of, place, role)
+            source = Computed(nbytes, produce, 0 if parts else memory)
+            parts.append(Part(key_of(module, role, method), dtype, size, nbytes, source))
+        return parts
+
+    def _bytes_of(self, place: int, role: Role, tile: int) -> memoryview:
         with self._lock:
-            if self._value is None:
-                self._value = rounded(self._make(), torch_dtype(self._dtype))
-            tensor = getattr(self._value, role)
-            assert isinstance(tensor, torch.Tensor)
-            self._uses -= 1
-            if self._uses == 0:
-                self._value = None
+            begun = place in self._made
+            cell = self._made.setdefault(place, Future())
+        if not begun:
+            self._make(place)
+        elif not cell.done():
+            self._make_next(place)
+        tensor = getattr(cell.result(), role)
+        assert isinstance(tensor, torch.Tensor)
+        with self._lock:
+            self._uses[place] -= 1
+            if self._uses[place] == 0:
+                del self._made[place]
         return memoryview(tensor.contiguous().view(torch.uint8).numpy().data).cast("B")
 
+    def _make_next(self, place: int) -> None:
+        with self._lock:
+            others = range(place + 1, len(self._makers))
+            free = next((n for n in others if n not in self._made and self._uses[n]), None)
+            if free is None:
+                return
+            self._made[free] = Future()
+        self._make(free)
 
-def module_parts(
-    module: str,
-    weight: tuple[int, int],
-    shape: Shape,
-    dtype: str,
-    make: Callable[[], Gralora | Lora],
-) -> list[Part]:
-    """The tensors of one module under PEFT's keys; `make` is called once, when they are written."""
-    method: Literal["gralora", "lora"] = "lora" if shape.kind == "lora" else "gralora"
-    sizes = shape.sizes(*weight)
-    shared = _Shared(make, dtype, len(sizes))
-    parts = []
-    for role, size in sizes.items():
-        nbytes = math.prod(size) * DTYPE_BITS[dtype] // 8
-        source = Computed(nbytes, partial(shared.bytes_of, role), nbytes)
-        parts.append(Part(key_of(module, role, method), dtype, size, nbytes, source))
-    return parts
+    def _make(self, place: int) -> None:
+        cell = self._made[place]
+        try:
+            cell.set_result(self._makers[place]())
+        except BaseException as problem:  # told to every worker that asks for this module
+            cell.set_exception(problem)
 
 
 def rounded(delta: Gralora | Lora, dtype: torch.dtype) -> Gralora | Lora:
-    """The factors in the dtype that is written."""
+    """The factors in the dtype that is written, on the CPU."""
+
+    def stored(factor: torch.Tensor) -> torch.Tensor:
+        return factor.to("cpu", dtype)
+
     if isinstance(delta, Lora):
-        return replace(delta, A=delta.A.to(dtype), B=delta.B.to(dtype))
-    a, b = (None if t is None else t.to(dtype) for t in (delta.general_A, delta.general_B))
-    return replace(delta, A=delta.A.to(dtype), B=delta.B.to(dtype), general_A=a, general_B=b)
+        return replace(delta, A=stored(delta.A), B=stored(delta.B))
+    general = (None if t is None else stored(t) for t in (delta.general_A, delta.general_B))
+    return Gralora(stored(delta.A), stored(delta.B), delta.scaling, *general)
+
+
+def require_same(
+    module: str, source: Delta, made: Gralora | Lora, error2: float, dtype: torch.dtype
+) -> None:
+    """The forward paths of source and result (as stored) on probe inputs, in float64.
+
+    For normal inputs the mean squared difference is the squared Frobenius error: beyond twice the
+    expected error and the rounding of the stored factors, chance is less than 1e-12.
+
+    Raises:
+        CheckFailedError: they differ by more than that.
+    """
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(PROBES, made.in_features, dtype=torch.float64, generator=generator)
+    device = source.weight.device if isinstance(source, Dense) else source.A.device
+    difference = forward_path(made, x) - forward_path(source, x.to(device)).cpu()
+    found = float(difference.norm()) / math.sqrt(PROBES)
+    rounding = 4 * torch.finfo(dtype).eps * (_size(made) + _size(source))
+    allowed = 2 * math.sqrt(error2) + rounding
+    if not found <= allowed:
+        raise CheckFailedError(
+            f"gives other outputs than its source: difference {found:.3g}, up to {allowed:.3g} "
+            "was expected",
+            where=module,
+            hint="Nothing was published. Please report this with the inputs.",
+        )
+
+
+def _size(delta: Delta) -> float:
+    """What bounds the norm of a delta, and the rounding of its factors: |A| |B|."""
+    match delta:
+        case Dense(weight=weight):
+            return float(weight.norm())
+        case Lora(A=A, B=B):
+            return abs(delta.scaling) * float(A.double().norm() * B.double().norm())
+        case Gralora(A=A, B=B):
+            size = float(A.double().norm() * B.double().norm())
+            if delta.general_A is not None and delta.general_B is not None:
+                size += float(delta.general_A.double().norm() * delta.general_B.double().norm())
+            return abs(delta.scaling) * size
 
 
 def copied(name: str, spec: TensorSpec) -> Part:
@@ -212,7 +303,5 @@ def summary(receipt: Mapping[str, object], output: str) -> str:
         if isinstance(value, float):
             lines.append(f"{what} {value:.3g}")
     if kind == "lora":
-        served = served_rank(r)
-        if served is not None:
-            lines.append(f"to serve: vllm --enable-lora --max-lora-rank {served}")
+        lines += serving_lines(r, output)
     return "\n".join(lines)

@@ -11,7 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gralora_convert.delta import Delta, Dense, Gralora, Lora, gralora_to_lora, kaiming
+from gralora_convert.delta import (
+    Delta,
+    Dense,
+    Gralora,
+    Lora,
+    direct_sum,
+    gralora_to_lora,
+    kaiming,
+)
 
 __all__ = [
     "Block",
@@ -23,6 +31,7 @@ __all__ = [
     "finite",
     "options_of",
     "shape_of",
+    "squared_norm",
     "truncate",
 ]
 
@@ -112,6 +121,23 @@ def blocks_of(delta: Delta, k: int, rank: int, options: Options) -> Iterator[Blo
                 yield _from_product(left, right)
 
 
+def squared_norm(delta: Delta) -> float:
+    """The squared Frobenius norm of a delta, from its factors, in float64.
+
+    >>> squared_norm(Lora(torch.ones(1, 2), torch.ones(3, 1), 2.0))
+    24.0
+    """
+    match delta:
+        case Dense(weight=weight):
+            return float(weight.double().square().sum())
+        case Lora(A=A, B=B):
+            pairs = [(delta.scaling * B.double(), A.double())]
+        case Gralora():
+            pairs = list(_slots(delta))
+    # |L R|^2 = <L'L, RR'>; rounding may leave a tiny negative number for a zero product
+    return max(sum(float(((x.T @ x) * (y @ y.T)).sum()) for x, y in pairs), 0.0)
+
+
 def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(matrix)
     return q, r
@@ -162,8 +188,8 @@ def _whole(delta: Gralora) -> Block:
     rl = torch.stack([r for _, r in lefts]).reshape(k, -1, k, s)  # j, a, n, t
     rr = torch.stack([r for _, r in rights]).reshape(k, -1, k, s)  # n, b, j, t
     core = torch.einsum("jant,nbjt->janb", rl, rr).reshape(k * rl.shape[1], k * rr.shape[1])
-    left = _direct_sum([q for q, _ in lefts])
-    right = _direct_sum([q for q, _ in rights])
+    left = direct_sum([q for q, _ in lefts])
+    right = direct_sum([q for q, _ in rights])
     if delta.general_A is None or delta.general_B is None:
         return Block(core, left, right)
     left, up = _extend(left, delta.scaling * delta.general_B.double())
@@ -171,11 +197,6 @@ def _whole(delta: Gralora) -> Block:
     wide = up @ down.T
     wide[: core.shape[0], : core.shape[1]] += core
     return Block(wide, left, right)
-
-
-def _direct_sum(matrices: list[Tensor]) -> Tensor:
-    result: Tensor = torch.block_diag(*matrices)  # type: ignore[no-untyped-call]
-    return result
 
 
 def _extend(basis: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

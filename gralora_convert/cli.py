@@ -22,6 +22,7 @@ from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
     from gralora_convert.assembly import Kind
+    from gralora_convert.blocks import Method
     from gralora_convert.plan import Plan
     from gralora_convert.ranks import Ranks
     from gralora_convert.report import Finding, Report
@@ -369,7 +370,7 @@ shape_options = _options(
                  help="Blocks per side.  [default: the source's, or 2]"),
     click.option("--r", type=click.IntRange(min=1),
                  help="Rank.  [default: the smallest exact; extract: 32]"),
-    click.option("--hybrid-r", type=click.IntRange(min=1),
+    click.option("--hybrid-r", type=click.IntRange(min=0),
                  help="Rank of the general part.  [default: the source's, or a LoRA's rank; "
                  "extract: r / 2]"),
     click.option("--alpha", type=float,
@@ -390,7 +391,12 @@ shape_options = _options(
 @shape_options
 @click.option("--allow-inexact", is_flag=True,
               help="Approximate optimally, print the error.  [default: off]")  # fmt: skip
+@click.option("--base", type=PATH, metavar="MODEL",
+              help="The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  "
+              "[default: none]")  # fmt: skip
 @writing_options
+@key_map_option
+@trust_option
 def convert(
     adapter: str,
     to: "Kind",
@@ -400,6 +406,7 @@ def convert(
     alpha: float | None,
     max_error: float | None,
     allow_inexact: bool,
+    base: str | None,
     output: str,
     dtype: str,
     jobs: int | None,
@@ -409,6 +416,8 @@ def convert(
     device: str,
     progress: bool | None,
     as_json: bool,
+    key_map: Sequence[str],
+    trust_remote_code: bool,
 ) -> int:
     """Write ADAPTER as GraLoRA, Hybrid GraLoRA or LoRA, exactly unless told otherwise."""
     from gralora_convert.assembly import summary
@@ -417,6 +426,7 @@ def convert(
     plan = convert(
         adapter,
         to=to,
+        base=base,
         k=k,
         r=r,
         hybrid_r=hybrid_r,
@@ -424,7 +434,10 @@ def convert(
         max_error=max_error,
         allow_inexact=allow_inexact,
         dtype=dtype,
+        device=device,
         verify=verify,
+        key_map=_key_map(key_map),
+        trust_remote_code=trust_remote_code,
     )
     run = _Run(output, jobs, dry_run, overwrite, verify, progress, as_json)
     return run.carry_out(plan, summary)
@@ -442,6 +455,9 @@ def convert(
               help="Only modules like this, such as '*.q_proj'.  [default: all]")  # fmt: skip
 @click.option("--exclude", multiple=True, metavar="PATTERN",
               help="No modules like this.  [default: none]")  # fmt: skip
+@click.option("--svd", type=Choice(["auto", "exact", "randomised"]), default="auto",
+              show_default=True,
+              help="auto = randomised where a block's side is above 512.")  # fmt: skip
 @writing_options
 @trust_option
 def extract(
@@ -455,6 +471,7 @@ def extract(
     max_error: float | None,
     include: Sequence[str],
     exclude: Sequence[str],
+    svd: "Method",
     output: str,
     dtype: str,
     jobs: int | None,
@@ -481,7 +498,10 @@ def extract(
         max_error=max_error,
         include=include,
         exclude=exclude,
+        svd=svd,
         dtype=dtype,
+        device=device,
+        verify=verify,
         trust_remote_code=trust_remote_code,
     )
     run = _Run(output, jobs, dry_run, overwrite, verify, progress, as_json)

@@ -258,6 +258,24 @@ class LoraConfig(_Configured):
         rank, alpha = self.rank(module), _by_pattern(self.alpha_pattern, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def diagonal(self, module: str) -> tuple[int, int]:
+        """Blocks on the diagonals of A and of B, of which BD-LoRA stores nothing else; 1 for a
+        factor that is stored whole.
+
+        PEFT 0.21.2, tuners/lora/variants.py, BdLoraLinearVariant.
+
+        >>> bd = {"target_modules_bd_b": ["q_proj"], "nblocks": 2}
+        >>> LoraConfig(extra={"use_bdlora": bd}).diagonal("layers.0.q_proj")
+        (1, 2)
+        """
+        found = self.extra.get("use_bdlora")
+        if not isinstance(found, Mapping):
+            return 1, 1
+        for side, sizes in (("a", (found["nblocks"], 1)), ("b", (1, found["nblocks"]))):
+            if any(name in module for name in found.get(f"target_modules_bd_{side}") or ()):
+                return sizes
+        return 1, 1
+
     def unsupported_features(self) -> tuple[str, ...]:
         """The fields that make an update something else than scaling * B @ A."""
         return tuple(unsupported_features(self.to_dict(), self.field_names()))

@@ -2,9 +2,10 @@
 
 The shape of the result is chosen first (config and tensor sizes), then each module is converted
 when its tensors are written, from its factors; the dense matrix is formed only where an
-approximate Hybrid is asked for.
+approximate Hybrid is asked for, or the source is a DoRA.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,35 +17,39 @@ import torch
 from gralora_convert.adapter import Adapter
 from gralora_convert.assembly import (
     EXACT,
-    SERVED_RANKS,
     Kind,
     Loss,
     Made,
     Shape,
+    Workshop,
     blocks_for,
     copied,
     loss_json,
-    module_parts,
+    one_thread,
     relative,
     require_divisible,
+    require_same,
     rounded,
     shape_of,
 )
+from gralora_convert.blocks import squared_norm
 from gralora_convert.cards import CARD_NAME, adapter_card
-from gralora_convert.checkpoint import sidecars
+from gralora_convert.checkpoint import Checkpoint, sidecars
 from gralora_convert.config import CONFIG_NAME, PEFT_VERSION, GraloraConfig, LoraConfig
 from gralora_convert.delta import (
+    Delta,
+    Dense,
     Gralora,
     Lora,
     gralora_to_lora,
     hybrid_to_gralora,
-    kaiming,
     lora_to_hybrid,
     pad,
     pad_lora,
+    require_device,
     with_scaling,
 )
-from gralora_convert.errors import CheckFailedError, InexactError, MisuseError
+from gralora_convert.errors import InexactError, MisuseError
 from gralora_convert.factorize import (
     Fit,
     exact_rank,
@@ -55,21 +60,22 @@ from gralora_convert.factorize import (
     to_lora,
 )
 from gralora_convert.keys import key_of
-from gralora_convert.layer import forward_path
-from gralora_convert.plan import OutputFile, Part, Plan
-from gralora_convert.tensors import TensorSpec, torch_dtype
+from gralora_convert.plan import Computed, OutputFile, Part, Plan
+from gralora_convert.serving import serving_notes
+from gralora_convert.source import Source
+from gralora_convert.tensors import torch_dtype
 from gralora_convert.version import __version__
 
 __all__ = ["convert"]
 
 DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-PROBES = 4
 
 
 def convert(
     adapter: Adapter | str | Path,
     *,
     to: Kind,
+    base: Checkpoint | str | Path | None = None,
     k: int | None = None,
     r: int | None = None,
     hybrid_r: int | None = None,
@@ -77,7 +83,10 @@ def convert(
     max_error: float | None = None,
     allow_inexact: bool = False,
     dtype: str = "keep",
+    device: str = "cpu",
     verify: bool = True,
+    key_map: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """The plan of the adapter as a `to`; `plan.write(output)` carries it out.
 
@@ -87,33 +96,49 @@ def convert(
     right. Biases and saved modules are carried over.
 
     Arguments:
+        base: the original model that the adapter was trained on. Only DoRA, PiSSA, OLoRA and
+            `lora_bias` need it; any adapter must fit it.
         r: the rank of the result (LoRA, or the GraLoRA part).
         max_error: instead of `r`, the smallest rank whose relative Frobenius error over all
             modules stays below.
         allow_inexact: approximate optimally where the shape cannot hold the update.
+        device: where it is computed.
+        verify: compare the outputs of source and result (as stored) on probe inputs.
 
     Raises:
-        InvalidAdapterError: the adapter has errors.
-        UnsupportedError: a LoRA whose update is more than scaling * B @ A.
+        InvalidAdapterError: the adapter has errors, or does not fit the base.
+        UnsupportedError: a LoRA whose update is more than scaling * B @ A, for want of the base or
+            in a way that no adapter can express.
         InexactError: something would be lost, and neither `allow_inexact` nor `max_error` is given.
-        MisuseError: arguments that do not go together, or do not fit the modules.
+        MisuseError: arguments that do not go together, or do not fit the modules; a DoRA without
+            a rank or an error.
 
     >>> convert("fixtures/peft-0.21.2/llama-hybrid", to="lora").files[0].parts[0].shape
     (11, 24)
     """
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
-    opened.require_plain()
     if max_error is not None and (r is not None or not 0 < max_error < 1):
         raise MisuseError("--max-error takes a number between 0 and 1, and excludes --r")
-    shape = _shape(opened, to, k, r, hybrid_r, alpha, max_error)
-    conversion = _Conversion(opened, shape, dtype, verify)
-    if not allow_inexact and max_error is None:
-        conversion.require_exact()
+    require_device(device)
+    source = Source.of(
+        opened, base, device=device, key_map=key_map, trust_remote_code=trust_remote_code
+    )
+    if source.is_dora and r is None and max_error is None:
+        raise MisuseError(
+            "a DoRA has an update of full rank, which a smaller adapter can only approximate",
+            where=opened.path,
+            hint="Give --r with --allow-inexact, or --max-error.",
+        )
+    with one_thread():
+        shape = _shape(source, to, k, r, hybrid_r, alpha, max_error)
+        conversion = _Conversion(source, shape, dtype, verify)
+        if not allow_inexact and max_error is None:
+            conversion.require_exact()
     return conversion.plan()
 
 
 def _shape(
-    adapter: Adapter,
+    source: Source,
     to: Kind,
     k: int | None,
     r: int | None,
@@ -122,55 +147,82 @@ def _shape(
     max_error: float | None,
 ) -> Shape:
     """The shape asked for, with defaults filled in."""
-    config = adapter.config
+    adapter, config = source.adapter, source.adapter.config
     own = config.gralora_k if isinstance(config, GraloraConfig) else 2
     blocks = blocks_for(to, k, hybrid_r, own)
     for module in adapter.modules:
         require_divisible(blocks, module, adapter.shape(module))
-    general = _general(adapter, hybrid_r) if to == "hybrid" else 0
+    general = _general(source, hybrid_r) if to == "hybrid" else 0
     if r is None:
-        r = _default_rank(adapter, to, blocks, general, max_error)
-    kept = config.scaling if isinstance(config, GraloraConfig) else config.scaling("")
+        r = _default_rank(source, to, blocks, general, max_error)
+    kept = config.scaling if isinstance(config, GraloraConfig) else _usual_scaling(source)
     return shape_of(to, blocks, r, general, alpha, 1.0 if to == "lora" else kept)
 
 
-def _general(adapter: Adapter, hybrid_r: int | None) -> int:
+def _usual_scaling(source: Source) -> float:
+    """The scaling of most modules of a LoRA with patterns, so that few of them change theirs."""
+    found = [source.adapter.scaling(module) for module in source.adapter.modules]
+    return max(dict.fromkeys(found), key=found.count) or 1.0
+
+
+def _general(source: Source, hybrid_r: int | None) -> int:
     if hybrid_r is not None:
         if hybrid_r < 1:
             raise MisuseError("a Hybrid has hybrid_r of at least 1", hint="Use --to gralora.")
         return hybrid_r
-    config = adapter.config
-    if isinstance(config, LoraConfig):
-        return max(config.rank(module) for module in adapter.modules)
-    return config.hybrid_r or max(1, config.r // config.gralora_k)
+    config = source.adapter.config
+    if isinstance(config, GraloraConfig):
+        return config.hybrid_r or max(1, config.r // config.gralora_k)
+    outlines = [source.outline(module) for module in source.adapter.modules]
+    return max(delta.r if isinstance(delta, Lora) else config.r for delta in outlines)
 
 
-def _default_rank(adapter: Adapter, to: Kind, k: int, general: int, max_error: float | None) -> int:
+def _default_rank(source: Source, to: Kind, k: int, general: int, max_error: float | None) -> int:
+    modules = source.adapter.modules
     if max_error is not None:
         if to == "hybrid":
             raise MisuseError("--max-error chooses the rank of a LoRA or GraLoRA, not of a Hybrid")
-        tails = [spectra(adapter.delta(module), k) for module in adapter.modules]
-        return k * smallest_rank(tails, max_error)
-    config = adapter.config
-    if to == "hybrid":
-        r = config.r if isinstance(config, GraloraConfig) else general
-        return -(-r // k) * k
-    return max(exact_rank(adapter.delta(module), to, k) for module in adapter.modules)
+        return k * smallest_rank([spectra(source.delta(m), k).cpu() for m in modules], max_error)
+    least = max(_least_rank(source.outline(module), to, k, general) for module in modules)
+    if to == "hybrid" and source.adapter.kind == "lora":
+        return max(least, -(-general // k) * k)
+    return least
+
+
+def _least_rank(delta: Delta, to: Kind, k: int, general: int) -> int:
+    """The smallest exact r of one module for factors of full rank; what a general part of rank
+    `general` cannot hold of the source's goes into the blocks."""
+    if to != "hybrid" or isinstance(delta, Dense):
+        return exact_rank(delta, "gralora" if to == "hybrid" else to, k)
+    side = min(delta.in_features, delta.out_features) // k
+    if isinstance(delta, Lora):
+        return k * max(1, min(delta.r - general, side))
+    more = max(0, delta.hybrid_r - general)
+    return min(exact_rank(delta, "hybrid", k) + k * more, k * side)
 
 
 @dataclass
 class _Conversion:
-    adapter: Adapter
+    source: Source
     shape: Shape
     dtype: str
     verify: bool
     lost: dict[str, Loss] = field(default_factory=dict)
 
+    @property
+    def adapter(self) -> Adapter:
+        return self.source.adapter
+
     def plan(self) -> Plan:
-        notes = [f"{key}: {reason}; left out" for key, reason in self.adapter.ignored.items()]
-        notes += _serving_notes(self.adapter, self.shape)
-        parts = [part for module in self.adapter.modules for part in self._parts(module)]
-        parts += [copied(name, spec) for name, spec in self._carried().items()]
+        adapter = self.adapter
+        notes = _left_out(adapter.ignored)
+        if self.shape.kind == "lora":
+            extras = bool(adapter.biases or adapter.saved or self.source.has_bias)
+            notes += serving_notes(self.shape.r, extras=extras)
+        workshop = Workshop()
+        parts = [part for module in adapter.modules for part in self._parts(workshop, module)]
+        parts += self._carried()
+        base = self.source.base
         return Plan(
             command="convert",
             files=(OutputFile("adapter_model.safetensors", tuple(parts)),),
@@ -178,55 +230,58 @@ class _Conversion:
             texts={
                 CONFIG_NAME: self._config().to_json(),
                 CARD_NAME: adapter_card(
-                    self.shape.kind, self.adapter.config.base_model_name_or_path, self.adapter.path
+                    self.shape.kind, adapter.config.base_model_name_or_path, adapter.path
                 ),
             },
-            sidecars=sidecars(self.adapter.path),
-            inputs=(self.adapter.file,),
-            protected=(self.adapter.path,),
+            sidecars=sidecars(adapter.path),
+            inputs=(adapter.file, *(() if base is None else base.layout.values())),
+            protected=(adapter.path, *(() if base is None else (base.path,))),
             notes=tuple(notes),
         )
 
     def require_exact(self) -> None:
         """Raises `InexactError` when the shape cannot hold some module's update."""
-        short = [m for m in self.adapter.modules if self._needed(m) is not None]
+        modules = self.adapter.modules
+        short = [m for m in modules if self._needed(m) is not None]
         if not short:
             return
-        fits = ((module, self._fit(module)) for module in self.adapter.modules)
-        error = relative({module: (fit.error2, fit.norm2) for module, fit in fits})
+        fits = {m: self._fit(m, self.source.delta(m)) for m in modules}
+        error = relative({module: (fit.error2, fit.norm2) for module, fit in fits.items()})
         if error <= EXACT:
             return
-        needed = max(self._needed(module) or 0 for module in short)
+        needed = self._exact_from(short)
         raise InexactError(
             f"r={self.shape.r} cannot hold the update exactly: the relative error would be "
             f"{error:.3g}; exact from r={needed}",
             where=self.adapter.path,
-            hint="Leave out --r, or accept the error with --allow-inexact.",
+            hint=f"Give --r {needed} or leave it out, or accept the error with --allow-inexact.",
             exact_rank=needed,
             error=error,
         )
 
+    def _exact_from(self, short: Sequence[str]) -> int:
+        """The smallest r at which nothing is lost: the numerical rank of the blocks."""
+        shape = self.shape
+        if shape.kind == "hybrid":  # a general part beside the blocks: of generic factors
+            return max(self._needed(module) or 0 for module in short)
+        tails = [spectra(self.source.delta(m), shape.k).cpu() for m in self.adapter.modules]
+        return shape.k * smallest_rank(tails, EXACT)
+
     def _needed(self, module: str) -> int | None:
         """The smallest exact r when the shape's is smaller, for factors of full rank."""
-        delta, shape = self.adapter.delta(module), self.shape
-        if shape.kind == "hybrid":
-            held = delta.r if isinstance(delta, Lora) else delta.hybrid_r
-            needed = exact_rank(delta, "hybrid", shape.k)
-            if held > shape.hybrid_r:  # the blocks would have to take over the general part
-                needed = exact_rank(delta, "gralora", shape.k)
-        else:
-            needed = exact_rank(delta, shape.kind, shape.k)
+        shape = self.shape
+        needed = _least_rank(self.source.outline(module), shape.kind, shape.k, shape.hybrid_r)
         return needed if shape.r < needed else None
 
     # one module -----------------------------------------------------------------------------------
 
-    def _fit(self, module: str) -> Fit[Gralora] | Fit[Lora]:
+    def _fit(self, module: str, delta: Delta) -> Fit[Gralora] | Fit[Lora]:
         """The module as the shape, with what was lost; layouts without arithmetic come first."""
-        delta, shape = self.adapter.delta(module), self.shape
+        shape = self.shape
         generator = torch.Generator().manual_seed(self.adapter.modules.index(module))
         match shape.kind:
             case "lora":
-                return _as_lora(delta, shape)
+                return _as_lora(delta, shape, generator)
             case "gralora":
                 return _as_gralora(delta, shape, generator)
             case "hybrid":
@@ -235,59 +290,58 @@ class _Conversion:
                 assert_never(other)
 
     def _made(self, module: str) -> Gralora | Lora:
-        """The converted module; what was lost is kept for the receipt."""
-        fit = self._fit(module)
-        if self.verify:
-            self._check(module, fit.delta, fit.relative_error)
-        self.lost[module] = (fit.error2, fit.norm2)
-        return fit.delta
-
-    def _check(self, module: str, made: Gralora | Lora, error: float) -> None:
-        """The forward paths of source and result (as stored) on probe inputs, in float64."""
+        """The converted module as it is stored; what was lost is kept for the receipt."""
+        delta = self.source.delta(module)
+        fit = self._fit(module, delta)
         dtype = torch_dtype(self._dtype_of(module))
-        stored = rounded(made, dtype)
-        source = self.adapter.delta(module)
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(PROBES, source.in_features, dtype=torch.float64, generator=generator)
-        wanted = forward_path(source, x)
-        found = float((forward_path(stored, x) - wanted).norm() / (wanted.norm() + 1e-300))
-        rounding = 16 * torch.finfo(dtype).eps
-        if not found <= 3 * error + rounding and float(wanted.norm()) > 0:
-            raise CheckFailedError(
-                f"gives other outputs than its source: relative difference {found:.3g}, "
-                f"{error:.3g} was expected",
-                where=module,
-                hint="Nothing was published. Please report this with the adapter.",
-            )
+        made = rounded(fit.delta, dtype)
+        if self.verify:
+            require_same(module, delta, made, fit.error2, dtype)
+        self.lost[module] = (fit.error2, fit.norm2)
+        return made
 
     def _dtype_of(self, module: str) -> str:
         return DTYPES.get(self.dtype, self.adapter.roles[module]["A"].dtype)
 
-    def _parts(self, module: str) -> list[Part]:
-        return module_parts(
-            module,
-            self.adapter.shape(module),
-            self.shape,
-            self._dtype_of(module),
-            partial(self._made, module),
-        )
+    def _parts(self, workshop: Workshop, module: str) -> list[Part]:
+        weight = self.adapter.shape(module)
+        made = 4 * sum(math.prod(size) for size in self.shape.sizes(*weight).values())
+        if self.shape.kind == "hybrid" and self._needed(module) is not None:
+            made += 16 * math.prod(weight)  # fitted by turns to the dense matrix
+        return workshop.parts(
+            module, weight, self.shape, self._dtype_of(module), partial(self._made, module),
+            self.source.memory(module) + made,
+        )  # fmt: skip
 
     # the rest of the adapter ----------------------------------------------------------------------
 
-    def _carried(self) -> dict[str, TensorSpec]:
+    def _carried(self) -> list[Part]:
         """Biases and saved modules under the keys that PEFT gives them."""
-        targets = set(self.adapter.modules)
-        biases = {
-            key_of(m, "bias") if m in targets else key_of(f"{m}.bias", "parameter"): spec
-            for m, spec in self.adapter.biases.items()
-        }
-        saved = {key_of(path, "parameter"): spec for path, spec in self.adapter.saved.items()}
-        return biases | saved
+        targets = self.adapter.modules
+        own = targets if self.source.has_bias else ()
+        parts = [self._bias(module) for module in own]
+        for module, spec in self.adapter.biases.items():
+            if module not in own:
+                inner = key_of(module, "bias")
+                key = inner if module in targets else key_of(f"{module}.bias", "parameter")
+                parts.append(copied(key, spec))
+        saved = self.adapter.saved.items()
+        return parts + [copied(key_of(path, "parameter"), spec) for path, spec in saved]
+
+    def _bias(self, module: str) -> Part:
+        """The bias of a layer and that of its LoRA in one, which replaces the base's."""
+        size = self.adapter.roles[module]["lora_bias"].numel
+
+        def produce(tile: int) -> memoryview:
+            return memoryview(self.source.bias(module).numpy().data).cast("B")
+
+        source = Computed(4 * size, produce, 4 * size)
+        return Part(key_of(module, "bias"), "F32", (size,), 4 * size, source)
 
     def _config(self) -> GraloraConfig | LoraConfig:
         old, shape = self.adapter.config, self.shape
         bias = old.bias
-        if bias.endswith("_only"):
+        if bias.endswith("_only") or (bias == "none" and self.source.has_bias):
             bias = "lora_only" if shape.kind == "lora" else "gralora_only"
         if isinstance(old, LoraConfig):
             dropout, excluded = old.lora_dropout, bool(old.extra.get("exclude_modules"))
@@ -315,6 +369,12 @@ class _Conversion:
             peft_version=PEFT_VERSION,
         )  # fmt: skip
 
+    def _base_json(self) -> dict[str, object]:
+        base = self.source.base
+        if base is None:
+            return {}
+        return {"base": {"source": base.source, "headers_sha256": base.digest()}}
+
     def _receipt(self, notes: Sequence[str]) -> dict[str, object]:
         return {
             "tool": "gralora-convert",
@@ -325,7 +385,8 @@ class _Conversion:
                     "path": str(self.adapter.path),
                     "sha256": self.adapter.sha256(),
                     "kind": self.adapter.kind,
-                }
+                },
+                **self._base_json(),
             },
             "notes": list(notes),
             **self.shape.as_json(),
@@ -333,64 +394,72 @@ class _Conversion:
         }
 
 
-def _as_lora(delta: Gralora | Lora, shape: Shape) -> Fit[Lora]:
+def _left_out(ignored: Mapping[str, str]) -> list[str]:
+    """A line for each reason for which tensors are not carried over."""
+    reasons: dict[str, list[str]] = {}
+    for key, reason in ignored.items():
+        reasons.setdefault(reason, []).append(key)
+    return [
+        f"{keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}: {reason}; left out"
+        for reason, keys in reasons.items()
+    ]
+
+
+def _fitted_dtype(delta: Delta) -> torch.dtype:
+    return torch.float32 if isinstance(delta, Dense) else delta.A.dtype
+
+
+def _as_lora(delta: Delta, shape: Shape, generator: torch.Generator) -> Fit[Lora]:
     lora = gralora_to_lora(delta) if isinstance(delta, Gralora) else delta
-    if lora.r <= shape.r:
+    if isinstance(lora, Lora) and lora.r <= shape.r:
         return _exact(pad_lora(with_scaling(lora, shape.scaling), shape.r))
-    return to_lora(delta, shape.r, scaling=shape.scaling, dtype=lora.A.dtype)
+    dtype = _fitted_dtype(delta)
+    return to_lora(delta, shape.r, scaling=shape.scaling, dtype=dtype, generator=generator)
 
 
-def _as_gralora(delta: Gralora | Lora, shape: Shape, generator: torch.Generator) -> Fit[Gralora]:
+def _as_gralora(delta: Delta, shape: Shape, generator: torch.Generator) -> Fit[Gralora]:
     if isinstance(delta, Gralora) and delta.k == shape.k:
         pure = hybrid_to_gralora(delta)
         if pure.r <= shape.r:
             return _exact(pad(with_scaling(pure, shape.scaling), shape.r, generator))
     return to_gralora(
-        delta, shape.k, shape.r, scaling=shape.scaling, dtype=delta.A.dtype, generator=generator
-    )
+        delta, shape.k, shape.r, scaling=shape.scaling, dtype=_fitted_dtype(delta),
+        generator=generator,
+    )  # fmt: skip
 
 
-def _as_hybrid(delta: Gralora | Lora, shape: Shape, generator: torch.Generator) -> Fit[Gralora]:
-    """Exact where the general part fits and the blocks are new or fit; else alternating fits."""
-    h = shape.hybrid_r
-    if isinstance(delta, Lora):
-        if delta.r <= h:
-            general = pad_lora(with_scaling(delta, shape.scaling), h, generator)
-            return _exact(lora_to_hybrid(general, shape.k, shape.r, generator))
-    elif delta.hybrid_r <= h:
-        scaled = with_scaling(delta, shape.scaling)
-        general = _padded_general(scaled, h, generator)
-        blocks = replace(scaled, general_A=None, general_B=None)
-        fit = _as_gralora(blocks, replace(shape, kind="gralora"), generator)
+def _as_hybrid(delta: Delta, shape: Shape, generator: torch.Generator) -> Fit[Gralora]:
+    """Exact where the general part and the blocks hold all; else alternating fits."""
+    k, r, h = shape.k, shape.r, shape.hybrid_r
+    if isinstance(delta, Lora) and delta.r <= h:
+        general = pad_lora(with_scaling(delta, shape.scaling), h, generator)
+        return _exact(lora_to_hybrid(general, k, r, generator))
+    kept = isinstance(delta, Gralora) and delta.hybrid_r <= h
+    if not isinstance(delta, Dense) and (kept or _least_rank(delta, "hybrid", k, h) <= r):
+        general, rest = _divided(delta, h)
+        fit = _as_gralora(rest, replace(shape, kind="gralora"), generator)
+        general = pad_lora(with_scaling(general, shape.scaling), h, generator)
         both = replace(fit.delta, general_A=general.A, general_B=general.B)
-        return Fit(both, fit.error2, fit.norm2)
+        return Fit(both, fit.error2, squared_norm(delta))
     return to_hybrid(
-        delta, shape.k, shape.r, h, scaling=shape.scaling, dtype=delta.A.dtype, generator=generator
+        delta, k, r, h, scaling=shape.scaling, dtype=_fitted_dtype(delta), generator=generator
     )
 
 
-def _padded_general(delta: Gralora, h: int, generator: torch.Generator) -> Lora:
-    if delta.general_A is not None and delta.general_B is not None:
-        return pad_lora(Lora(delta.general_A, delta.general_B, delta.scaling), h, generator)
-    a = kaiming(delta.A.new_empty(h, delta.in_features), delta.in_features, generator)
-    return Lora(a, delta.B.new_zeros(delta.out_features, h), delta.scaling)
+def _divided(delta: Gralora | Lora, h: int) -> tuple[Lora, Gralora | Lora]:
+    """The first h terms of the general part (of a LoRA: of all), and the rest for the blocks."""
+    if isinstance(delta, Lora):
+        head = Lora(delta.A[:h], delta.B[:, :h], delta.scaling)
+        return head, Lora(delta.A[h:], delta.B[:, h:], delta.scaling)
+    if delta.general_A is None or delta.general_B is None:
+        a, b = delta.A.new_empty(0, delta.in_features), delta.B.new_empty(delta.out_features, 0)
+        return Lora(a, b, delta.scaling), delta
+    a, b = delta.general_A, delta.general_B
+    rest = (a[h:], b[:, h:]) if h < delta.hybrid_r else (None, None)
+    blocks = Gralora(delta.A, delta.B, delta.scaling, *rest)
+    return Lora(a[:h], b[:, :h], delta.scaling), blocks
 
 
 def _exact(delta: Made) -> Fit[Made]:
     """A layout that loses nothing, with the norm of its delta for the overall error."""
-    return Fit(delta, 0.0, float(spectra(delta)[0]) if delta.scaling else 0.0)
-
-
-def _serving_notes(adapter: Adapter, shape: Shape) -> list[str]:
-    """Where an exported LoRA meets a server's limits."""
-    if shape.kind != "lora":
-        return []
-    notes = []
-    if shape.r > SERVED_RANKS[-1]:
-        notes.append(
-            f"rank {shape.r} is above vLLM's largest, {SERVED_RANKS[-1]}: give --r with "
-            "--allow-inexact, or merge"
-        )
-    if adapter.biases or adapter.saved:
-        notes.append("vLLM and SGLang do not load biases or saved modules: merge to serve those")
-    return notes
+    return Fit(delta, 0.0, squared_norm(delta))

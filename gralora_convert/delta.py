@@ -25,6 +25,7 @@ __all__ = [
     "add_rows_",
     "delta_weight",
     "dense",
+    "direct_sum",
     "gralora_to_hybrid",
     "gralora_to_lora",
     "hybrid_to_gralora",
@@ -471,6 +472,19 @@ def check_divides(k: int, *sizes: int) -> None:
     for size in sizes:
         if k < 1 or size < 1 or size % k:
             raise ValueError(f"{size} is not a positive multiple of k={k}")
+
+
+def direct_sum(matrices: Sequence[Tensor]) -> Tensor:
+    """The block-diagonal matrix of these blocks; one block is itself.
+
+    >>> direct_sum([torch.ones(1, 1), torch.ones(1, 2)])
+    tensor([[1., 0., 0.],
+            [0., 1., 1.]])
+    """
+    if len(matrices) == 1:
+        return matrices[0]
+    result: Tensor = torch.block_diag(*matrices)  # type: ignore[no-untyped-call]
+    return result
 
 
 def permute_rows(delta: Gralora | Lora, order: Sequence[int]) -> Lora:

@@ -6,63 +6,94 @@ difference at a time.
 """
 
 import fnmatch
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import assert_never
 
 import torch
 
-from gralora_convert.architecture import Architecture, near_misses
+from gralora_convert.architecture import Architecture, Origin, near_misses
 from gralora_convert.assembly import (
     Kind,
     Loss,
     Shape,
+    Workshop,
     blocks_for,
     copied,
     loss_json,
-    module_parts,
     relative,
     require_divisible,
+    require_same,
+    rounded,
     shape_of,
 )
+from gralora_convert.blocks import Method
 from gralora_convert.cards import CARD_NAME, adapter_card
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig
-from gralora_convert.delta import Dense, Gralora, Lora
-from gralora_convert.errors import MisuseError, UnsupportedError
-from gralora_convert.factorize import smallest_rank, spectra, to_gralora, to_hybrid, to_lora
+from gralora_convert.delta import Dense, Gralora, Lora, require_device
+from gralora_convert.errors import InvalidAdapterError, MisuseError, UnsupportedError
+from gralora_convert.factorize import Fit, smallest_rank, spectra, to_gralora, to_hybrid, to_lora
 from gralora_convert.keys import key_of
+from gralora_convert.pieces import read_parameter
 from gralora_convert.plan import OutputFile, Part, Plan
 from gralora_convert.quantisation import quantisation
 from gralora_convert.rounding import half_ulp
-from gralora_convert.tensors import FLOATING, TensorSpec, read_bytes, read_torch, torch_dtype
+from gralora_convert.serving import serving_notes
+from gralora_convert.tensors import FLOATING, TensorSpec, torch_dtype
+from gralora_convert.values import same_values
 from gralora_convert.version import __version__
 
 __all__ = ["extract"]
 
 DTYPES: Mapping[str, str] = {"keep": "F32", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DEFAULT_RANK = 32
-COMPARED = 16 * 1024 * 1024  # bytes of two tensors that are compared at a time
+ROWS = 1024  # of a weight that are looked at together
+Tensors = Mapping[str, TensorSpec]
 
 
 @dataclass(frozen=True, slots=True)
 class _Module:
-    """A linear layer that differs: its name in memory and its weights; `transposed`: (in, out)."""
+    """A linear layer that differs: its name in memory, where its weight lies in both checkpoints,
+    and its (out, in); `transposed`: stored (in, out)."""
 
     name: str
-    before: TensorSpec
-    after: TensorSpec
+    parts: tuple[Origin, ...]
+    shape: tuple[int, int]
     transposed: bool
+    before: Tensors = field(repr=False)
+    after: Tensors = field(repr=False)
+
+    def delta(self, device: str) -> Dense:
+        difference = read_parameter(self.parts, self.after).to(device).double()
+        difference -= read_parameter(self.parts, self.before).to(device)
+        if not difference.isfinite().all():
+            raise InvalidAdapterError(
+                "the difference of the two weights is not finite", where=self.name,
+                hint="Leave it out with --exclude.",
+            )  # fmt: skip
+        return Dense(difference.T if self.transposed else difference)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.before.shape
-        return (columns, rows) if self.transposed else (rows, columns)
+    def nbytes(self) -> int:
+        """Bytes of the difference."""
+        rows, columns = self.shape
+        return 8 * rows * columns
 
-    def delta(self) -> Dense:
-        difference = read_torch(self.after).double() - read_torch(self.before).double()
-        return Dense(difference.T.contiguous() if self.transposed else difference)
+    def rounding2(self) -> float | None:
+        """The squared norm that rounding the tuned weight to 16 bits accounts for: a twelfth of
+        the squared unit in the last place, element by element. None for wider weights."""
+        dtype = self.after[self.parts[0].tensor].dtype
+        if dtype not in ("BF16", "F16"):
+            return None
+        weight = read_parameter(self.parts, self.after)
+        found = 0.0
+        for start in range(0, len(weight), ROWS):
+            unit = 2 * half_ulp(weight[start : start + ROWS].double(), torch_dtype(dtype))
+            found += float(unit.square().sum()) / 12
+        return found
 
 
 def extract(
@@ -77,24 +108,31 @@ def extract(
     max_error: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    svd: Method = "auto",
     dtype: str = "keep",
+    device: str = "cpu",
+    verify: bool = True,
     trust_remote_code: bool = False,
 ) -> Plan:
     """The plan of an adapter that takes `base` to `tuned`, as nearly as its rank allows.
 
     Modules are the linear layers that differ; `include` and `exclude` are shell patterns on their
     names. Other differences are saved whole. A block-wise truncated SVD is optimal for GraLoRA, a
-    truncated SVD for LoRA (randomised for large layers, about 0.03 % above the optimum);
-    Hybrid alternates between the two.
+    truncated SVD for LoRA; Hybrid alternates between the two.
 
     Arguments:
         k: default 2. r: default 32. hybrid_r: default r / 2, rounded up.
         max_error: instead of `r`, the smallest rank whose relative Frobenius error stays below.
+        svd: of blocks with sides above 512 a randomised SVD is taken, about 0.03 % above the
+            optimum; `exact` takes the full one, 25 times slower.
         dtype: of the factors; `keep` is float32.
+        device: where it is computed.
+        verify: compare the outputs of difference and result (as stored) on probe inputs.
 
     Raises:
         MisuseError: the checkpoints are the same, or arguments that do not go together.
         UnsupportedError: tensors that no adapter can express, or a quantised checkpoint.
+        InvalidAdapterError: a difference that is not finite.
     """
     before = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     after = tuned if isinstance(tuned, Checkpoint) else Checkpoint.open(tuned)
@@ -107,13 +145,23 @@ def extract(
         raise MisuseError(
             "--max-error takes a number between 0 and 1, excludes --r and chooses no Hybrid"
         )
+    require_device(device)
     found = _Differences(before, after, include, exclude, trust_remote_code)
-    shape = _shape(found.modules, to, k, r, hybrid_r, alpha, max_error)
-    return _Extraction(before, after, found, shape, DTYPES[dtype]).plan()
+    how = _How(svd, device, verify)
+    shape = _shape(found.modules, how, to, k, r, hybrid_r, alpha, max_error)
+    return _Extraction(before, after, found, shape, DTYPES[dtype], how).plan()
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    svd: Method
+    device: str
+    verify: bool
 
 
 def _shape(
     modules: Sequence[_Module],
+    how: _How,
     to: Kind,
     k: int | None,
     r: int | None,
@@ -125,8 +173,11 @@ def _shape(
     for module in modules:
         require_divisible(blocks, module.name, module.shape)
     if max_error is not None:
-        r = blocks * smallest_rank([spectra(m.delta(), blocks) for m in modules], max_error)
+        tails = [spectra(m.delta(how.device), blocks, method=how.svd).cpu() for m in modules]
+        r = blocks * smallest_rank(tails, max_error)
     r = DEFAULT_RANK if r is None else r
+    if to == "hybrid" and hybrid_r == 0:
+        raise MisuseError("a Hybrid has hybrid_r of at least 1", hint="Use --to gralora.")
     general = (hybrid_r or -(-r // 2)) if to == "hybrid" else 0
     return shape_of(to, blocks, r, general, alpha, 1.0)
 
@@ -153,21 +204,20 @@ class _Differences:
                 where=after.path,
                 hint="Extract from a model with the same tensors as its base.",
             )
+        changed = frozenset(
+            n for n, spec in before.tensors.items() if not _same(spec, after.tensors[n])
+        )
         names = _Names(Architecture(before, trust_remote_code=trust_remote_code))
         modules = {names.parameter(name).rpartition(".")[0] for name in before.tensors}
         self.notes += _unmatched(modules, include, exclude, after)
-        others: list[str] = []
-        for name, spec in before.tensors.items():
-            tuned = after.tensors[name]
-            if _same(spec, tuned):
-                continue
-            module = names.linear(name, spec, tuned)
-            if module is None:
-                others.append(name)
-            elif _chosen(module.name, include, exclude):
+        held: set[str] = set()
+        for module in names.linear(changed, before.tensors, after.tensors):
+            held.update(part.tensor for part in module.parts)
+            if _chosen(module.name, include, exclude):
                 self.modules.append(module)
             else:
-                self.notes.append(f"{name} differs and was left out")
+                self.notes.append(f"{module.name} differs and was left out")
+        others = [name for name in before.tensors if name in changed - (held - names.lost)]
         if not self.modules:
             raise MisuseError(
                 "no linear layer differs" + (" that was chosen" if self.notes else ""),
@@ -181,9 +231,15 @@ class _Differences:
         """Whole tensors: all of a module's for `modules_to_save`, all biases for bias `all`."""
         holders = set()
         for name in others:
-            parameter = names.parameter(name)
-            if not _chosen(parameter.rpartition(".")[0], (), exclude):
+            holder = names.parameter(name).rpartition(".")[0]
+            if not _chosen(holder, (), exclude):
                 self.notes.append(f"{name} differs and was left out")
+            elif not names.is_whole(name):
+                raise UnsupportedError(
+                    "differs, and is loaded as a part of what no adapter can hold (a stack of "
+                    "experts, or layers joined into one)",
+                    where=name, hint=f"Leave it out with --exclude {holder!r}.",
+                )  # fmt: skip
             elif name.endswith(".bias") and not self._is_norm(name, after):
                 self.biases = {
                     names.parameter(n).removesuffix(".bias"): spec
@@ -194,8 +250,9 @@ class _Differences:
                 holders.add(name.rpartition(".")[0])
         for name, spec in after.tensors.items():
             if name.rpartition(".")[0] in holders:
-                self.saved[names.parameter(name)] = spec
-                self.biases.pop(names.parameter(name).removesuffix(".bias"), None)
+                for parameter in names.sharing(name):
+                    self.saved[parameter] = spec
+                    self.biases.pop(parameter.removesuffix(".bias"), None)
 
     @staticmethod
     def _is_norm(name: str, after: Checkpoint) -> bool:
@@ -208,42 +265,79 @@ class _Names:
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
+        self._origins = architecture.origins
+        tensors = architecture.base.tensors
         self._parameters = {
             found[0].tensor: name
-            for name, found in architecture.origins.items()
-            if len(found) == 1 and found[0].order is None and found[0].delta_start == 0
+            for name, found in self._origins.items()
+            if len(found) == 1 and _is_whole(found[0], tensors)
         }
         known = architecture.linear_modules()
         self._linear = None if known is None else set(known)
-        self._moved = {o.tensor for found in architecture.origins.values() for o in found} - set(
-            self._parameters
-        )
+        self.lost: set[str] = set()  # tensors of which a changed part is no linear layer
 
     def parameter(self, name: str) -> str:
         return self._parameters.get(name, name)
 
-    def linear(self, name: str, before: TensorSpec, after: TensorSpec) -> _Module | None:
-        """The linear layer whose weight `name` is; None when it is none (or the output head)."""
-        if name in self._moved:
-            raise UnsupportedError(
-                "is joined or cut while it is loaded; its modules cannot be told apart here",
-                where=name, hint="Leave it out with --exclude, or save the model unfused.",
-            )  # fmt: skip
-        parameter = self.parameter(name)
-        module = parameter.removesuffix(".weight")
-        if module == parameter or len(before.shape) != 2 or before.shape != after.shape:
-            return None
-        if before.dtype not in FLOATING or after.dtype not in FLOATING:
+    def sharing(self, name: str) -> tuple[str, ...]:
+        """All names in memory of a tensor: PEFT unties a saved embedding from its head, so that
+        both must be saved."""
+        return self.architecture.sharing(self.parameter(name))
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a tensor on disk is a parameter in memory, not joined with others or cut."""
+        return not self._origins or name in self._parameters
+
+    def linear(self, changed: Set[str], before: Tensors, after: Tensors) -> Iterator[_Module]:
+        """The linear layers (the output head is none) of which a tensor changed."""
+        for name, spec in before.items():
+            if name in changed and self.is_whole(name):
+                whole = (Origin(name, 0, spec.shape[0] if spec.shape else 1),)
+                module = self._module(self.parameter(name), whole, before, after)
+                if module is not None:
+                    yield module
+        for parameter, parts in self._origins.items():
+            if any(p.tensor in changed and not self.is_whole(p.tensor) for p in parts):
+                if not _differs(parts, before, after):
+                    continue
+                module = self._module(parameter, parts, before, after)
+                if module is not None:
+                    yield module
+                else:
+                    self.lost.update(part.tensor for part in parts)
+
+    def _module(
+        self, parameter: str, parts: tuple[Origin, ...], before: Tensors, after: Tensors
+    ) -> _Module | None:
+        name = parameter.removesuffix(".weight")
+        pairs = [(before[part.tensor], after[part.tensor]) for part in parts]
+        if name == parameter or any(
+            len(old.shape) != 2 or old.shape != new.shape or not {old.dtype, new.dtype} <= FLOATING
+            for old, new in pairs
+        ):
             return None
         if self._linear is None:
-            is_linear = not self.architecture.is_embedding(module) and not module.endswith(
-                "lm_head"
-            )
+            is_linear = not self.architecture.is_embedding(name) and not name.endswith("lm_head")
         else:
-            is_linear = module in self._linear
+            is_linear = name in self._linear
         if not is_linear:
             return None
-        return _Module(module, before, after, self.architecture.kind(module) == "Conv1D")
+        rows, columns = sum(part.count for part in parts), pairs[0][0].shape[1]
+        transposed = self.architecture.kind(name) == "Conv1D"
+        shape = (columns, rows) if transposed else (rows, columns)
+        return _Module(name, parts, shape, transposed, before, after)
+
+
+def _is_whole(part: Origin, tensors: Tensors) -> bool:
+    shape = tensors[part.tensor].shape
+    return part.order is None and part.count == (shape[0] if shape else 1)
+
+
+def _differs(parts: Sequence[Origin], before: Tensors, after: Tensors) -> bool:
+    """Whether the rows of one parameter differ; others of the same tensor may."""
+    return not torch.equal(
+        read_parameter(parts, before).double(), read_parameter(parts, after).double()
+    )
 
 
 def _chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -268,16 +362,7 @@ def _unmatched(
 
 
 def _same(one: TensorSpec, other: TensorSpec) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        if one.shape != other.shape or one.dtype not in FLOATING or other.dtype not in FLOATING:
-            return False
-        wide = torch.promote_types(torch_dtype(one.dtype), torch_dtype(other.dtype))
-        return torch.equal(read_torch(one).to(wide), read_torch(other).to(wide))
-    for start in range(0, one.nbytes, COMPARED):
-        stop = min(start + COMPARED, one.nbytes)
-        if read_bytes(one, start, stop) != read_bytes(other, start, stop):
-            return False
-    return True
+    return one.shape == other.shape and same_values(one, other)
 
 
 @dataclass
@@ -287,17 +372,22 @@ class _Extraction:
     found: _Differences
     shape: Shape
     dtype: str
+    how: _How
     lost: dict[str, Loss] = field(default_factory=dict)
     lost_by_lora: dict[str, Loss] = field(default_factory=dict)
     floor: dict[str, Loss] = field(default_factory=dict)
 
     def plan(self) -> Plan:
-        parts = [part for module in self.found.modules for part in self._parts(module)]
+        workshop = Workshop()
+        parts = [part for module in self.found.modules for part in self._parts(workshop, module)]
         targets = {module.name for module in self.found.modules}
         for name, spec in self.found.biases.items():
             key = key_of(name, "bias") if name in targets else key_of(f"{name}.bias", "parameter")
             parts.append(copied(key, spec))
         parts += [copied(key_of(p, "parameter"), s) for p, s in self.found.saved.items()]
+        if self.shape.kind == "lora":
+            extras = bool(self.found.biases or self.found.saved)
+            self.found.notes += serving_notes(self.shape.r, extras=extras)
         return Plan(
             command="extract",
             files=(OutputFile("adapter_model.safetensors", tuple(parts)),),
@@ -311,29 +401,43 @@ class _Extraction:
             notes=tuple(self.found.notes),
         )
 
-    def _parts(self, module: _Module) -> list[Part]:
-        make = partial(self._made, module)
-        return module_parts(module.name, module.shape, self.shape, self.dtype, make)
+    def _parts(self, workshop: Workshop, module: _Module) -> list[Part]:
+        return workshop.parts(
+            module.name, module.shape, self.shape, self.dtype, partial(self._made, module),
+            module.nbytes * (2 if self.shape.kind == "hybrid" else 1),
+        )  # fmt: skip
 
     def _made(self, module: _Module) -> Gralora | Lora:
-        delta, shape = module.delta(), self.shape
-        budget = min(shape.r + shape.hybrid_r, *module.shape)
-        fit = (
-            to_lora(delta, shape.r, scaling=shape.scaling)
-            if shape.kind == "lora"
-            else to_gralora(delta, shape.k, shape.r, scaling=shape.scaling)
-            if shape.kind == "gralora"
-            else to_hybrid(delta, shape.k, shape.r, shape.hybrid_r, scaling=shape.scaling)
-        )
+        """The module's adapter as it is stored; what was lost is kept for the receipt."""
+        delta, shape = module.delta(self.how.device), self.shape
+        fit = self._fit(delta)
+        dtype = torch_dtype(self.dtype)
+        made = rounded(fit.delta, dtype)
+        if self.how.verify:
+            require_same(module.name, delta, made, fit.error2, dtype)
         self.lost[module.name] = (fit.error2, fit.norm2)
         if shape.kind != "lora":
-            rival = to_lora(delta, budget)
+            budget = min(shape.r + shape.hybrid_r, *module.shape)
+            rival = to_lora(delta, budget, method=self.how.svd)
             self.lost_by_lora[module.name] = (rival.error2, rival.norm2)
-        if module.after.dtype in ("BF16", "F16"):
-            dtype = torch_dtype(module.after.dtype)
-            unit = 2 * half_ulp(read_torch(module.after).double(), dtype)
-            self.floor[module.name] = (float(unit.square().sum()) / 12, fit.norm2)
-        return fit.delta
+        rounding2 = module.rounding2()
+        if rounding2 is not None:
+            self.floor[module.name] = (rounding2, fit.norm2)
+        return made
+
+    def _fit(self, delta: Dense) -> Fit[Gralora] | Fit[Lora]:
+        shape, svd = self.shape, self.how.svd
+        match shape.kind:
+            case "lora":
+                return to_lora(delta, shape.r, scaling=shape.scaling, method=svd)
+            case "gralora":
+                return to_gralora(delta, shape.k, shape.r, scaling=shape.scaling, method=svd)
+            case "hybrid":
+                return to_hybrid(
+                    delta, shape.k, shape.r, shape.hybrid_r, scaling=shape.scaling, method=svd
+                )
+            case other:
+                assert_never(other)
 
     def _config(self) -> GraloraConfig | LoraConfig:
         shape = self.shape

@@ -4,13 +4,17 @@ Names of outputs are those of the base where a tensor exists there; `Placement.f
 the output spells them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from gralora_convert.architecture import Architecture
-from gralora_convert.tensors import TensorSpec
+from gralora_convert.architecture import Architecture, Origin
+from gralora_convert.tensors import TensorSpec, read_rows
 
-__all__ = ["Piece", "Placement", "Replacement", "Target"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Piece", "Placement", "Replacement", "Target", "read_parameter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +91,31 @@ class Placement:
     def final_name(self, name: str) -> str:
         """The name in the output of a tensor that the base has; other names stay."""
         return self.outer_names.get(name, name)
+
+
+def read_parameter(
+    parts: "Sequence[Origin | Piece]", tensors: Mapping[str, TensorSpec]
+) -> "torch.Tensor":
+    """A parameter as it is in memory, put together from where it lies on disk; only its own rows
+    are read."""
+    import torch
+
+    rows = [
+        read_rows(_source(part, tensors), part.start, part.start + part.count) for part in parts
+    ]
+    if len(parts) == 1 and parts[0].order is None:
+        return rows[0]
+    result = torch.empty(
+        (sum(part.count for part in parts), *rows[0].shape[1:]), dtype=rows[0].dtype
+    )
+    for part, read in zip(parts, rows, strict=True):
+        if part.order is None:
+            result[part.delta_start : part.delta_start + part.count] = read
+        else:
+            result[torch.tensor(part.order)] = read
+    return result
+
+
+def _source(part: "Origin | Piece", tensors: Mapping[str, TensorSpec]) -> TensorSpec:
+    own = part.source if isinstance(part, Piece) else None
+    return own or tensors[part.tensor]

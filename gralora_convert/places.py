@@ -13,6 +13,7 @@ from gralora_convert.config import CONFIG_NAME, ConfigFile, GraloraConfig, LoraC
 from gralora_convert.errors import UnsupportedError
 from gralora_convert.keys import Key, Role, parse_key
 from gralora_convert.report import Finding, error, note, warning
+from gralora_convert.rules import way_out
 from gralora_convert.targets import is_saved, select
 from gralora_convert.tensors import TensorFile, TensorSpec
 
@@ -31,6 +32,11 @@ _OUTPUT_EMBEDDINGS = re.compile(
 _LONGEST_KEY = 1000  # characters; PEFT's have below 200
 # Frozen layers that PEFT saves whole when they are targets (0.21.2, utils/constants.py)
 _SAVED_TARGETS = ("embed_tokens", "lm_head")
+# Tensors of LoRA variants that their forward pass uses in training only (tuners/lora/variants.py)
+_TRAINING_ONLY = {
+    "lora_monteclora_sampler": "the sampler of MonteCLoRA",
+    "lora_velora_embed": "the projection of VeLoRA",
+}
 
 
 class Places:
@@ -128,8 +134,8 @@ class Places:
     def _place_foreign(self, key: Key, spec: TensorSpec) -> None:
         if self.config is not None and is_saved(self.config, key.name):
             self._put(self.saved, key.name, spec)
-        elif self.is_lora and key.leaf == "lora_monteclora_sampler":
-            self.ignored[key.key] = "the sampler of MonteCLoRA, which has no part in inference"
+        elif self.is_lora and key.leaf in _TRAINING_ONLY:
+            self.ignored[key.key] = f"{_TRAINING_ONLY[key.leaf]}, which has no part in inference"
             self._say(warning(
                 "lora-sampler-ignored", key.key, "is used in training only; it is left out"
             ), once=True)  # fmt: skip
@@ -262,7 +268,7 @@ class Places:
             self._say(warning(
                 "lora-feature-unsupported", CONFIG_NAME,
                 f"{feature}: the update is more than scaling * B @ A, which is not supported",
-                "Merge it with PEFT.",
+                way_out(feature),
             ))  # fmt: skip
 
     def _target_findings(self) -> Iterator[Finding]:
@@ -287,7 +293,8 @@ class Places:
                 f"target_modules {targets!r} selects none of the {len(self.roles)} modules here",
             )  # fmt: skip
             return
-        for module in self.roles:
+        others = () if _has_other_targets(config) else self.roles
+        for module in others:
             if module not in chosen:
                 yield error(
                     "tensors-without-target", module,

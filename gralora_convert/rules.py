@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from gralora_convert.report import Finding, error, note, warning
 
 __all__ = [
+    "NEEDS_BASE",
     "PEFT_VERSION",
     "alpha_findings",
     "gralora_findings",
@@ -21,6 +22,7 @@ __all__ = [
     "missing_findings",
     "unknown_findings",
     "unsupported_features",
+    "way_out",
 ]
 
 Json = Mapping[str, object]
@@ -48,6 +50,26 @@ _LORA_HARMLESS = frozenset(
 )
 # ... and initialisations that leave the base as it was (PEFT 0.21.2, tuners/lora/layer.py)
 _LORA_INITS = frozenset(("gaussian", "eva", "orthogonal", "mica", "velora"))
+_CHANGED = ", which changed the base"
+# Features of a LoRA that become part of its update once the base is at hand
+NEEDS_BASE = frozenset(
+    ("use_dora", "lora_bias", f"init_lora_weights=pissa{_CHANGED}",
+     f"init_lora_weights=olora{_CHANGED}")
+)  # fmt: skip
+# What to do about the others, by how they begin; most can be merged by PEFT
+_FIRST = "Convert it to a LoRA with --base MODEL first, or merge it with PEFT."
+_WAYS_OUT: Mapping[str, str] = {
+    "lora_bias": _FIRST,
+    f"init_lora_weights=pissa{_CHANGED}": _FIRST,
+    f"init_lora_weights=olora{_CHANGED}": _FIRST,
+    "init_lora_weights=loftq": "Its start belongs to a quantised base: merge it with PEFT.",
+    "init_lora_weights=": "Save it with PEFT's path_initial_model_for_weight_conversion, which "
+    "makes it a plain LoRA.",
+    "alora_invocation_tokens": "Its update depends on the input: serve it with PEFT.",
+    "arrow_config": "Its update depends on the input: serve it with PEFT.",
+    "use_qalora": "Its input is pooled: serve it with PEFT.",
+    "megatron_config": "Save it from an unsharded run.",
+}
 
 
 def _is_int(value: object) -> bool:
@@ -321,7 +343,25 @@ def unsupported_features(values: Json, known: Set[str]) -> Iterator[str]:
         yield "lora_bias"
     init = values.get("init_lora_weights", True)
     if isinstance(init, str) and init not in _LORA_INITS:
-        yield f"init_lora_weights={init}, which changed the base"
+        yield f"init_lora_weights={init}{_CHANGED}"
     for name in sorted(values.keys() - known - _LORA_HARMLESS - {"peft_type"}):
-        if not _is_neutral(values[name]):
+        if not _is_neutral(values[name]) and not (name == "use_bdlora" and _is_bd(values[name])):
             yield name
+
+
+def _is_bd(value: object) -> bool:
+    """Whether this is a BdLoraConfig that says which factors are block diagonal."""
+    if not isinstance(value, Mapping) or type(value.get("nblocks")) is not int:
+        return False
+    named = (value.get(f"target_modules_bd_{side}") or () for side in "ab")
+    return value["nblocks"] >= 1 and all(map(_is_names, named))
+
+
+def way_out(feature: str) -> str:
+    """What to do with a LoRA that has one of the unsupported features.
+
+    >>> way_out("use_dora")
+    'Merge it with PEFT.'
+    """
+    found = (hint for start, hint in _WAYS_OUT.items() if feature.startswith(start))
+    return next(found, "Merge it with PEFT.")

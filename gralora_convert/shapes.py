@@ -13,9 +13,17 @@ from dataclasses import dataclass
 from gralora_convert.config import CONFIG_NAME, LoraConfig
 from gralora_convert.keys import Method, Role, key_of
 from gralora_convert.report import Finding, error, note, warning
+from gralora_convert.rules import NEEDS_BASE
 from gralora_convert.tensors import FLOATING, TensorSpec
 
-__all__ = ["Sizes", "gralora_findings", "is_convolution", "lora_findings", "tensor_findings"]
+__all__ = [
+    "Sizes",
+    "gralora_findings",
+    "is_convolution",
+    "lora_findings",
+    "lora_shapes",
+    "tensor_findings",
+]
 
 Roles = Mapping[Role, TensorSpec]
 
@@ -132,16 +140,42 @@ def lora_findings(modules: Mapping[str, Roles], config: LoraConfig | None) -> It
         yield from _missing(module, roles, (a_role, b_role), "lora")
         if a_role not in roles or b_role not in roles:
             continue
-        yield from _pair_findings(module, roles[a_role].shape, roles[b_role].shape, config)
+        yield from _pair_findings(module, *lora_shapes(module, roles, config), config)
+
+
+def lora_shapes(
+    module: str, roles: Roles, config: LoraConfig | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B once block-diagonal factors are whole."""
+    a = roles["embedding_A" if "embedding_A" in roles else "A"].shape
+    b = roles["embedding_B" if "embedding_B" in roles else "B"].shape
+    if config is None or not _is_readable(config) or len(a) != 2 or len(b) != 2:
+        return a, b
+    a_blocks, b_blocks = config.diagonal(module)
+    return (a[0], a[1] * a_blocks), (b[0], b[1] * b_blocks)
+
+
+def _is_readable(config: LoraConfig) -> bool:
+    """Whether the factors have the layout of a plain LoRA."""
+    return set(config.unsupported_features()) <= NEEDS_BASE
 
 
 def _pair_findings(
     module: str, a: tuple[int, ...], b: tuple[int, ...], config: LoraConfig | None
 ) -> Iterator[Finding]:
     found = f"lora_A {a}, lora_B {b}"
-    plain = config is None or not config.unsupported_features()  # others have other layouts
+    plain = config is None or _is_readable(config)  # others have other layouts
     if len(a) < 2 or len(b) < 2 or (plain and a[0] != b[1]) or not _same_kind(a, b):
         yield error("tensor-shape", module, f"{found}; (r, in) and (out, r) were needed")
+    elif (
+        plain
+        and config is not None
+        and any(
+            size % blocks
+            for size, blocks in zip((a[0], b[0]), config.diagonal(module), strict=True)
+        )
+    ):
+        yield error("tensor-shape", module, f"{found} cannot be cut into blocks (use_bdlora)")
     elif plain and config is not None and config.rank(module) != a[0]:
         yield error(
             "rank-mismatch", module,

@@ -38,6 +38,7 @@ __all__ = [
     "read_array",
     "read_bytes",
     "read_into",
+    "read_rows",
     "read_safetensors",
     "read_tensor_file",
     "read_torch",
@@ -337,6 +338,18 @@ def torch_dtype(dtype: str) -> "torch.dtype":
     found = getattr(torch, _TORCH_NAMES[dtype])
     assert isinstance(found, torch.dtype)
     return found
+
+
+def read_rows(spec: TensorSpec, start: int, stop: int) -> "torch.Tensor":
+    """Rows `start:stop` of a tensor, in its own dtype; only they are read."""
+    import torch
+
+    if (start, stop) == (0, spec.shape[0] if spec.shape else 1) or not spec.numel:
+        return read_torch(spec)
+    _require_holdable(spec)
+    size = spec.nbytes // spec.shape[0]
+    data = read_bytes(spec, start * size, stop * size)
+    return torch.frombuffer(data, dtype=torch_dtype(spec.dtype)).reshape(-1, *spec.shape[1:])
 
 
 def read_torch(spec: TensorSpec) -> "torch.Tensor":

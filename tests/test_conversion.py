@@ -2,16 +2,22 @@
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 import gralora_convert as gc
-from gralora_convert.delta import Gralora, dense
+from gralora_convert.delta import Gralora, Lora, dense
+from gralora_convert.errors import InexactError, MisuseError
+from gralora_convert.keys import key_of
+from tests import oracle
 from tests.builders import random_delta, write_adapter, write_base
 from tests.command import run, run_ok
 from tests.models import ARCHITECTURES, Architecture, close, load, outputs, save_base, train
@@ -37,6 +43,23 @@ def step(model: torch.nn.Module, steps: int) -> list[float]:
         losses.append(float(loss.detach()))
     model.eval()
     return losses
+
+
+def slow(delta: Gralora | Lora) -> oracle.Array:
+    """The delta weight by the oracle."""
+    if isinstance(delta, Lora):
+        return oracle.lora_delta(delta.A.numpy(), delta.B.numpy(), delta.scaling)
+    general = (t if t is None else t.numpy() for t in (delta.general_A, delta.general_B))
+    return oracle.gralora_delta(delta.A.numpy(), delta.B.numpy(), delta.scaling, *general)
+
+
+def write_lora(folder: Path, delta: Lora, module: str = "a") -> Path:
+    gc.LoraConfig(
+        r=delta.r, lora_alpha=delta.scaling * delta.r, target_modules=[module]
+    ).save_pretrained(folder)
+    factors = {key_of(module, "A", "lora"): delta.A, key_of(module, "B", "lora"): delta.B}
+    save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def lora(base: Path, architecture: Architecture, folder: Path, **config: Any) -> PeftModel:
@@ -85,6 +108,7 @@ def test_a_lora_goes_on_as_gralora_from_where_it_was(
     assert close(outputs(converted), expected) <= 1e-5
     before = {n: p.detach().clone() for n, p in converted.named_parameters() if p.requires_grad}
     losses = step(converted, 6)
+    assert losses[0] == pytest.approx(step(source, 1)[0], rel=1e-4)  # no worse a start
     assert losses[-1] < losses[0]
     moved = [n for n, p in converted.named_parameters() if n in before and (p != before[n]).any()]
     assert len(moved) == len(before)  # every factor learns
@@ -168,24 +192,181 @@ def test_what_would_be_lost_is_refused_with_the_rank_that_loses_nothing(tmp_path
     assert not (tmp_path / "x").exists()
 
 
-Change = Callable[[dict[str, Any]], object]
+SHAPE = {"out_features": 48, "in_features": 24}
+FAMILY: dict[str, Gralora | Lora] = {
+    "gralora k=2": random_delta(**SHAPE, r=4, k=2),
+    "gralora k=4": random_delta(**SHAPE, r=4, k=4, alpha=7),
+    "hybrid k=2": random_delta(**SHAPE, r=4, k=2, hybrid_r=3),
+    "hybrid k=4": random_delta(**SHAPE, r=8, k=4, hybrid_r=1),
+    "lora": Lora(torch.randn(5, 24), torch.randn(48, 5), 1.25),
+}
+WANTED: list[dict[str, Any]] = [
+    {"to": "gralora"},
+    {"to": "gralora", "hybrid_r": 0},
+    {"to": "gralora", "k": 1},
+    {"to": "gralora", "k": 2, "alpha": 3},
+    {"to": "gralora", "k": 3},
+    {"to": "gralora", "k": 4, "r": 24, "alpha": 10.5},
+    {"to": "gralora", "k": 6, "r": 24},
+    {"to": "hybrid"},
+    {"to": "hybrid", "k": 1, "hybrid_r": 2},
+    {"to": "hybrid", "k": 2, "hybrid_r": 1},
+    {"to": "hybrid", "k": 3, "hybrid_r": 3},
+    {"to": "hybrid", "k": 4, "hybrid_r": 2, "alpha": 3},
+    {"to": "hybrid", "k": 4, "r": 24, "hybrid_r": 6},
+    {"to": "lora"},
+    {"to": "lora", "r": 24},
+    {"to": "lora", "r": 30, "alpha": 12},
+]
+
+
+def write_source(folder: Path, delta: Gralora | Lora) -> Path:
+    return write_lora(folder, delta) if isinstance(delta, Lora) else write_adapter(
+        folder, {"a": delta}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+@pytest.mark.parametrize("source", FAMILY)
+def test_every_shape_that_can_hold_an_update_holds_it(
+    source: str, wanted: dict[str, Any], tmp_path: Path
+) -> None:
+    adapter = write_source(tmp_path / "adapter", FAMILY[source])
+    gc.convert(adapter, **wanted).write(tmp_path / "new")  # refuses if anything would be lost
+    result = gc.Adapter.open(tmp_path / "new")
+    before = slow(gc.Adapter.open(adapter).delta("a"))
+    after = slow(result.delta("a"))
+    assert np.abs(after - before).max() <= 2e-6 * np.abs(before).max()
+    config = result.config
+    assert result.kind == wanted["to"]
+    if isinstance(config, gc.GraloraConfig):
+        assert config.gralora_k == wanted.get("k", config.gralora_k)
+        assert config.hybrid_r == wanted.get("hybrid_r", config.hybrid_r)
+        if "alpha" not in wanted:  # the scaling is kept
+            assert config.scaling == pytest.approx(gc.Adapter.open(adapter).scaling("a"))
+    else:
+        assert config.lora_alpha == wanted.get("alpha", config.r)
+    if "r" in wanted:
+        assert config.r == wanted["r"]
+    if "alpha" in wanted and isinstance(config, gc.GraloraConfig):
+        assert config.alpha == wanted["alpha"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    k=st.sampled_from([1, 2, 3]), s=st.integers(1, 2), h=st.integers(0, 2),
+    wanted=st.sampled_from(WANTED[:6] + WANTED[7:12] + WANTED[13:14]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_whole_numbers_stay_as_they_are(
+    k: int, s: int, h: int, wanted: dict[str, Any], seed: int, tmp_path_factory: Any
+) -> None:
+    """Integer factors and a scaling that is a power of two: where nothing but the layout changes,
+    not a bit does."""
+    folder = tmp_path_factory.mktemp("whole")
+    g = torch.Generator().manual_seed(seed)
+
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.randint(-3, 4, shape, generator=g).float()
+
+    general = (whole(h, 24), whole(48, h)) if h else (None, None)
+    delta = Gralora(whole(k, 24 // k, k * s), whole(k, k * s, 48 // k), 2.0, *general)
+    adapter = write_adapter(folder / "adapter", {"a": delta})
+    gc.convert(adapter, **wanted).write(folder / "new")
+    before, after = slow(delta), slow(gc.Adapter.open(folder / "new").delta("a"))
+    if wanted == {"to": "lora"} and k * k * s + h <= 24:
+        assert np.array_equal(before, after)
+    assert np.abs(after - before).max() <= 2e-6 * max(1, np.abs(before).max())
+
+
+def test_the_rank_that_loses_nothing_is_that_of_the_values(tmp_path: Path) -> None:
+    """Factors with dependent columns need less than their shapes say."""
+    full = random_delta(48, 24, r=8, k=2)
+    half = Gralora(full.A.clone(), full.B.clone(), full.scaling)
+    half.B.view(2, 2, 4, 24)[:, :, 1:] = 0  # one live slot in each block
+    adapter = write_adapter(tmp_path / "adapter", {"a": half})
+    with pytest.raises(InexactError) as refused:
+        gc.convert(adapter, to="lora", r=3)
+    assert refused.value.exact_rank == 4
+    assert 0 < refused.value.error < 1
+    plan = gc.convert(adapter, to="lora", r=4)
+    plan.write(tmp_path / "new")
+    assert gc.Adapter.open(tmp_path / "new").config.r == 4
+    assert gc.convert(adapter, to="gralora", r=2).files[0].parts[0].shape == (2, 12, 2)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("to", ["lora", "gralora"])
+def test_the_rank_for_an_error_is_the_smallest(to: str, k: int, tmp_path: Path) -> None:
+    deltas = {name: random_delta(48, 24, r=8, k=2, seed=i) for i, name in enumerate("ab")}
+    adapter = write_adapter(tmp_path / "adapter", deltas)
+    options: dict[str, Any] = {"to": to} if to == "lora" else {"to": to, "k": k}
+    width = 1 if to == "lora" else k
+    gc.convert(adapter, max_error=0.4, **options).write(tmp_path / "new")
+    r = gc.Adapter.open(tmp_path / "new").config.r
+    tails = sum(oracle.tails(slow(delta), width) for delta in deltas.values())
+    assert isinstance(tails, np.ndarray)
+    errors = np.sqrt(tails / tails[0])
+    assert errors[r // width] <= 0.4 < errors[r // width - 1]
+    receipt = json.loads((tmp_path / "new/gralora_convert.json").read_text())
+    assert receipt["error"] == pytest.approx(errors[r // width], rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    "feature",
-    [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}],
-    ids=lambda f: next(iter(f.values())),
+    ("arguments", "words"),
+    [
+        ({"to": "hybrid", "hybrid_r": 0}, "at least 1"),
+        ({"to": "lora", "k": 2}, "neither k nor hybrid_r"),
+        ({"to": "gralora", "hybrid_r": 2}, "no hybrid_r"),
+        ({"to": "gralora", "k": 5}, "k=5 does not divide"),
+        ({"to": "gralora", "r": 3}, "not a positive multiple"),
+        ({"to": "gralora", "alpha": 0}, "cannot carry an update"),
+        ({"to": "lora", "r": 4, "max_error": 0.1}, "excludes --r"),
+        ({"to": "lora", "max_error": 1.5}, "between 0 and 1"),
+        ({"to": "lora", "device": "nowhere"}, "--device nowhere"),
+        ({"to": "lora", "device": "meta"}, "--device meta"),
+    ],
+    ids=str,
 )
-def test_loras_that_are_more_than_their_factors_are_refused_by_name(
-    feature: dict[str, Any], tmp_path: Path
+def test_arguments_that_do_not_go_together_are_refused(
+    arguments: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    base = save_base(LLAMA, tmp_path / "base")
-    lora(base, LLAMA, tmp_path / "lora", **feature)
-    for command in (["convert", "--to", "gralora"], ["merge", "--base", base]):
-        refused = run(*command, tmp_path / "lora", "-o", tmp_path / "out")
+    adapter = write_adapter(tmp_path / "adapter", {"a": random_delta(48, 24)})
+    with pytest.raises(MisuseError, match=words):
+        gc.convert(adapter, **arguments)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> None:
+    delta = random_delta(48, 24)
+    delta.A[1, 2, 3] = bad
+    adapter = write_adapter(tmp_path / "adapter", {"a": delta})
+    for options in ([], ["--r", "4", "--allow-inexact"], ["--max-error", "0.1"]):
+        refused = run("convert", adapter, "--to", "lora", "-o", tmp_path / "new", *options)
         assert refused.status == 2
-        assert (feature.get("init_lora_weights") or "dora") in refused.stderr.lower()
-        assert not (tmp_path / "out").exists()
+        assert "not finite" in refused.stderr
+        assert not (tmp_path / "new").exists()
+
+
+def test_an_update_of_zero_is_converted(tmp_path: Path) -> None:
+    delta = random_delta(48, 24, size=0.0)
+    adapter = write_adapter(tmp_path / "adapter", {"a": delta})
+    for to in ("lora", "gralora", "hybrid"):
+        gc.convert(adapter, to=to).write(tmp_path / to)
+        assert not gc.dense(gc.Adapter.open(tmp_path / to).delta("a")).any()
+
+
+def test_the_closing_lines_say_how_to_serve(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", {"a": random_delta(96, 96, r=24, k=2)})
+    done = run_ok("convert", adapter, "--to", "lora", "-o", tmp_path / "new")
+    assert "--max-lora-rank 64" in done.stdout  # vLLM's next choice after 48
+    assert "--max-lora-rank 48" in done.stdout  # SGLang takes any
+    assert "--max-loras" in done.stdout
+    large = write_adapter(tmp_path / "large", {"a": random_delta(1100, 1100, r=260, k=4)})
+    done = run_ok("convert", large, "--to", "lora", "-o", tmp_path / "served")
+    assert "above vLLM's largest, 512" in done.stderr
+    assert "LoRAX" in done.stderr
+    assert "vllm" not in done.stdout
 
 
 def test_bytes_do_not_depend_on_jobs(tmp_path: Path) -> None:

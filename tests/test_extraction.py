@@ -1,12 +1,17 @@
 """`extract`: the adapter between two checkpoints, in real PEFT and against the dense optimum."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file
 
 import gralora_convert as gc
 from gralora_convert.delta import dense
+from tests import oracle
 from tests.builders import SHAPES, random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok
 from tests.models import ARCHITECTURES, Architecture, close, load, outputs, save_base, train
@@ -25,7 +30,7 @@ def tune(base: Path, auto: str, folder: Path, *, everything: bool) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "llama-tied", "t5"])
 @pytest.mark.parametrize(
     ("to", "shape"),
     [("lora", ["--r", "16"]), ("gralora", ["--k", "2", "--r", "16"])],
@@ -40,15 +45,15 @@ def test_a_full_rank_extract_is_the_tuned_model_in_peft(
     tune(base, architecture.auto, tmp_path / "tuned", everything=everything)
     pair = ["--base", base, "--tuned", tmp_path / "tuned", "--to", to, *shape]
     run_ok("extract", *pair, "-o", tmp_path / "adapter")
-    expected = outputs(load(tmp_path / "tuned", architecture.auto))
-    if name == "gpt2" and everything:  # its head is tied to the embedding that is saved whole
-        merged = tmp_path / "merged"
-        run_ok("merge", tmp_path / "adapter", "--base", base, "-o", merged)
-        assert (merged / "model.safetensors").exists()
-        return
-    assert close(outputs(in_peft(base, tmp_path / "adapter")), expected) <= 2e-5
+    expected = outputs(load(tmp_path / "tuned", architecture.auto), architecture.inputs)
+    if "tied" in name or name in ("gpt2", "t5"):  # PEFT warns of a saved embedding that is tied
+        adapted = PeftModel.from_pretrained(load(base, architecture.auto), tmp_path / "adapter")
+    else:
+        adapted = in_peft(base, tmp_path / "adapter")
+    assert close(outputs(adapted, architecture.inputs), expected) <= 2e-5
     run_ok("merge", tmp_path / "adapter", "--base", base, "-o", tmp_path / "merged")
-    assert close(outputs(load(tmp_path / "merged", architecture.auto)), expected) <= 2e-5
+    merged = load(tmp_path / "merged", architecture.auto)
+    assert close(outputs(merged, architecture.inputs), expected) <= 2e-5
 
 
 def test_what_was_merged_is_found_again(tmp_path: Path) -> None:
@@ -117,3 +122,125 @@ def test_a_sixteen_bit_model_tells_its_rounding_floor(tmp_path: Path) -> None:
     assert isinstance(receipt["rounding_floor"], float)
     assert 0 < receipt["rounding_floor"] < 1
     assert tensors
+
+
+def changed(model: transformers.PreTrainedModel, words: list[str], folder: Path) -> Path:
+    """The model with noise on the parameters of these names."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(word in name for word in words):
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_layers_that_are_cut_from_one_tensor_are_told_apart(tmp_path: Path) -> None:
+    """HRM's gate, q, k and v are one tensor on disk; two of them changed."""
+    config = transformers.HrmTextConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.HrmTextForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base", "AutoModelForCausalLM")
+    tuned = changed(model, ["self_attn.q_proj", "mlp.gate_proj"], tmp_path / "tuned")
+    assert any("gqkv" in name for name in load_file(tuned / "model.safetensors"))
+    run_ok(
+        "extract", "--base", tmp_path / "base", "--tuned", tuned, "--to", "gralora", "--r", "16",
+        "-o", tmp_path / "new",
+    )  # fmt: skip
+    found = gc.Adapter.open(tmp_path / "new").modules
+    assert {name.rpartition(".")[2] for name in found} == {"q_proj", "gate_proj"}
+    assert len(found) == 8
+    wanted = outputs(load(tuned, "AutoModelForCausalLM"))
+    assert close(outputs(in_peft(tmp_path / "base", tmp_path / "new")), wanted) <= 1e-5
+
+
+def test_experts_are_refused_or_left_out_by_name(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base", "AutoModelForCausalLM")
+    tuned = changed(model, ["experts", "q_proj"], tmp_path / "tuned")
+    pair = ["--base", tmp_path / "base", "--tuned", tuned, "--to", "lora", "--r", "16"]
+    refused = run("extract", *pair, "-o", tmp_path / "new")
+    assert refused.status == 2
+    assert "experts" in refused.stderr
+    assert "--exclude" in refused.stderr
+    done = run_ok("extract", *pair, "--exclude", "*experts*", "-o", tmp_path / "new")
+    assert done.stderr.count("left out") == 6
+    assert gc.Adapter.open(tmp_path / "new").modules == ("model.layers.0.self_attn.q_proj",)
+
+
+@pytest.mark.parametrize("to", ["lora", "gralora", "hybrid"])
+def test_the_error_printed_is_the_distance_of_what_is_written(to: str, tmp_path: Path) -> None:
+    tensors = write_base(tmp_path / "base", {"a": (48, 32), "b": (32, 48)})
+    g = torch.Generator().manual_seed(1)
+    moved = {n: torch.randn(tensors[n].shape, generator=g) for n in ("a.weight", "b.weight")}
+    write_model(tmp_path / "tuned", tensors | {n: tensors[n] + d for n, d in moved.items()})
+    receipt = run_ok(
+        "extract", "--base", tmp_path / "base", "--tuned", tmp_path / "tuned", "--to", to,
+        "--r", "8", "-o", tmp_path / "new", "--json",
+    ).json  # fmt: skip
+    adapter = gc.Adapter.open(tmp_path / "new")
+    lost = sum(float((dense(adapter.delta(m)) - moved[f"{m}.weight"]).square().sum()) for m in "ab")
+    total = sum(float(d.square().sum()) for d in moved.values())
+    assert receipt["error"] == pytest.approx((lost / total) ** 0.5, rel=1e-4)
+
+
+def test_an_error_chooses_the_rank(tmp_path: Path) -> None:
+    tensors = write_base(tmp_path / "base", {"a": (48, 32)})
+    move = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
+    write_model(tmp_path / "tuned", tensors | {"a.weight": tensors["a.weight"] + move})
+    run_ok(
+        "extract", "--base", tmp_path / "base", "--tuned", tmp_path / "tuned", "--to", "gralora",
+        "--k", "2", "--max-error", "0.3", "-o", tmp_path / "new",
+    )  # fmt: skip
+    errors = (oracle.tails(move.double().numpy(), 2) / float(move.double().square().sum())) ** 0.5
+    r = gc.Adapter.open(tmp_path / "new").config.r
+    assert errors[r // 2] <= 0.3 < errors[r // 2 - 1]
+
+
+def test_large_blocks_are_near_the_optimum_and_exact_on_request(tmp_path: Path) -> None:
+    tensors = write_base(tmp_path / "base", {"a": (640, 600)})
+    g = torch.Generator().manual_seed(1)
+    u, v = (torch.linalg.qr(torch.randn(n, 600, generator=g))[0] for n in (640, 600))
+    move = u @ torch.diag(1 / torch.arange(1.0, 601)) @ v.T
+    write_model(tmp_path / "tuned", tensors | {"a.weight": tensors["a.weight"] + move})
+    best = float(torch.linalg.svdvals(move)[20:].norm() / move.norm())
+    pair = ["--base", tmp_path / "base", "--tuned", tmp_path / "tuned", "--to", "lora", "--r", "20"]
+    for svd, excess in (("auto", 0.01), ("exact", 1e-5)):
+        out = tmp_path / svd
+        run_ok("extract", *pair, "--svd", svd, "-o", out)
+        error = json.loads((out / "gralora_convert.json").read_text())["error"]
+        assert best * (1 - 1e-5) <= error <= best * (1 + excess)
+
+
+def test_another_dtype_alone_is_no_difference(tmp_path: Path) -> None:
+    tensors = {n: t.bfloat16().float() for n, t in write_base(tmp_path / "base").items()}
+    write_model(tmp_path / "base", tensors)
+    tuned = {n: t.bfloat16() for n, t in tensors.items()}
+    tuned["layers.0.up.weight"] = tuned["layers.0.up.weight"] * 2
+    write_model(tmp_path / "tuned", tuned)
+    plan = gc.extract(base=tmp_path / "base", tuned=tmp_path / "tuned", to="lora", r=24)
+    plan.write(tmp_path / "new")
+    assert gc.Adapter.open(tmp_path / "new").modules == ("layers.0.up",)
+
+
+def test_a_difference_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    tensors = write_base(tmp_path / "base")
+    bad = tensors["layers.0.up.weight"].clone()
+    bad[3, 4] = float("nan")
+    write_model(tmp_path / "tuned", tensors | {"layers.0.up.weight": bad})
+    for options in (["--r", "4"], ["--max-error", "0.5"]):
+        refused = run(
+            "extract", "--base", tmp_path / "base", "--tuned", tmp_path / "tuned", "--to", "lora",
+            *options, "-o", tmp_path / "new",
+        )  # fmt: skip
+        assert refused.status == 2
+        assert "layers.0.up" in refused.stderr
+        assert "not finite" in refused.stderr

@@ -19,12 +19,14 @@ LAYERS = {
         "pickles", "places", "plan", "provenance", "ranks", "rules", "shapes", "staging",
         "strictjson", "targets", "tensors", "unpickling", "writing",
     },
-    "mathematics": {"blocks", "delta", "diagnosis", "factorize", "layer", "rounding"},
+    "mathematics": {
+        "blocks", "delta", "diagnosis", "factorize", "layer", "rounding", "variants",
+    },
     "base": {
         "architecture", "heads", "pieces", "placement", "quantisation", "ties", "values",
     },
     "output": {"assembly", "tiles"},
-    "models": {"blueprint", "forward", "origins", "outputs"},
+    "models": {"blueprint", "forward", "origins", "outputs", "source"},
     "verbs": {
         "anatomy", "checks", "conversion", "equivalence", "extraction", "inspection", "merging",
     },
