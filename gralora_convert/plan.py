@@ -29,7 +29,16 @@ from gralora_convert.tensors import (
     read_safetensors,
 )
 
-__all__ = ["Computed", "Copied", "OutputFile", "Part", "Plan", "default_jobs", "index_json"]
+__all__ = [
+    "Computed",
+    "Copied",
+    "OutputFile",
+    "Part",
+    "Plan",
+    "default_jobs",
+    "index_json",
+    "one_arithmetic_thread",
+]
 
 COPY_CHUNK = 32 * 1024 * 1024  # bytes per task: small enough for two workers to share one tensor
 CONSTANT_MEMORY = 260 * 1024 * 1024  # interpreter, torch and its allocator, measured at import
@@ -422,7 +431,7 @@ def _run(tasks: Iterator[_Task], jobs: int, progress: Callable[[int], None]) -> 
 
     def work() -> None:
         try:
-            with _one_arithmetic_thread():
+            with one_arithmetic_thread():
                 while not stop.is_set():
                     with lock:
                         task = next(tasks, None)
@@ -465,7 +474,7 @@ def _join(workers: Sequence[threading.Thread]) -> None:
 
 
 @contextlib.contextmanager
-def _one_arithmetic_thread() -> Iterator[None]:
+def one_arithmetic_thread() -> Iterator[None]:
     """One torch thread per worker: the workers are the parallelism, the bytes of a product do not
     depend on their number, and no idle thread of a pool spins."""
     torch = sys.modules.get("torch")

@@ -120,9 +120,9 @@ def alpha_over_r(delta: Gralora) -> torch.Tensor:
 
 MISTAKES: dict[str, tuple[Callable[[Gralora], torch.Tensor], str]] = {
     "transposed blocks": (transposed, "transposed"),
-    "slot order": (slot_order, "slots"),
+    "slot order": (slot_order, "rank slots of A"),
     "reversed k": (reversed_k, "reversed"),
-    "one block missing": (one_block_missing, "(1, 0) is wrong"),
+    "one block missing": (one_block_missing, "(1, 0) is missing"),
     "alpha / r": (alpha_over_r, "alpha / r"),
     "one percent": (lambda d: dense(d) * 1.01, "scaling is off by a factor of 1.0"),
     "hybrid missing": (without_hybrid, "hybrid part is missing"),
