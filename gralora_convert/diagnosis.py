@@ -122,6 +122,14 @@ def _rescaled(delta: Delta) -> Iterator[Mistake]:
         )
 
 
+def _near(delta: Delta, factor: float) -> Iterator[Mistake]:
+    """Scalings around a measured one, which coarse rounding makes uncertain."""
+    for percent in (0.0, *(0.25 * step for step in range(-8, 9) if step)):
+        near = factor * (1 + percent / 100)
+        if abs(near - 1) > 1e-3:
+            yield Mistake(f"the scaling is off by a factor of {near:.4g}", _scaled(delta, near))
+
+
 def _scalings(delta: Delta) -> Iterator[tuple[str, float]]:
     """Other scalings that programs use, by name."""
     match delta:
@@ -267,8 +275,8 @@ def _with_factors(delta: Delta, change: Callable[[Tensor], Tensor]) -> Delta:
 class BlockSums:
     """Sums over a whole stored matrix, each (k, k) by [block row of out, block column of in]:
 
-    <M-W, D> found and for the right rounding R, <D, D>, |M-R|^2, and how many elements are out of
-    their bound. `moved2` and `right2` are |M-W|^2 and |R-W|^2 over all blocks.
+    <M-W, D> found and for the right rounding R, <D, D>, |M-R|^2, how many elements are out of
+    their bound, and |M-W|^2. `right2` is |R-W|^2 over all blocks.
     """
 
     k: int
@@ -277,14 +285,14 @@ class BlockSums:
     energy: Tensor = field(init=False)
     error: Tensor = field(init=False)
     wrong: Tensor = field(init=False)
-    moved2: float = 0.0
+    moved: Tensor = field(init=False)
     right2: float = 0.0
     elements: int = 0
     first: tuple[int, int] | None = None  # row and column of the first element that is wrong
 
     def __post_init__(self) -> None:
-        sums = torch.zeros(5, self.k, self.k, dtype=torch.float64)
-        self.found, self.predicted, self.energy, self.error, self.wrong = sums
+        sums = torch.zeros(6, self.k, self.k, dtype=torch.float64)
+        self.found, self.predicted, self.energy, self.error, self.wrong, self.moved = sums
 
     def add(
         self,
@@ -305,17 +313,21 @@ class BlockSums:
             (self.energy, delta * delta),
             (self.error, (moved - right).square()),
             (self.wrong, outside.double()),
+            (self.moved, moved.square()),
         ):
             by_column = values.view(len(delta), self.k, -1).sum(2)
             part = torch.zeros(self.k, self.k, dtype=torch.float64)
             part.index_add_(0, block, by_column)
             sums += part.T if transposed else part
-        self.moved2 += float(moved.square().sum())
         self.right2 += float(right.square().sum())
         self.elements += delta.numel()
         if self.first is None and bool(outside.any()):
             row, column = outside.nonzero()[0].tolist()
             self.first = (start + row, column)
+
+    @property
+    def moved2(self) -> float:
+        return float(self.moved.sum())
 
     @property
     def share(self) -> float:
@@ -340,9 +352,7 @@ class BlockSums:
 
     def are_missing(self, blocks: Sequence[tuple[int, int]]) -> bool:
         """Whether nothing of the update is in these blocks."""
-        return all(
-            abs(float(self.found[place])) < 0.05 * float(self.predicted[place]) for place in blocks
-        )
+        return all(float(self.moved[place]) < 0.01 * float(self.error[place]) for place in blocks)
 
 
 def explain(
@@ -360,9 +370,8 @@ def explain(
     if found := evidence.best(mistakes(evidence.delta)):
         return found.name
     factor = sums.share
-    scaled = Mistake("", _scaled(evidence.delta, factor))
-    if abs(factor - 1) > 1e-3 and evidence.best([scaled], better=0.5, agrees=1.0):
-        return f"the scaling is off by a factor of {factor:.4g}"
+    if found := evidence.best(_near(evidence.delta, factor), better=0.5, agrees=1.0):
+        return found.name
     if few <= max(1.0, FEW * sums.elements):
         return f"{few} of {sums.elements} elements differ, the first at {list(sums.first or ())}"
     off, blocks = sums.off(), sums.k**2

@@ -21,7 +21,7 @@ LAYERS = {
     "mathematics": {"blocks", "delta", "diagnosis", "factorize", "layer", "rounding"},
     "base": {"architecture", "heads", "pieces", "placement", "ties", "values"},
     "output": {"assembly", "tiles"},
-    "models": {"audit", "blueprint", "comparison", "forward", "origins", "outputs"},
+    "models": {"audit", "blueprint", "comparison", "forward", "modalities", "origins", "outputs"},
     "verbs": {"checks", "conversion", "equivalence", "extraction", "inspection", "merging"},
     "surface": {"__init__", "__main__", "cli"},
 }  # fmt: skip
