@@ -8,7 +8,7 @@ and by how much the weights are off.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain, permutations
+from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -374,15 +374,14 @@ def explain(
         return found.name
     if few <= max(1.0, FEW * sums.elements):
         return f"{few} of {sums.elements} elements differ, the first at {list(sums.first or ())}"
+    if found := evidence.best((Mistake(name, load()) for name, load in others), better=0.5):
+        return f"holds the update of {found.name} instead of its own"
     off, blocks = sums.off(), sums.k**2
     if 0 < len(off) < blocks:
         listed = ", ".join(str(place) for place in off[:LISTED])
         state = "missing" if sums.are_missing(off) else "wrong"
         verb = "is" if len(off) == 1 else "are"
         return f"of {blocks} blocks, {listed} {verb} {state} (row block, column block)"
-    swapped = (Mistake(name, load()) for name, load in others)
-    if found := evidence.best(chain(swapped), better=0.5):
-        return f"holds the update of {found.name} instead of its own"
     if sums.explained < LITTLE:
         return "another update was added: another adapter, or another base"
     if abs(factor - 1) > 0.05:
