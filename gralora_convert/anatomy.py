@@ -12,6 +12,7 @@ from gralora_convert.blocks import block_norms, energies
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.placement import place
 from gralora_convert.tensors import read_torch
+from gralora_convert.writing import one_arithmetic_thread
 
 __all__ = ["Anatomy", "Part", "dissect"]
 
@@ -74,15 +75,11 @@ def dissect(
         base = named
     norms = {} if base is None else _base_norms(opened, base)
     parts = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # decompositions this small wait for their threads most of the time
-    try:
+    with one_arithmetic_thread():
         for module in opened.modules:
             parts.append(_part(opened, module, norms.get(module)))
             if progress is not None:
                 progress(opened.factor_bytes(module))
-    finally:
-        torch.set_num_threads(threads)
     ranks = [int((part.tails > 1e-12 * part.tails[0]).sum()) for part in parts]
     return Anatomy(str(adapter if isinstance(adapter, str) else opened.path), max(ranks), (*parts,))
 

@@ -6,9 +6,8 @@ config, and the lines about what was lost and how to serve it.
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -30,7 +29,6 @@ __all__ = [
     "Workshop",
     "copied",
     "loss_json",
-    "one_thread",
     "require_same",
     "rounded",
     "summary",
@@ -110,17 +108,6 @@ def shape_of(to: Kind, k: int, r: int, hybrid_r: int, alpha: float | None, scali
     if not math.isfinite(scaling) or scaling == 0:
         raise MisuseError(f"a scaling of {scaling} cannot carry an update")
     return Shape(to, k, r, hybrid_r, scaling)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread for small matrices: more would spin for 30 times the CPU seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def require_divisible(k: int, module: str, weight: tuple[int, int]) -> None:

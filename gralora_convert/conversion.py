@@ -25,7 +25,6 @@ from gralora_convert.assembly import (
     blocks_for,
     copied,
     loss_json,
-    one_thread,
     relative,
     require_divisible,
     require_same,
@@ -65,6 +64,7 @@ from gralora_convert.serving import serving_notes
 from gralora_convert.source import Source
 from gralora_convert.tensors import torch_dtype
 from gralora_convert.version import __version__
+from gralora_convert.writing import one_arithmetic_thread
 
 __all__ = ["convert"]
 
@@ -129,7 +129,7 @@ def convert(
             where=opened.path,
             hint="Give --r with --allow-inexact, or --max-error.",
         )
-    with one_thread():
+    with one_arithmetic_thread():
         shape = _shape(source, to, k, r, hybrid_r, alpha, max_error)
         conversion = _Conversion(source, shape, dtype, verify)
         if not allow_inexact and max_error is None:

@@ -15,11 +15,18 @@ from gralora_convert.delta import Delta, Dense, Gralora, Lora, row_blocks
 __all__ = ["Survival", "half_ulp", "magnitude_rows", "survival", "tolerance", "worst_ratio"]
 
 
-def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half a unit in the last place of `dtype` at |values|; float64 in, float64 out.
+_EXPONENT = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
 
-    Below the smallest normal number, zero included, the spacing stays that of subnormals. Never
-    zero: in float64 it is at least 2^-1074, where half a subnormal unit could not be held.
+
+def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half a unit in the last place of `dtype` at |values|, in the dtype of the values.
+
+    Values are float64, or float32 for a `dtype` of 16 bits. Below the smallest normal number, zero
+    included, the spacing stays that of subnormals. Never zero: in float64 it is at least 2^-1074,
+    where half a subnormal unit could not be held. Infinite where the value is not finite.
 
     >>> half_ulp(torch.tensor([1.0, 1.5, 2.0]).double(), torch.float16) * 2**11
     tensor([1., 1., 2.], dtype=torch.float64)
@@ -28,12 +35,21 @@ def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     info = torch.finfo(dtype)
     smallest = max(info.smallest_normal, 2.0**-1021)
-    exponent = torch.frexp(values.abs().clamp_min(smallest)).exponent.to(torch.float64) - 1
-    return torch.exp2(exponent) * (info.eps / 2)
+    integers, mask = _EXPONENT[values.dtype]
+    # The exponent bits alone are the power of two at or below |value|.
+    power = values.contiguous().view(integers).bitwise_and(mask).view(values.dtype)
+    return power.clamp_min_(smallest).mul_(info.eps / 2)
 
 
-def magnitude_rows(delta: Delta, start: int, stop: int, *, transposed: bool = False) -> Tensor:
-    """An upper bound of the sums of absolute products behind delta[start:stop], float64: by
+def magnitude_rows(
+    delta: Delta,
+    start: int,
+    stop: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """An upper bound of the sums of absolute products behind delta[start:stop], in `dtype`: by
     Cauchy-Schwarz per block, so that no product of absolute factors has to be formed.
 
     (stop - start, in), with `transposed` rows of the transpose, (stop - start, out).
@@ -49,19 +65,22 @@ def magnitude_rows(delta: Delta, start: int, stop: int, *, transposed: bool = Fa
         case Gralora():
             bound = torch.cat(
                 [
-                    torch.einsum("xv,vy->xvy", _lengths(left), _lengths(right)).flatten(1)
+                    torch.einsum(
+                        "xv,vy->xvy", _lengths(left).to(dtype), _lengths(right).to(dtype)
+                    ).flatten(1)
                     for left, right in row_blocks(delta, start, stop, transposed=transposed)
                 ]
             ) * abs(delta.scaling)
             if delta.general_A is not None and delta.general_B is not None:
                 general = Lora(delta.general_A, delta.general_B, delta.scaling)
-                bound += magnitude_rows(general, start, stop, transposed=transposed)
+                bound += magnitude_rows(general, start, stop, dtype, transposed=transposed)
             return bound
         case Lora(A=A, B=B):
             left, right = (A.T, B) if transposed else (B, A.T)
-            return abs(delta.scaling) * _lengths(left[start:stop])[:, None] * _lengths(right)
+            heights = abs(delta.scaling) * _lengths(left[start:stop])
+            return heights.to(dtype)[:, None] * _lengths(right).to(dtype)
         case Dense(weight=weight):
-            return (weight.T if transposed else weight)[start:stop].double().abs()
+            return (weight.T if transposed else weight)[start:stop].to(dtype).abs()
 
 
 def _lengths(factor: Tensor) -> Tensor:
@@ -81,13 +100,14 @@ def tolerance(
     delta: Tensor | None = None,
     delta_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The largest |after - exact| that a right merge can have, per element, float64.
+    """The largest |after - exact| that a right merge can have, per element, in `exact`'s dtype.
 
     half_ulp(max(|after|, |exact|)) + (terms + 4) u magnitude [+ half_ulp(delta)]
 
     `exact` is W + D in float64, `magnitude` >= |W| + sum |products|, `terms` the number of products
-    per element, u = 2^-24 (2^-53 where `dtype`, the stored one, is float64). With `delta_dtype`, D
-    may have been rounded to it first (what PEFT does with 16-bit adapters).
+    per element, u = 2^-24 (2^-53 where `dtype`, the stored one, is float64). Where `exact` itself
+    was computed in float32, its own error is as large again: u doubles. With `delta_dtype`, D may
+    have been rounded to it first (what PEFT does with 16-bit adapters).
 
     >>> one = torch.ones(1, dtype=torch.float64)
     >>> tolerance(one, one, magnitude=0 * one, terms=4, dtype=torch.bfloat16) * 2**8
@@ -97,10 +117,12 @@ def tolerance(
     its product, the last sum and second-order terms.
     """
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
+    if exact.dtype == torch.float32:
+        unit *= 2
     bound = half_ulp(torch.maximum(after.abs(), exact.abs()), dtype)
-    bound = bound + (terms + 4) * unit * magnitude
+    bound = bound.add(magnitude, alpha=(terms + 4) * unit)
     if delta is not None and delta_dtype is not None:
-        bound = bound + half_ulp(delta, delta_dtype)
+        bound += half_ulp(delta, delta_dtype)
     return bound
 
 
@@ -162,7 +184,8 @@ class Survival:
 
 
 def survival(before: Tensor, after: Tensor, delta: Tensor) -> Survival:
-    """What became of `delta` between `before` (as stored) and `after` (as stored), all float64.
+    """What became of `delta` between `before` and `after` (as stored); all of one
+    wide dtype.
 
     >>> before, delta = torch.ones(2).double(), torch.tensor([1.0, 0.001]).double()
     >>> after = (before + delta).bfloat16().double()
@@ -171,9 +194,13 @@ def survival(before: Tensor, after: Tensor, delta: Tensor) -> Survival:
     """
     moved = after - before
     return Survival(
-        float((moved * delta).sum()),
-        float(delta.square().sum()),
-        float((moved - delta).square().sum()),
-        int((moved != 0).sum()),
+        _dot(moved, delta),
+        _dot(delta, delta),
+        _dot(moved - delta, moved - delta),
+        int(torch.count_nonzero(moved)),
         delta.numel(),
     )
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return float(torch.dot(one.flatten(), other.flatten()))

@@ -23,7 +23,8 @@ from gralora_convert.journal import Done, Journal
 from gralora_convert.tensors import TensorSpec, encode_header, read_bytes
 
 __all__ = [
-    "Account", "Computed", "Copied", "OutputFile", "Part", "copy_file", "write_files", "write_text",
+    "Account", "Computed", "Copied", "OutputFile", "Part", "copy_file", "one_arithmetic_thread",
+    "write_files", "write_text",
 ]  # fmt: skip
 
 COPY_CHUNK = 32 * 1024 * 1024  # bytes per task: small enough for two workers to share one tensor
@@ -488,7 +489,7 @@ def _run(
 
     def work() -> None:
         try:
-            with _one_arithmetic_thread():
+            with one_arithmetic_thread():
                 while not stop.is_set():
                     with lock:
                         task = next(tasks, None)
@@ -533,9 +534,9 @@ def _join(workers: Sequence[threading.Thread]) -> None:
 
 
 @contextlib.contextmanager
-def _one_arithmetic_thread() -> Iterator[None]:
-    """One torch thread per worker: the workers are the parallelism, the bytes of a product do not
-    depend on their number, and no idle thread of a pool spins."""
+def one_arithmetic_thread() -> Iterator[None]:
+    """One torch thread in this one: workers are the parallelism, the bytes of a product do not
+    depend on their number, and no idle thread of a pool spins beside small matrices."""
     torch = sys.modules.get("torch")
     if torch is None:
         yield

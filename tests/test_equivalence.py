@@ -1,6 +1,6 @@
 """`verify`: right merges pass whoever made them, wrong ones are found and named."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,176 +10,182 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import gralora_convert as gc
-from gralora_convert.delta import Gralora, dense
-from tests.builders import SHAPES, random_delta, write_adapter, write_base, write_model
+from gralora_convert.checkpoint import Checkpoint
+from gralora_convert.comparison import Comparison, Update
+from gralora_convert.delta import dense
+from tests.builders import random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok
+from tests.merges import WRONG, Setting, Tensors, applies, setting, wrong_modules
 from tests.models import ARCHITECTURES, save_base, train
 
-Tensors = dict[str, torch.Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def setting(
-    folder: Path, *, dtype: torch.dtype, rho: float, k: int = 2, hybrid_r: int = 4, seed: int = 0
-) -> tuple[Tensors, dict[str, Gralora]]:
-    """A base and an adapter on disk with |delta| / |W| = rho; returns tensors and deltas."""
-    base = write_base(folder / "base", dtype=dtype, seed=seed)
-    deltas = {}
-    for i, (name, shape) in enumerate(SHAPES.items()):
-        delta = random_delta(*shape, k=k, hybrid_r=hybrid_r, seed=seed * 10 + i)
-        size = rho * float(base[f"{name}.weight"].double().norm() / dense(delta).double().norm())
-        b = None if delta.general_B is None else delta.general_B * size
-        deltas[name] = Gralora(delta.A, delta.B * size, delta.scaling, delta.general_A, b)
-    write_adapter(folder / "adapter", deltas)
-    return base, deltas
-
-
-def added(base: Tensors, deltas: dict[str, torch.Tensor]) -> Tensors:
-    """base + deltas in float32, rounded once."""
-    merged = dict(base)
-    for name, delta in deltas.items():
-        weight = base[f"{name}.weight"]
-        merged[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
-    return merged
-
-
-def audit(folder: Path, merged: Tensors, level: str = "modules") -> gc.Equivalence:
-    write_model(folder / "merged", merged)
+def audit(setting: Setting, merged: Tensors, level: str = "modules") -> gc.Equivalence:
+    setting.write(merged)
     return gc.verify(
-        folder / "adapter", base=folder / "base", merged=folder / "merged", level=level
+        setting.folder / "adapter",
+        base=setting.folder / "base",
+        merged=setting.folder / "merged",
+        level=level,
     )
 
 
 @given(
     seed=st.integers(0, 10**6),
     dtype=st.sampled_from(DTYPES),
+    written=st.sampled_from([None, *DTYPES]),
     log_rho=st.floats(-4, -0.52),
-    k=st.sampled_from([1, 2, 4]),
+    k=st.sampled_from([1, 2, 4, 8]),
     hybrid_r=st.sampled_from([0, 4]),
+    transposed=st.booleans(),
 )
 def test_right_merges_raise_no_alarm(
     tmp_path_factory: pytest.TempPathFactory,
-    seed: int, dtype: torch.dtype, log_rho: float, k: int, hybrid_r: int,
+    seed: int, dtype: torch.dtype, written: torch.dtype | None, log_rho: float, k: int,
+    hybrid_r: int, transposed: bool,
 ) -> None:  # fmt: skip
-    folder = tmp_path_factory.mktemp("right")
-    base, deltas = setting(folder, dtype=dtype, rho=10**log_rho, k=k, hybrid_r=hybrid_r, seed=seed)
-    found = audit(folder, added(base, {name: dense(delta) for name, delta in deltas.items()}))
+    made = setting(
+        tmp_path_factory.mktemp("right"), dtype=dtype, rho=10**log_rho, k=k, hybrid_r=hybrid_r,
+        seed=seed, transposed=transposed, written=written,
+    )  # fmt: skip
+    found = audit(made, made.right())
     assert found.ok, found.as_text()
-    if any((added(base, {n: dense(d)})[f"{n}.weight"] != base[f"{n}.weight"]).any()
-           for n, d in deltas.items()):  # fmt: skip
-        plan = gc.merge(folder / "adapter", base=folder / "base")
-        plan.write(folder / "ours")
-        ours = gc.verify(
-            folder / "adapter", base=folder / "base", merged=folder / "ours", level="modules"
+    assert found.as_json()["weights"]["rows"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_update_that_was_rounded_to_the_adapters_16_bits_is_right(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """What PEFT does with adapters of 16 bits (autocast_adapter_dtype=False)."""
+    made = setting(tmp_path, dtype=torch.float32, rho=0.03, factors=dtype)
+    found = audit(made, made.every(lambda delta: dense(delta).to(dtype).float()))
+    assert found.ok, found.as_text()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mistake", WRONG)
+def test_every_mistake_is_found_and_named(
+    mistake: str, dtype: torch.dtype, transposed: bool, tmp_path: Path
+) -> None:
+    made, wrong = setting(tmp_path, dtype=dtype, transposed=transposed), WRONG[mistake]
+    merged = made.write(wrong.make(made))
+    arguments = ["verify", tmp_path / "adapter", "--base", tmp_path / "base", "--merged", merged]
+    outcome = run(*arguments, "--level", "weights", "--json")
+    assert outcome.status == 1, outcome.stderr
+    weights = outcome.json["weights"]
+    assert isinstance(weights, dict)
+    rows = [row for row in weights["rows"] if row["worst"] > 1]
+    assert all(words in row["what"] for row in rows for words in wrong.words), rows
+    modules = wrong_modules(wrong)
+    assert modules is None or {row["module"] for row in rows} == modules
+    assert weights["worst_module"] in {row["module"] for row in rows}
+    text = run(*arguments, "--level", "weights")
+    assert text.status == 1
+    assert text.stdout.endswith("NOT the same function\n")
+    assert all(words in text.stdout for words in wrong.words)
+
+
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_mistakes_are_named_for_other_numbers_of_blocks(k: int, tmp_path: Path) -> None:
+    made = setting(tmp_path, k=k, dtype=torch.bfloat16)
+    for name in ("twice", "transposed blocks", "one block missing", "no permutation"):
+        wrong = WRONG[name]
+        if applies(wrong, made):
+            found = audit(made, wrong.make(made), "weights").wrong
+            assert all(words in row.what for row in found for words in wrong.words), found
+
+
+def test_a_large_matrix_is_judged_by_all_and_explained_by_some_of_its_rows(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("adapter", "base", "merged")]
+    shapes = {"up": (1024, 768)}
+    base = write_base(tmp_path / "base", shapes, dtype=torch.bfloat16)
+    delta = random_delta(1024, 768, k=4, size=0.1)
+    write_adapter(tmp_path / "adapter", {"up": delta})
+    weight = base["up.weight"].float()
+    for scale, words in ((1.0, ""), (1.05, "factor of 1.05"), (-1.0, "sign")):
+        merged = base | {"up.weight": (weight + scale * dense(delta)).bfloat16()}
+        write_model(tmp_path / "merged", merged)
+        found = gc.verify(paths[0], base=paths[1], merged=paths[2], level="weights")
+        assert found.weights_ok == (scale == 1.0)
+        assert [words in row.what for row in found.wrong] == [True] * len(found.wrong)
+    right = (weight + dense(delta)).bfloat16()
+    right[789, 5] *= 2
+    write_model(tmp_path / "merged", base | {"up.weight": right})
+    found = gc.verify(paths[0], base=paths[1], merged=paths[2], level="weights")
+    assert [row.what for row in found.wrong] == [
+        "1 of 786432 elements differ, the first at [789, 5]"
+    ]
+
+
+def test_rows_of_a_fused_matrix_are_judged_one_by_one(tmp_path: Path) -> None:
+    base = write_base(tmp_path, {"qkv": (72, 24)}, dtype=torch.float32)["qkv.weight"]
+    deltas = {name: random_delta(24, 24, seed=i) for i, name in enumerate("qv")}
+    weights = {"q": 0, "v": 48}
+    write_model(tmp_path / "base", {"w": base})
+
+    def found(merged: torch.Tensor) -> dict[str, str]:
+        write_model(tmp_path / "merged", {"w": merged})
+        before, after = (
+            Checkpoint.open(tmp_path / name).tensors["w"] for name in ("base", "merged")
         )
-        assert ours.ok, ours.as_text()
+        updates = [Update(n, deltas[n], start, 24) for n, start in weights.items()]
+        return {f.module: f.what for f in Comparison(before, after, updates).found() if f.worst > 1}
+
+    right = base.clone()
+    for name, start in weights.items():
+        right[start : start + 24] += dense(deltas[name])
+    assert found(right) == {}
+    without_v = right.clone()
+    without_v[48:] = base[48:]
+    assert found(without_v) == {"v": "the update is not applied"}
+    changed = right.clone()
+    changed[30, 0] = torch.nextafter(right[30, 0], torch.tensor(9.0))
+    assert found(changed) == {"": "rows that no adapter touches were changed"}
 
 
-def _blocks(delta: Gralora) -> torch.Tensor:
-    """The blocks [j, n, o, i] of a delta without its general part."""
-    plain = dense(Gralora(delta.A, delta.B, delta.scaling))
-    k = delta.k
-    return plain.view(k, plain.shape[0] // k, k, -1).permute(0, 2, 1, 3).clone()
+def test_the_receipt_of_several_adapters_is_explained(tmp_path: Path) -> None:
+    made = setting(tmp_path)
+    write_adapter(tmp_path / "other", {"layers.0.up": random_delta(96, 48, size=0.01)})
+    base, merged = tmp_path / "base", tmp_path / "both"
+    run_ok("merge", tmp_path / "adapter", tmp_path / "other", "--base", base, "-o", merged)
+    outcome = run("verify", tmp_path / "adapter", "--base", base, "--merged", merged)
+    assert outcome.status == 1
+    assert "lists 2 adapters" in outcome.stderr
+    run_ok("merge", tmp_path / "other", "--base", base, "--weight", "0.5", "-o", tmp_path / "half")
+    outcome = run("verify", tmp_path / "other", "--base", base, "--merged", tmp_path / "half")
+    assert outcome.status == 1
+    assert "off by a factor of 0.5" in outcome.stdout
+    assert "(weight 0.5)" in outcome.stderr
+    outcome = run("verify", tmp_path / "adapter", "--base", base, "--merged", tmp_path / "half")
+    assert "lists another adapter" in outcome.stderr
+    assert made.deltas
 
 
-def _from_blocks(blocks: torch.Tensor, delta: Gralora) -> torch.Tensor:
-    general = dense(delta) - dense(Gralora(delta.A, delta.B, delta.scaling))
-    return blocks.permute(0, 2, 1, 3).reshape_as(general) + general
-
-
-def transposed(delta: Gralora) -> torch.Tensor:
-    return _from_blocks(_blocks(delta).transpose(0, 1), delta)
-
-
-def slot_order(delta: Gralora) -> torch.Tensor:
-    k, m, r = delta.A.shape
-    a = delta.A.view(k, m, r // k, k).transpose(2, 3).reshape(k, m, r)
-    return dense(Gralora(a, delta.B, delta.scaling, delta.general_A, delta.general_B))
-
-
-def reversed_k(delta: Gralora) -> torch.Tensor:
-    return dense(Gralora(delta.A.flip(0), delta.B, delta.scaling, delta.general_A, delta.general_B))
-
-
-def one_block_missing(delta: Gralora) -> torch.Tensor:
-    blocks = _blocks(delta)
-    blocks[1, 0] = 0
-    general = dense(delta) - dense(Gralora(delta.A, delta.B, delta.scaling))
-    p, m = blocks.shape[2:]
-    general[p : 2 * p, :m] = 0
-    return _from_blocks(blocks, Gralora(delta.A, delta.B, delta.scaling)) + general
-
-
-def without_hybrid(delta: Gralora) -> torch.Tensor:
-    return dense(Gralora(delta.A, delta.B, delta.scaling))
-
-
-def alpha_over_r(delta: Gralora) -> torch.Tensor:
-    return dense(delta) * (delta.r + delta.hybrid_r) / delta.r
-
-
-MISTAKES: dict[str, tuple[Callable[[Gralora], torch.Tensor], str]] = {
-    "transposed blocks": (transposed, "transposed"),
-    "slot order": (slot_order, "slots"),
-    "reversed k": (reversed_k, "reversed"),
-    "one block missing": (one_block_missing, "(1, 0) is wrong"),
-    "alpha / r": (alpha_over_r, "alpha / r"),
-    "one percent": (lambda d: dense(d) * 1.01, "scaling is off by a factor of 1.0"),
-    "hybrid missing": (without_hybrid, "hybrid part is missing"),
-    "twice": (lambda d: dense(d) * 2, "applied twice"),
-    "nothing": (lambda d: dense(d) * 0, "not applied"),
-    "sign": (lambda d: -dense(d), "sign"),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_every_mistake_is_found_and_named(mistake: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    base, deltas = setting(tmp_path, dtype=dtype, rho=0.03)
-    make, words = MISTAKES[mistake]
-    found = audit(tmp_path, added(base, {name: make(delta) for name, delta in deltas.items()}))
-    assert not found.ok
-    assert {row.module for row in found.wrong} == set(deltas)
-    assert all(words in row.what for row in found.wrong), found.as_text()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_else_can_be_wrong_is_found_and_named(dtype: torch.dtype, tmp_path: Path) -> None:
-    base, deltas = setting(tmp_path, dtype=dtype, rho=0.01)
-    right = added(base, {name: dense(delta) for name, delta in deltas.items()})
-    left_out = right | {"layers.1.up.weight": base["layers.1.up.weight"]}
-    found = audit(tmp_path, left_out)
-    assert [row.module for row in found.wrong] == ["layers.1.up"]
-    assert found.as_json()["weights"]["worst_module"] == "layers.1.up"  # type: ignore[index]
-
-    changed = right | {"norm.weight": right["norm.weight"] * 1.01}
-    assert [row.tensor for row in audit(tmp_path, changed).wrong] == ["norm.weight"]
-
-    missing = {name: tensor for name, tensor in right.items() if name != "norm.weight"}
-    assert "is missing" in audit(tmp_path, missing).wrong[0].what
-
-    extra = right | {"more.weight": torch.ones(3, 4)}
-    assert "neither in base nor adapter" in audit(tmp_path, extra).wrong[0].what
-
-    other = write_base(tmp_path / "other", dtype=dtype, seed=9)
-    wrong_base = added(other, {name: dense(delta) for name, delta in deltas.items()})
-    assert "another base" in audit(tmp_path, wrong_base).wrong[0].what
-
-    weight = right["layers.0.up.weight"].clone()
-    weight[3, 4] = float("nan")
-    found = audit(tmp_path, right | {"layers.0.up.weight": weight})
-    assert "NaN" in found.wrong[0].what
-    found.as_json()
+def test_the_survival_report_names_the_module_that_lost_most(tmp_path: Path) -> None:
+    made = setting(tmp_path, dtype=torch.bfloat16, rho=0.02, hybrid_r=0)
+    weak = {name: replace(d, B=d.B / 30) for name, d in made.deltas.items() if name == "layers.1.q"}
+    write_adapter(tmp_path / "adapter", {**made.deltas, **weak})
+    faint = Setting(tmp_path, made.base, {**made.deltas, **weak}, {})
+    found = audit(faint, faint.right(), "weights")
+    assert found.ok, found.as_text()
+    survival = found.as_json()["survival"]
+    assert isinstance(survival, dict)
+    assert survival["worst"]["module"] == "layers.1.q"
+    assert survival["worst"]["noise"] > survival["noise"]
+    assert "least kept: layers.1.q" in found.as_text()
+    assert "--dtype float32" in found.as_text()
 
 
 def test_levels_leave_out_what_they_do_not_run(tmp_path: Path) -> None:
-    base, deltas = setting(tmp_path, dtype=torch.float32, rho=0.01)
-    right = added(base, {name: dense(delta) for name, delta in deltas.items()})
-    weights = audit(tmp_path, right, "weights").as_json()
+    made = setting(tmp_path)
+    weights = audit(made, made.right(), "weights").as_json()
     assert weights["ok"] is True
     assert weights["modules"] is None
     assert weights["model"] is None
-    modules = audit(tmp_path, right, "modules").as_json()
+    modules = audit(made, made.right(), "modules").as_json()
     assert isinstance(modules["modules"], dict)
     assert modules["model"] is None
 

@@ -26,7 +26,7 @@ LAYERS = {
         "architecture", "heads", "pieces", "placement", "quantisation", "ties", "values",
     },
     "output": {"assembly", "tiles"},
-    "models": {"blueprint", "forward", "origins", "outputs", "source"},
+    "models": {"audit", "blueprint", "comparison", "forward", "modalities", "outputs", "source"},
     "verbs": {
         "anatomy", "checks", "conversion", "equivalence", "extraction", "inspection", "merging",
     },
@@ -43,7 +43,7 @@ BELOW = {
     "surface": {"foundation", "disk", "output", "verbs"},
 }
 # Inside a function only: an adapter hands out deltas, and only an unknown architecture is built.
-LAZY = {("adapter", "delta"), ("architecture", "blueprint"), ("architecture", "origins")}
+LAZY = {("adapter", "delta"), ("architecture", "blueprint")}
 WITHOUT_TORCH = LAYERS["foundation"] | LAYERS["disk"] | LAYERS["base"] | LAYERS["surface"]
 HEAVY = {"torch", "transformers", "numpy", "matplotlib", "safetensors", "huggingface_hub", "tqdm"}
 

@@ -1,0 +1,192 @@
+"""The level `model`: whole models of any modality, run on inputs made from their config."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import GraloraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from tests.builders import random_delta, write_adapter, write_model
+from tests.command import run, run_ok
+from tests.merges import setting
+from tests.models import ARCHITECTURES, save_base, train
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+VISION = {**SIZES, "image_size": 32, "patch_size": 8, "projection_dim": 16}
+TEXT = {**SIZES, "vocab_size": 64, "max_position_embeddings": 64, "projection_dim": 16}
+PAIR = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "max_target_positions": 32,
+}  # fmt: skip
+
+
+def _made(cls: str, config: str, /, **options: Any) -> Callable[[], PreTrainedModel]:
+    def make() -> PreTrainedModel:
+        model: PreTrainedModel = getattr(transformers, cls)(
+            getattr(transformers, config)(**options)
+        )
+        return model
+
+    return make
+
+
+def _llava() -> PreTrainedModel:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION),
+        text_config=transformers.LlamaConfig(**{**TEXT, "num_key_value_heads": 2}),
+        image_token_id=60, vision_feature_layer=-1,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+MODELS: dict[str, tuple[Callable[[], PreTrainedModel], set[str]]] = {
+    "images": (
+        _made("ViTForImageClassification", "ViTConfig", **SIZES, image_size=32, patch_size=8),
+        {"pixel_values"},
+    ),
+    "text and images": (
+        _made("SiglipModel", "SiglipConfig", text_config=TEXT, vision_config=VISION),
+        {"input_ids", "pixel_values"},
+    ),
+    "images among text": (_llava, {"input_ids", "pixel_values"}),
+    "mel bins": (
+        _made(
+            "WhisperForConditionalGeneration", "WhisperConfig", **PAIR, num_mel_bins=16,
+            max_source_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            decoder_start_token_id=1,
+        ),
+        {"input_features", "decoder_input_ids"},
+    ),
+    "waves": (
+        _made(
+            "Wav2Vec2ForCTC", "Wav2Vec2Config", **SIZES, vocab_size=16, conv_dim=(32, 32),
+            conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
+            num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+        ),
+        {"input_values"},
+    ),
+    "spectrograms": (
+        _made(
+            "ASTForAudioClassification", "ASTConfig", **SIZES, patch_size=4, frequency_stride=4,
+            time_stride=4, max_length=32, num_mel_bins=16,
+        ),
+        {"input_values"},
+    ),
+    "time series": (
+        _made(
+            "PatchTSTForPrediction", "PatchTSTConfig", num_input_channels=2, context_length=32,
+            patch_length=8, patch_stride=8, prediction_length=8, d_model=32,
+            num_attention_heads=4, num_hidden_layers=2, ffn_dim=48,
+        ),
+        {"past_values"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_of_every_modality_are_run(kind: str, tmp_path: Path) -> None:
+    make, inputs = MODELS[kind]
+    torch.manual_seed(0)
+    model = make().to(torch.bfloat16).eval()
+    model.save_pretrained(tmp_path / "base")
+    config = GraloraConfig(r=8, alpha=16, target_modules=r".*(v_proj|value)$")
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "gralora" in name:
+            parameter.data.normal_(0, 0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    arguments = ["verify", tmp_path / "adapter", "--base", tmp_path / "base", "--merged"]
+    found = run_ok(*arguments, tmp_path / "merged", "--json").json["model"]
+    assert isinstance(found, dict)
+    assert found["ok"] is True
+    assert set(found["inputs"]) == inputs
+    path = tmp_path / "merged" / "model.safetensors"
+    wrong = {
+        name: tensor.flip(0) if name.endswith(("v_proj.weight", "value.weight")) else tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file({name: t.contiguous() for name, t in wrong.items()}, path, metadata={"format": "pt"})
+    outcome = run(*arguments, tmp_path / "merged", "--json")
+    assert outcome.status == 1
+    assert isinstance(outcome.json["model"], dict)
+    assert outcome.json["model"]["ok"] is False
+
+
+def test_an_update_that_rounding_lost_is_no_difference_of_the_model(tmp_path: Path) -> None:
+    """The outputs are far from base + adapter, and just where a right merge has them."""
+    architecture = ARCHITECTURES["llama"]
+    base = save_base(architecture, tmp_path / "base", torch.bfloat16)
+    adapted = train(base, architecture, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {name: t * 0.2 if "_B" in name else t for name, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    merged = tmp_path / "merged"
+    run_ok("merge", tmp_path / "adapter", "--base", base, "-o", merged)
+    found = run_ok(
+        "verify", tmp_path / "adapter", "--base", base, "--merged", merged, "--json"
+    ).json
+    assert isinstance(found["model"], dict)
+    assert found["model"]["max_abs_diff"] == pytest.approx(found["model"]["rounding"], rel=0.1)
+    assert adapted is not None
+
+
+def test_right_weights_with_a_wrong_config_are_explained(tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["llama"]
+    base = save_base(architecture, tmp_path / "base")
+    train(base, architecture, tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    run_ok("merge", tmp_path / "adapter", "--base", base, "-o", merged)
+    config = merged / "config.json"
+    changed = config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5')
+    assert changed != config.read_text()
+    config.write_text(changed)
+    outcome = run("verify", tmp_path / "adapter", "--base", base, "--merged", merged)
+    assert outcome.status == 1
+    assert "weights: equal" in outcome.stdout
+    assert "look at what config.json" in outcome.stdout
+
+
+@pytest.mark.parametrize("broken", ["merged", "base"])
+@pytest.mark.parametrize("how", ["empty", "truncated", "no weights", "not there"])
+def test_checkpoints_that_cannot_be_read_are_refused(broken: str, how: str, tmp_path: Path) -> None:
+    made = setting(tmp_path)
+    made.write(made.right())
+    path = tmp_path / broken / "model.safetensors"
+    match how:
+        case "empty":
+            path.write_bytes(b"")
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:-100])
+        case "no weights":
+            path.unlink()
+        case _:
+            path.parent.rename(tmp_path / "elsewhere")
+    outcome = run(
+        "verify", tmp_path / "adapter", "--base", tmp_path / "base", "--merged", tmp_path / "merged"
+    )
+    assert outcome.status == 2
+    assert outcome.stdout == ""
+    assert len(outcome.stderr.splitlines()) == 1
+    assert broken in outcome.stderr
+
+
+def test_a_model_that_cannot_be_run_leaves_the_weights_to_decide(tmp_path: Path) -> None:
+    delta = random_delta(32, 24, size=0.1)
+    weight = torch.ones(32, 24)
+    write_model(tmp_path / "base", {"up.weight": weight}, model_type="unheard-of")
+    write_adapter(tmp_path / "adapter", {"up": delta})
+    run_ok("merge", tmp_path / "adapter", "--base", tmp_path / "base", "-o", tmp_path / "merged")
+    outcome = run_ok(
+        "verify", tmp_path / "adapter", "--base", tmp_path / "base", "--merged", tmp_path / "merged"
+    )
+    assert "the model was not run" in outcome.stderr
+    assert outcome.stdout.endswith("same function\n")
