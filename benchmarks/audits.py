@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import gralora_convert as gc
-from gralora_convert.delta import dense
+from gralora_convert.products import dense
 from tests.merges import WRONG, Setting, Tensors, applies, setting, wrong_modules
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

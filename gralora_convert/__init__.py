@@ -24,8 +24,6 @@ if TYPE_CHECKING:
         Dense,
         Gralora,
         Lora,
-        delta_weight,
-        dense,
         gralora_to_hybrid,
         gralora_to_lora,
         hybrid_to_gralora,
@@ -50,6 +48,7 @@ if TYPE_CHECKING:
     from gralora_convert.forward import GraloraLinear, attach
     from gralora_convert.merging import merge
     from gralora_convert.plan import Plan
+    from gralora_convert.products import delta_weight, dense
     from gralora_convert.report import Finding, Report
 
 _HOMES = {
@@ -63,8 +62,6 @@ _HOMES = {
         "Dense",
         "Gralora",
         "Lora",
-        "delta_weight",
-        "dense",
         "gralora_to_hybrid",
         "gralora_to_lora",
         "hybrid_to_gralora",
@@ -89,6 +86,7 @@ _HOMES = {
     "forward": ("GraloraLinear", "attach"),
     "merging": ("merge",),
     "plan": ("Plan",),
+    "products": ("delta_weight", "dense"),
     "report": ("Finding", "Report"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

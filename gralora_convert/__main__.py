@@ -1,6 +1,6 @@
 """`python -m gralora_convert`: the command line."""
 
-from gralora_convert.cli import main
+from gralora_convert.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

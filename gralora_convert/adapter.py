@@ -4,15 +4,15 @@
 `Adapter.open` refuses anything with an error. Codes and verdicts are stable words.
 """
 
-import hashlib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig, read_config
 from gralora_convert.errors import InvalidAdapterError, UnreadableError, UnsupportedError
+from gralora_convert.files import measured
 from gralora_convert.hub import fetch, parse_name
 from gralora_convert.keys import Role
 from gralora_convert.places import Places
@@ -24,7 +24,6 @@ from gralora_convert.tensors import (
     TensorFile,
     TensorFileError,
     TensorSpec,
-    open_regular,
     read_tensor_file,
     read_torch,
 )
@@ -66,6 +65,7 @@ class Adapter:
     ignored: Mapping[str, str]
     unsupported: tuple[str, ...]
     findings: tuple[Finding, ...]
+    _digest: list[str] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path) -> "Adapter":
@@ -154,12 +154,12 @@ class Adapter:
         `delta`."""
         import torch
 
-        from gralora_convert.delta import Gralora, Lora, direct_sum
+        from gralora_convert.delta import Gralora, Lora, direct_sum, is_finite
 
         def read(role: Role) -> torch.Tensor:
             spec = self.roles[module][role]
             tensor = read_torch(spec)
-            if not tensor.isfinite().all():
+            if not is_finite(tensor):
                 raise InvalidAdapterError(
                     f"{spec.name}: holds NaN or infinity", where=self.file.path,
                     hint="Training diverged, or the file is damaged: use an earlier checkpoint.",
@@ -185,12 +185,10 @@ class Adapter:
             )
 
     def sha256(self) -> str:
-        """The digest of the weights file, as `sha256sum` prints it."""
-        with open_regular(self.file.path) as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        return digest.hexdigest()
+        """The digest of the weights file, as `sha256sum` prints it; computed once."""
+        if not self._digest:
+            self._digest.append(measured(self.file.path).sha256 or "")
+        return self._digest[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,11 +47,11 @@ def validate(
     >>> validate("fixtures/peft-0.21.2/llama-gralora", "fixtures/bases/llama").ok
     True
     """
-    path = adapter.path if isinstance(adapter, Adapter) else Path(adapter)
-    if _is_merged(path):
+    named = adapter.path if isinstance(adapter, Adapter) else adapter
+    if _is_merged(Path(named)):
         opened = Checkpoint.open(base) if isinstance(base, str | Path) else base
-        return Report.of(checkpoint_receipt_findings(path, opened))
-    scan = scan_adapter(path)
+        return Report.of(checkpoint_receipt_findings(Path(named), opened))
+    scan = scan_adapter(named)
     findings = list(scan.report.findings)
     if scan.file is not None:
         findings += _value_findings(scan.file)

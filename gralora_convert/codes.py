@@ -118,7 +118,8 @@ SECTIONS: Mapping[str, Mapping[str, Meaning]] = {
     },
     "Keys": {
         "key-prefix-missing": Meaning(E, "Keys lack `base_model.model.`.", _RESAVE),
-        "key-wrapper-prefix": Meaning(E, "Keys hold the name of a wrapper (compile, DDP, FSDP).",
+        "key-wrapper-prefix": Meaning(f"{E}, {W}", "Keys hold the name of a wrapper (compile, "
+                                      "DDP, FSDP).",
                                       "Unwrap the model, then save it."),
         "key-adapter-name": Meaning(f"{E}, {W}", "Keys hold the adapter's name; PEFT reads only "
                                     "`default`.", _RESAVE),
@@ -173,6 +174,17 @@ SECTIONS: Mapping[str, Mapping[str, Meaning]] = {
         "embedding-size-mismatch": Meaning(E, "Only some of the embeddings were resized.",
                                            "Save input and output embeddings."),
     },
+    "Receipts": {
+        "receipt-mismatch": Meaning(f"{E}, {W}", "What lies here is not what the receipt states: "
+                                    "an error for merged weights, else a warning.",
+                                    "Make it again; where it was changed on purpose, remove the "
+                                    "receipt."),
+        "receipt-base-mismatch": Meaning(E, "The merge was made from another base.", _OTHER_BASE),
+        "receipt-unreadable": Meaning(f"{E}, {W}", "`gralora_convert.json` is no receipt of this "
+                                      "tool.", "Remove it, or make the output again."),
+        "receipt-without-digests": Meaning(N, "The receipt states no sha256 of the files.",
+                                           "Merge with `--digests`, or use `verify`."),
+    },
     "The fit to the base": {
         "base-not-checked": Meaning(N, "The base is not at hand; the adapter was checked alone.",
                                     "Give `--base`."),
@@ -191,6 +203,9 @@ SECTIONS: Mapping[str, Mapping[str, Meaning]] = {
                                            "convolution, experts).", "Remove its tensors."),
         "target-unsupported": Meaning(E, "A live layer is neither nn.Linear nor Conv1D.",
                                       "Attach to the model that was trained."),
+        "forward-ignores-adapter": Meaning(E, "The model reads this layer's weight and never calls "
+                                           "the layer: its trained adapter had no effect.",
+                                           "Remove its tensors."),
         "attention-out-proj": Meaning(E, "nn.MultiheadAttention never calls this layer.",
                                       "Remove its tensors: they had no effect in training."),
         "fan-in-fan-out-mismatch": Meaning(W, "The flag contradicts the layers; they decide.",

@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gralora_convert.delta import Delta, Gralora, rows, terms, to_device
+from gralora_convert.delta import Delta, Gralora, terms, to_device
 from gralora_convert.diagnosis import BlockSums, Evidence, explain, features
 from gralora_convert.layer import forward_path
 from gralora_convert.plan import default_jobs
+from gralora_convert.products import rows
 from gralora_convert.rounding import Survival, magnitude_rows, survival, tolerance, worst_ratio
 from gralora_convert.tensors import (
     DTYPE_BITS,

@@ -8,9 +8,9 @@ B4 = B.view(k, k, s, p)[j, n, t, o]
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -22,21 +22,17 @@ __all__ = [
     "Dense",
     "Gralora",
     "Lora",
-    "add_rows_",
-    "delta_weight",
-    "dense",
     "direct_sum",
     "gralora_to_hybrid",
     "gralora_to_lora",
     "hybrid_to_gralora",
+    "is_finite",
     "lora_to_gralora",
     "lora_to_hybrid",
     "pad",
     "pad_lora",
     "permute_rows",
     "require_device",
-    "row_blocks",
-    "rows",
     "terms",
     "to_device",
     "with_scaling",
@@ -176,6 +172,10 @@ class Dense:
 
 
 Delta = Gralora | Lora | Dense
+_INFINITY = {  # its bits
+    torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000,
+    torch.float64: 0x7FF0000000000000,
+}  # fmt: skip
 Factored = TypeVar("Factored", Gralora, Lora)
 
 
@@ -214,32 +214,51 @@ def require_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, TypeError) as problem:
         # torch asserts that it was built for cuda, and imports what other devices need
-        reason = str(problem).split(".")[0].split("\n")[0][:200]
+        reason = str(problem).split(". ")[0].split("\n")[0][:200]
         raise MisuseError(
             f"--device {name!r} cannot be used: {reason}", hint="Is it cpu or cuda?"
         ) from problem
     return device
 
 
-def to_device(delta: Delta, device: str) -> Delta:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; any floating dtype of 16 bits or more, contiguous.
+
+    By their bits, many times faster than torch.isfinite: read as signed numbers, the bits of
+    positive values are in order; as unsigned ones, those of negative values lie above and are in
+    order. What is not finite comes last in either.
+
+    >>> is_finite(torch.tensor([1.0, -2.0])), is_finite(torch.tensor([1.0, float("nan")]))
+    (True, False)
+
+    IEEE 754 binary formats.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return bool(tensor.isfinite().all())
+    if tensor.numel() == 0:
+        return True
+    width, infinity = tensor.dtype.itemsize, _INFINITY[tensor.dtype]
+    bits = tensor.detach().view(torch.uint8).numpy()
+    signed, unsigned = bits.view(f"<i{width}").max(), bits.view(f"<u{width}").max()
+    return int(signed) < infinity and int(unsigned) < infinity + (1 << 8 * width - 1)
+
+
+@overload
+def to_device(delta: Gralora | Lora, device: str | torch.device) -> Gralora | Lora: ...
+@overload
+def to_device(delta: Delta, device: str | torch.device) -> Delta: ...
+def to_device(delta: Delta, device: str | torch.device) -> Delta:
     """The same delta with its tensors on `device`.
 
     >>> to_device(Lora(torch.ones(1, 2), torch.ones(3, 1), 1.0), "meta").A.is_meta
     True
     """
-    match delta:
-        case Gralora(general_A=ga, general_B=gb):
-            return Gralora(
-                delta.A.to(device),
-                delta.B.to(device),
-                delta.scaling,
-                None if ga is None else ga.to(device),
-                None if gb is None else gb.to(device),
-            )
-        case Lora():
-            return Lora(delta.A.to(device), delta.B.to(device), delta.scaling)
-        case Dense():
-            return Dense(delta.weight.to(device))
+    tensors = {
+        field.name: value.to(device)
+        for field in fields(delta)
+        if isinstance(value := getattr(delta, field.name), Tensor)
+    }
+    return replace(delta, **tensors)  # type: ignore[arg-type]
 
 
 def gralora_to_lora(delta: Gralora) -> Lora:
@@ -497,178 +516,3 @@ def permute_rows(delta: Gralora | Lora, order: Sequence[int]) -> Lora:
     """
     lora = gralora_to_lora(delta) if isinstance(delta, Gralora) else delta
     return Lora(lora.A, lora.B[torch.tensor(order, device=lora.B.device)], lora.scaling)
-
-
-def add_rows_(
-    tile: Tensor, delta: Delta, start: int, *, transposed: bool = False, weight: float = 1.0
-) -> None:
-    """Adds weight * delta[start:start+rows] to the tile (rows, in), in place.
-
-    With `transposed`, weight * delta.T[start:start+rows] to a tile (rows, out): the weight of a
-    Conv1D is stored so. A tile may begin and end anywhere in a block row.
-
-    float32 or float64 tiles; sums are of the tile's dtype. One gemm per block writes straight into
-    the tile: no temporary of its size, and factors of the tile's dtype are not copied.
-
-    Raises:
-        ValueError: the tile is not rows of the delta, or not float32 or float64.
-
-    >>> tile = torch.zeros(2, 6)
-    >>> add_rows_(tile, Gralora(torch.ones(2, 3, 4), torch.ones(2, 4, 5), 0.5), start=4)
-    >>> tile[:, 0]
-    tensor([1., 1.])
-
-    PEFT 0.21.2, tuners/gralora/layer.py, get_delta_weight.
-    """
-    stop = start + tile.shape[0]
-    _check_rows(delta, start, stop, transposed)
-    width = delta.out_features if transposed else delta.in_features
-    if tile.ndim != 2 or tile.shape[1] != width:
-        raise ValueError(f"the tile {tuple(tile.shape)} needs rows of {width} columns")
-    if tile.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"the tile has dtype {tile.dtype}, float32 or float64 was needed")
-    match delta:
-        case Gralora():
-            _add_blocks_(tile, delta, start, stop, transposed, weight)
-            if delta.general_A is not None and delta.general_B is not None:
-                general = Lora(delta.general_A, delta.general_B, delta.scaling)
-                add_rows_(tile, general, start, transposed=transposed, weight=weight)
-        case Lora(A=A, B=B):
-            left, right = (A.T[start:stop], B.T) if transposed else (B[start:stop], A)
-            tile.addmm_(left.to(tile.dtype), right.to(tile.dtype), alpha=weight * delta.scaling)
-        case Dense(weight=update):
-            update = update.T if transposed else update
-            tile.add_(update[start:stop], alpha=weight)
-
-
-def _check_rows(delta: Delta, start: int, stop: int, transposed: bool) -> None:
-    count = delta.in_features if transposed else delta.out_features
-    if not 0 <= start < stop <= count:
-        raise ValueError(f"rows {start}:{stop} are not within the {count} rows of the delta")
-
-
-def _add_blocks_(
-    tile: Tensor, delta: Gralora, start: int, stop: int, transposed: bool, weight: float
-) -> None:
-    k, s = delta.k, delta.s
-    a4 = delta.A.to(tile.dtype).view(k, -1, k, s)
-    b4 = delta.B.to(tile.dtype).view(k, k, s, -1)
-    height = a4.shape[1] if transposed else b4.shape[3]
-    width = b4.shape[3] if transposed else a4.shape[1]
-    alpha = weight * delta.scaling
-    for u in range(start // height, math.ceil(stop / height)):
-        first, last = max(start, u * height), min(stop, (u + 1) * height)
-        place, within = (
-            slice(first - start, last - start),
-            slice(first - u * height, last - u * height),
-        )
-        for v in range(k):
-            block = tile[place, v * width : (v + 1) * width]
-            if transposed:
-                block.addmm_(a4[u, within, v], b4[v, u], alpha=alpha)
-            else:
-                block.addmm_(b4[u, v][:, within].T, a4[v, :, u].T, alpha=alpha)
-
-
-def dense(delta: Delta, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The delta as a matrix (out, in), on the device of its factors.
-
-    Sums are float32 (float64 for a float64 dtype), rounded once to `dtype`; differentiable.
-
-    >>> dense(Lora(torch.ones(1, 2), torch.ones(3, 1), 0.5)).shape
-    torch.Size([3, 2])
-    """
-    if isinstance(delta, Dense):
-        return delta.weight.to(dtype)
-    shape, wide = (delta.out_features, delta.in_features), torch.promote_types(dtype, torch.float32)
-    matrix = torch.zeros(shape, dtype=wide, device=delta.A.device)
-    add_rows_(matrix, delta, 0)
-    return matrix.to(dtype)
-
-
-def delta_weight(
-    A: Tensor,
-    B: Tensor,
-    scaling: float = 1.0,
-    general_A: Tensor | None = None,
-    general_B: Tensor | None = None,
-) -> Tensor:
-    """The delta weight (out, in) of GraLoRA factors: what a merge adds to a Linear's weight.
-
-    A (k, in/k, r)   B (k, r, out/k)   general_A (h, in)   general_B (out, h)  ->  (out, in)
-
-    In float32, or in float64 if A is; half-precision factors are not rounded again. Gradients
-    reach the factors. The weight of a Conv1D is stored transposed and takes the transpose.
-
-    Raises:
-        ValueError: as `Gralora`.
-
-    >>> delta_weight(torch.ones(2, 3, 4), torch.ones(2, 4, 5), scaling=0.5).shape
-    torch.Size([10, 6])
-
-    PEFT 0.21.2, tuners/gralora/layer.py, get_delta_weight; arXiv 2505.20355, eq. 4.
-    """
-    delta = Gralora(A, B, scaling, general_A, general_B)
-    return dense(delta, torch.promote_types(A.dtype, torch.float32))
-
-
-def rows(
-    delta: Delta,
-    start: int,
-    stop: int,
-    dtype: torch.dtype = torch.float64,
-    *,
-    transposed: bool = False,
-) -> Tensor:
-    """delta[start:stop] (rows of delta.T with `transposed`), by the sum over t of the formula
-    above: shares no code with `add_rows_`, so that each can check the other.
-
-    (stop - start, in), with `transposed` (stop - start, out), of the given floating dtype.
-
-    Raises:
-        ValueError: start:stop is not within the rows of the delta.
-
-    >>> delta = Gralora(torch.ones(2, 3, 4), torch.ones(2, 4, 5), scaling=0.5)
-    >>> rows(delta, 0, 1)
-    tensor([[1., 1., 1., 1., 1., 1.]], dtype=torch.float64)
-    """
-    _check_rows(delta, start, stop, transposed)
-    match delta:
-        case Gralora():
-            parts = [
-                torch.einsum("xvt,vyt->xvy", left.to(dtype), right.to(dtype)).flatten(1)
-                for left, right in row_blocks(delta, start, stop, transposed=transposed)
-            ]
-            result = torch.cat(parts).mul_(delta.scaling)
-            if delta.general_A is not None and delta.general_B is not None:
-                general = Lora(delta.general_A, delta.general_B, delta.scaling)
-                result += rows(general, start, stop, dtype, transposed=transposed)
-            return result
-        case Lora(A=A, B=B):
-            left, right = (A.T, B.T) if transposed else (B, A)
-            return delta.scaling * (left[start:stop].to(dtype) @ right.to(dtype))
-        case Dense(weight=weight):
-            return (weight.T if transposed else weight)[start:stop].to(dtype)
-
-
-def row_blocks(
-    delta: Gralora, start: int, stop: int, *, transposed: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The factors behind rows start:stop, a block row at a time: left (x, k, s), right (k, y, s);
-    row x of the block row is the concatenation over v of left[x, v] @ right[v].T.
-
-    >>> delta = Gralora(torch.ones(2, 3, 4), torch.ones(2, 4, 5), scaling=0.5)
-    >>> [tuple(left.shape) for left, _ in row_blocks(delta, 3, 9)]
-    [(2, 2, 2), (4, 2, 2)]
-    """
-    k, s = delta.k, delta.s
-    a4, b4 = delta.A.view(k, -1, k, s), delta.B.view(k, k, s, -1)
-    height = a4.shape[1] if transposed else b4.shape[3]
-    for u in range(start // height, math.ceil(stop / height)):
-        within = slice(
-            max(start, u * height) - u * height, min(stop, (u + 1) * height) - u * height
-        )
-        if transposed:  # u = n: left[i, j, t], right[j, o, t]
-            yield a4[u, within], b4[:, u].transpose(1, 2)
-        else:  # u = j: left[o, n, t], right[n, i, t]
-            yield b4[u, :, :, within].permute(2, 0, 1), a4[:, :, u]

@@ -13,7 +13,15 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from gralora_convert.delta import Delta, Dense, Gralora, Lora, permute_rows, rows, terms
+from gralora_convert.delta import (
+    Delta,
+    Dense,
+    Gralora,
+    Lora,
+    permute_rows,
+    terms,
+)
+from gralora_convert.products import rows
 from gralora_convert.rounding import magnitude_rows, tolerance
 
 __all__ = ["BlockSums", "Evidence", "Mistake", "explain", "features", "mistakes"]

@@ -21,10 +21,9 @@ from gralora_convert.delta import (
     Dense,
     Gralora,
     Lora,
-    add_rows_,
     check_divides,
-    dense,
 )
+from gralora_convert.products import add_rows_, dense
 
 __all__ = [
     "Fit",

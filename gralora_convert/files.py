@@ -1,15 +1,20 @@
 """Regular files, read whole or in part: nothing that blocks, and no short read that goes unseen."""
 
 import contextlib
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from gralora_convert.errors import ChangedInputError, UnreadableError
 
-__all__ = ["Stamp", "file_stamp", "open_regular", "pread_exact", "reading", "require_stamp"]
+__all__ = [
+    "Measure", "Stamp", "file_stamp", "measured", "open_regular", "pread_exact", "reading",
+    "require_stamp",
+]  # fmt: skip
 
 Stamp = tuple[int, int, int]
 _AGAIN = "Run again when nothing writes to it."
@@ -50,6 +55,33 @@ def open_regular(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise UnreadableError("is not a regular file", where=path)
     return os.fdopen(descriptor, "rb")
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """The size of a file in bytes and its sha256; None: not computed."""
+
+    nbytes: int
+    sha256: str | None = None
+
+    def as_json(self) -> dict[str, object]:
+        return {"bytes": self.nbytes} | ({"sha256": self.sha256} if self.sha256 else {})
+
+
+def measured(path: Path, *, digest: bool = True) -> Measure:
+    """The size of the regular file `path`, and its digest as `sha256sum` prints it.
+
+    Raises:
+        UnreadableError: missing, not a regular file, or not readable.
+    """
+    with open_regular(path) as file, reading(path):
+        if not digest:
+            return Measure(os.fstat(file.fileno()).st_size)
+        sha256, nbytes = hashlib.sha256(), 0
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+            nbytes += len(chunk)
+    return Measure(nbytes, sha256.hexdigest())
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from gralora_convert.adapter import Adapter
 from gralora_convert.cards import CARD_NAME, merged_card
 from gralora_convert.checkpoint import Checkpoint, sidecars
-from gralora_convert.delta import Delta, permute_rows, to_device
+from gralora_convert.delta import Gralora, Lora, permute_rows, to_device
 from gralora_convert.errors import CheckFailedError, MisuseError
 from gralora_convert.pieces import Placement, Replacement
 from gralora_convert.placement import place
@@ -81,7 +81,7 @@ def merge(
     for adapter in opened:
         adapter.require_plain()
     factors = _weights(weights, opened)
-    if len({adapter.sha256() for adapter in opened}) < len(opened):
+    if len(opened) > 1 and len({adapter.sha256() for adapter in opened}) < len(opened):
         raise MisuseError("an adapter is named twice", hint="Use --weight 2 to apply it twice.")
     named = _base_name(opened) if base is None else base
     target = named if isinstance(named, Checkpoint) else Checkpoint.open(named)
@@ -140,7 +140,7 @@ def _base_name(adapters: Sequence[Adapter]) -> str:
 def _refuse_twice(adapters: Sequence[Adapter], base: Checkpoint) -> None:
     """A base that already holds one of the adapters would get its update a second time."""
     merged = set(_merged_before(base))
-    for adapter in adapters:
+    for adapter in adapters if merged else ():
         if adapter.sha256() in merged:
             raise MisuseError(
                 f"the base {base.source} already holds this adapter (its receipt lists it)",
@@ -183,12 +183,13 @@ class _Merge:
             protected=(self.base.path, *(a.path for a in self.adapters)),
             notes=tuple(notes),
             settings={
-                "adapters": [adapter.sha256() for adapter in self.adapters],
+                "adapters": [adapter.config.to_dict() for adapter in self.adapters],
                 "weights": self.weights,
                 "device": self.device,
                 "verify": self.verify,
             },
             resumable=True,
+            meanwhile=lambda: [adapter.sha256() for adapter in self.adapters],
         )
 
     def _merged_tensors(self) -> dict[str, MergedTensor]:
@@ -405,11 +406,11 @@ class _Merge:
 
 def _loader(
     adapter: Adapter, module: str, order: tuple[int, ...] | None, device: str
-) -> Callable[[], Delta]:
+) -> Callable[[], Gralora | Lora]:
     """Reads the factors of one module; with rows in another order on disk, as that permutation of
     the exact LoRA (a permutation breaks the blocks, not the rank)."""
 
-    def load() -> Delta:
+    def load() -> Gralora | Lora:
         delta = adapter.delta(module)
         ordered = delta if order is None else permute_rows(delta, order)
         return ordered if device == "cpu" else to_device(ordered, device)

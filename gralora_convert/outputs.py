@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from gralora_convert.adapter import Adapter
 from gralora_convert.checkpoint import Checkpoint
-from gralora_convert.delta import Delta, dense
+from gralora_convert.delta import Delta
 from gralora_convert.errors import ConvertError, MisuseError
 from gralora_convert.forward import GraloraLinear, attach
 from gralora_convert.layer import bare
 from gralora_convert.modalities import Inputs, inputs_for
+from gralora_convert.products import dense
 from gralora_convert.rounding import half_ulp
 from gralora_convert.tensors import torch_dtype
 

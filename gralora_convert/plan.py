@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gralora_convert.checkpoint import RECEIPT_NAME
 from gralora_convert.errors import CheckFailedError, MisuseError
-from gralora_convert.files import reading
+from gralora_convert.files import measured, reading
 from gralora_convert.journal import Done, Journal, clear_journals, journal_names, read_journals
 from gralora_convert.ranks import Follower, Leader, Ranks
 from gralora_convert.staging import Staging
@@ -36,6 +36,7 @@ __all__ = [
     "Account", "Computed", "Copied", "OutputFile", "Part", "Plan", "default_jobs", "index_json",
 ]  # fmt: skip
 
+DIGESTED_BYTES = 256 * 1024 * 1024  # outputs up to this size get digests unasked: below 0.3 s
 CONSTANT_MEMORY = 260 * 1024 * 1024  # interpreter, torch and its allocator, measured at import
 
 
@@ -48,6 +49,7 @@ class Plan:
     `CheckFailedError`, and what it returns is written into the output and returned by `write`.
     `settings` is what decides the bytes beside files and inputs. `resumable` says that everything
     which making a tensor finds out is in the account of its part, so that others may make it.
+    `meanwhile` is called once while tensors are made: work that the receipt needs done.
     """
 
     command: str
@@ -60,6 +62,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     resumable: bool = False
+    meanwhile: Callable[[], object] = lambda: None
 
     @property
     def nbytes(self) -> int:
@@ -141,6 +144,7 @@ class Plan:
         resume: bool = False,
         jobs: int | None = None,
         verify: bool = True,
+        digests: bool | None = None,
         progress: Callable[[int], None] | None = None,
         ranks: Ranks | None = None,
     ) -> dict[str, object]:
@@ -152,6 +156,8 @@ class Plan:
         Arguments:
             resume: goes on from what a broken run of the same plan has left, and leaves what is
                 done when it breaks off itself, as several ranks always do.
+            digests: whether the receipt states the sha256 of every file, for `validate` to compare
+                (None: of outputs up to 256 MiB).
             progress: is called with the number of bytes just written, from any worker.
             ranks: which of several processes this is, that call `write` with the same plan; all
                 but rank 0 write their share of the files and return {}.
@@ -186,7 +192,8 @@ class Plan:
             work.write_tensors(folder, leader.require_others)
             leader.wait()
             work.take_over(folder)
-            receipt = self._finish(folder, verify)
+            digested = self.nbytes <= DIGESTED_BYTES if digests is None else digests
+            receipt = self._finish(folder, verify, digested)
             staging.publish()
         return receipt
 
@@ -204,7 +211,7 @@ class Plan:
     def _protected(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys((*self.protected, *(file.path for file in self.inputs))))
 
-    def _finish(self, folder: Path, verify: bool) -> dict[str, object]:
+    def _finish(self, folder: Path, verify: bool, digests: bool) -> dict[str, object]:
         """Everything beside the tensors; returns the receipt."""
         for name, path in self.sidecars.items():
             copy_file(path, folder / name)
@@ -216,8 +223,14 @@ class Plan:
             self._require_as_planned(folder)
         receipt = self.receipt()
         clear_journals(folder)
+        receipt["outputs"] = self._outputs(folder, digests)
         write_text(folder / RECEIPT_NAME, (json.dumps(receipt, indent=2) + "\n").encode())
         return receipt
+
+    def _outputs(self, folder: Path, digests: bool) -> dict[str, dict[str, object]]:
+        """What was written, by file, for the receipt; a model card is there to be edited."""
+        names = {*(file.name for file in self.files), *self.texts, *self.sidecars} - {"README.md"}
+        return {name: measured(folder / name, digest=digests).as_json() for name in sorted(names)}
 
     def _require_as_planned(self, folder: Path) -> None:
         for file in self.files:
@@ -257,6 +270,7 @@ class _Work:
             journal=Journal(folder, self.fingerprint) if resumable else None,
             done=read_journals(folder, self.fingerprint) if resumable else None,
             tick=tick,
+            meanwhile=self.plan.meanwhile if self.ranks.is_leader else lambda: None,
         )
         for file in self.plan.inputs:
             file.require_unchanged()

@@ -254,11 +254,7 @@ class Leader:
     def _require_agreement(self, said: Mapping[int, Fields]) -> None:
         for rank, fields in said.items():
             if fields.get("plan") != self._plan:
-                raise MisuseError(
-                    f"rank {rank} would write something else than rank 0",
-                    where=self._output,
-                    hint="Give all processes the same arguments, inputs and version of the tool.",
-                )
+                raise _disagreement(rank, self._output)
 
     def wait(self) -> None:
         """Waits until all others have written their files.
@@ -290,6 +286,15 @@ class Leader:
         return False
 
 
+def _disagreement(rank: int, output: Path) -> MisuseError:
+    """What is said when two processes do not write the same thing."""
+    return MisuseError(
+        f"rank {rank} would write something else than rank 0",
+        where=output,
+        hint="Give all processes the same arguments, inputs and version of the tool.",
+    )
+
+
 class Follower:
     """A rank other than 0: `join` rank 0, write, `finish`."""
 
@@ -316,6 +321,8 @@ class Follower:
 
             self._until(is_invited, time.monotonic() + JOIN_SECONDS)
             sign.say(token=self._leader.fields.get("token"))
+            if self._leader.fields.get("plan") != self._plan:
+                raise _disagreement(self._ranks.rank, self._output)
             yield Path(str(self._leader.fields.get("folder")))
             sign.say(state="done")
         except ConvertError as error:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gralora_convert.delta import Delta, Dense, Gralora, Lora, row_blocks
+from gralora_convert.delta import Delta, Dense, Gralora, Lora
+from gralora_convert.products import row_blocks
 
 __all__ = ["Survival", "half_ulp", "magnitude_rows", "survival", "tolerance", "worst_ratio"]
 
@@ -86,8 +87,7 @@ def magnitude_rows(
 def _lengths(factor: Tensor) -> Tensor:
     """Euclidean lengths over the last dimension, summed in float64: the squares of float32 values
     may overflow or vanish in float32, and a bound that does so decides nothing."""
-    lengths: Tensor = torch.linalg.vector_norm(factor, dim=-1, dtype=torch.float64)
-    return lengths
+    return factor.double().square_().sum(-1).sqrt_()  # several times faster than vector_norm
 
 
 def tolerance(
@@ -193,10 +193,11 @@ def survival(before: Tensor, after: Tensor, delta: Tensor) -> Survival:
     0.5
     """
     moved = after - before
+    rest = moved - delta
     return Survival(
         _dot(moved, delta),
         _dot(delta, delta),
-        _dot(moved - delta, moved - delta),
+        _dot(rest, rest),
         int(torch.count_nonzero(moved)),
         delta.numel(),
     )

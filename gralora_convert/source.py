@@ -14,7 +14,13 @@ import torch
 from gralora_convert.adapter import Adapter
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.config import LoraConfig
-from gralora_convert.delta import Delta, Dense, Gralora, Lora, to_device
+from gralora_convert.delta import (
+    Delta,
+    Dense,
+    Gralora,
+    Lora,
+    to_device,
+)
 from gralora_convert.errors import InvalidAdapterError, UnsupportedError
 from gralora_convert.pieces import Placement, Target, read_parameter
 from gralora_convert.placement import place

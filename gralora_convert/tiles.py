@@ -10,13 +10,16 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
-from gralora_convert.delta import Delta, add_rows_, require_device, rows, terms
+from gralora_convert.delta import Gralora, Lora, is_finite, require_device, terms
 from gralora_convert.errors import CheckFailedError, UnsupportedError
+from gralora_convert.files import open_regular, pread_exact
 from gralora_convert.plan import Computed
+from gralora_convert.products import Stack, rows
 from gralora_convert.rounding import (
     Survival,
     magnitude_rows,
@@ -37,7 +40,6 @@ __all__ = ["CastTensor", "Contribution", "MergedTensor", "Patch", "PatchedTensor
 
 TILE_BYTES = 2 * 1024 * 1024  # of sums: small enough to stay in the second-level cache
 CHECKED_SHARE = 64  # one row in so many is recomputed in float64 while it is hot
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the width of a floating dtype
 PARTS = 4  # a tensor is checked in at least so many places
 
 
@@ -48,7 +50,7 @@ class Contribution:
     size in bytes."""
 
     module: str
-    load: Callable[[], Delta]
+    load: Callable[[], Gralora | Lora]
     weight: float
     start: int
     count: int
@@ -58,18 +60,29 @@ class Contribution:
     memory: int
 
 
-class _Shared:
-    """A value made at its first use and dropped after its last."""
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """A contribution with its factors: as they are, and laid out for adding."""
 
-    def __init__(self, make: Callable[[], Delta], uses: int) -> None:
-        self._make, self._uses = make, uses
-        self._value: Delta | None = None
+    contribution: Contribution
+    delta: Gralora | Lora
+    stack: Stack
+
+
+class _Shared:
+    """An update that is read at its first use and dropped after its last."""
+
+    def __init__(self, contribution: Contribution, dtype: torch.dtype, uses: int) -> None:
+        self.contribution, self._dtype, self._uses = contribution, dtype, uses
+        self._value: _Update | None = None
         self._lock = threading.Lock()
 
-    def get(self) -> Delta:
+    def get(self) -> _Update:
         with self._lock:
             if self._value is None:
-                self._value = self._make()
+                delta = self.contribution.load()
+                stack = Stack.of(delta, self._dtype, transposed=self.contribution.transposed)
+                self._value = _Update(self.contribution, delta, stack)
             return self._value
 
     def release(self) -> None:
@@ -80,10 +93,21 @@ class _Shared:
 
 
 class _Buffers(threading.local):
-    """Each worker's own memory, by purpose; it only grows."""
+    """Each worker's own memory, by purpose, which only grows, and the file that it reads."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._path: Path | None = None
+        self._file: BinaryIO | None = None
+
+    def read(self, spec: TensorSpec, start: int, buffer: memoryview) -> None:
+        """As `read_into`, but the file stays open for the next tile."""
+        if spec.strides is not None:
+            read_into(spec, start, buffer)
+            return
+        if self._file is None or self._path != spec.file:
+            self._file, self._path = open_regular(spec.file), spec.file
+        pread_exact(self._file.fileno(), buffer, spec.offset + start, spec.file)
 
     def get(self, purpose: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         count = shape[0] * shape[1]
@@ -113,6 +137,9 @@ class _Tiles:
         self.stored, self.written = torch_dtype(spec.dtype), torch_dtype(dtype)
         wide = torch.float64 in (self.stored, self.written)
         self.sums = torch.float64 if wide else torch.float32
+        # float32 is exact enough to judge a rounding to 16 bits (`tolerance` allows for it)
+        short = self.written.itemsize == 2 and not wide
+        self.checks = torch.float32 if short else torch.float64
         row_bytes = self.columns * self.sums.itemsize
         self.tile_rows = max(1, min(self.rows, TILE_BYTES // max(row_bytes, 1)))
         self.count = math.ceil(self.rows / self.tile_rows)
@@ -129,7 +156,7 @@ class _Tiles:
         """Rows `start:stop` as stored, in this worker's buffer."""
         stored = _buffers.get("stored", (stop - start, self.columns), self.stored)
         width = self.columns * self.stored.itemsize
-        read_into(self.spec, start * width, _bytes(stored))
+        _buffers.read(self.spec, start * width, _bytes(stored))
         return stored
 
     def round(
@@ -151,7 +178,7 @@ class _Tiles:
         else:
             shape = (sums.shape[0], self.columns)
             written = _buffers.get("written", shape, self.written).copy_(sums)
-        if _is_finite(written):
+        if is_finite(written):
             return written
         was_finite = stored().isfinite()
         if keep_infinite and torch.equal(was_finite, written.isfinite()):
@@ -223,9 +250,9 @@ class PatchedTensor(_Tiles):
 class MergedTensor(_Tiles):
     """A tensor of the base plus the updates of one or several modules.
 
-    With `check`, one row in 64 is recomputed in float64 by the formula of the forward path and
-    compared with the bytes about to be written; `worst` is then the largest difference relative to
-    the bound that one rounding allows, and `survival` says how much of the update came through.
+    With `check`, one row in 64 is recomputed by the formula of the forward path and compared with
+    the bytes about to be written; `worst` is then the largest difference relative to the bound that
+    one rounding allows, and `survival` says how much of the update came through.
     """
 
     def __init__(
@@ -242,7 +269,7 @@ class MergedTensor(_Tiles):
         self.device = require_device(device)
         groups = max(PARTS, *(c.blocks for c in contributions)) if check else 0
         self._checked = self._samples(min(groups, self.rows)) if groups else {}
-        self._shared = [_Shared(c.load, self.count) for c in contributions]
+        self._shared = [_Shared(c, self.sums, self.count) for c in contributions]
         self._lock = threading.Lock()
         self.worst = 0.0
         self.changed = False
@@ -278,7 +305,7 @@ class MergedTensor(_Tiles):
         updates = self._updates(start, stop)
         checked = self._checked.get(tile, ())
         try:
-            before = [stored[sample].to(torch.float64, copy=True) for sample in checked]
+            before = [stored[sample].to(self.checks, copy=True) for sample in checked]
             unchanged = None if self.changed else stored.clone()
             sums = self._sum(stored, start, stop, updates)
             written = self.round(sums, lambda: self.read(start, stop))
@@ -291,15 +318,16 @@ class MergedTensor(_Tiles):
                 shared.release()
         return _bytes(written)
 
-    def _updates(self, start: int, stop: int) -> list[tuple[Contribution, Delta]]:
+    def _updates(self, start: int, stop: int) -> list[_Update]:
         return [
-            (contribution, shared.get())
-            for contribution, shared in zip(self.contributions, self._shared, strict=True)
-            if contribution.start < stop and start < contribution.start + contribution.count
+            shared.get()
+            for shared in self._shared
+            if shared.contribution.start < stop
+            and start < shared.contribution.start + shared.contribution.count
         ]
 
     def _sum(
-        self, stored: torch.Tensor, start: int, stop: int, updates: list[tuple[Contribution, Delta]]
+        self, stored: torch.Tensor, start: int, stop: int, updates: Sequence[_Update]
     ) -> torch.Tensor:
         """Rows `start:stop` of base + updates; in place where the dtype allows it."""
         if self.device.type != "cpu":
@@ -308,14 +336,13 @@ class MergedTensor(_Tiles):
             sums = stored
         else:
             sums = _buffers.get("sums", (stop - start, self.columns), self.sums).copy_(stored)
-        for contribution, delta in updates:
+        for update in updates:
+            contribution = update.contribution
             first = max(start, contribution.start)
             last = min(stop, contribution.start + contribution.count)
-            add_rows_(
+            update.stack.add_rows_(
                 sums[first - start : last - start],
-                delta,
                 first - contribution.start + contribution.delta_start,
-                transposed=contribution.transposed,
                 weight=contribution.weight,
             )
         return sums
@@ -341,14 +368,15 @@ class MergedTensor(_Tiles):
         before: torch.Tensor,
         written: torch.Tensor,
         start: int,
-        updates: list[tuple[Contribution, Delta]],
+        updates: Sequence[_Update],
     ) -> None:
         """Compares checked rows (from row `start` of the tensor) with base + delta in float64."""
         stop = start + len(before)
         delta = torch.zeros_like(before)
         magnitude = before.abs()
         products = 0
-        for contribution, value in updates:
+        for update in updates:
+            contribution, value = update.contribution, update.delta
             first = max(start, contribution.start)
             last = min(stop, contribution.start + contribution.count)
             if first >= last:
@@ -357,11 +385,13 @@ class MergedTensor(_Tiles):
             place = slice(first - start, last - start)
             span = (begin, begin + last - first)
             weight = contribution.weight
-            delta[place] += weight * rows(value, *span, transposed=contribution.transposed).cpu()
-            bound = magnitude_rows(value, *span, transposed=contribution.transposed).cpu()
-            magnitude[place] += abs(weight) * bound
+            turned = contribution.transposed
+            part = rows(value, *span, self.checks, transposed=turned)
+            bound = magnitude_rows(value, *span, self.checks, transposed=turned)
+            delta[place] += part.cpu().mul_(weight)
+            magnitude[place] += bound.cpu().mul_(abs(weight))
             products += terms(value)
-        after = written.to(torch.float64)
+        after = written.to(self.checks)
         exact = before + delta
         bound = tolerance(after, exact, magnitude=magnitude, terms=products, dtype=self.written)
         worst, kept = worst_ratio(after, exact, bound), survival(before, after, delta)
@@ -373,24 +403,6 @@ class MergedTensor(_Tiles):
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite, by their bits: many times faster than torch.isfinite.
-
-    Read as signed numbers, the bits of positive values are in order; as unsigned ones, those of
-    negative values lie above and are in order. What is not finite comes last in either.
-    """
-    if tensor.numel() == 0:
-        return True
-    width = tensor.dtype.itemsize
-    bits = tensor.view(torch.uint8).numpy()
-    infinity, sign = (
-        int(torch.tensor(math.inf, dtype=tensor.dtype).view(_BITS[width])),
-        8 * width - 1,
-    )
-    signed, unsigned = bits.view(f"<i{width}").max(), bits.view(f"<u{width}").max()
-    return int(signed) < infinity and int(unsigned) < infinity + (1 << sign)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gralora_convert.delta import Dense, Lora, dense
+from gralora_convert.delta import Dense, Lora
 from gralora_convert.factorize import to_lora
+from gralora_convert.products import dense
 
 __all__ = ["Start", "dora", "start_of", "without_start"]
 

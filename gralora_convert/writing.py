@@ -113,11 +113,12 @@ def write_files(
     journal: Journal | None = None,
     done: Done | None = None,
     tick: Callable[[], object] = lambda: None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> None:
     """Makes `files` in `folder` and flushes them; what `done` says is there is not made again.
 
-    `progress` is called with every number of bytes just written, `tick` now and then in the
-    caller's thread: it may raise, and then all stops.
+    `progress` is called with every number of bytes just written; in the caller's thread `meanwhile`
+    once, while the workers are at it, and `tick` now and then: they may raise, and then all stops.
 
     Raises:
         OutputError: a file cannot be written.
@@ -138,11 +139,14 @@ def write_files(
                 target = targets.open(file, first)
                 yield from _tasks(target, first, sources)
 
-        def meanwhile() -> None:
+        def beside() -> None:
+            if todo:
+                todo.pop()()
             targets.flush()
             tick()
 
-        _run(tasks(), jobs, progress, meanwhile)
+        todo = [meanwhile]
+        _run(tasks(), jobs, progress, beside)
         targets.flush()
         targets.require_safe()
 
@@ -480,10 +484,10 @@ def _run(
     tasks: Iterator[_Task],
     jobs: int,
     progress: Callable[[int], None],
-    meanwhile: Callable[[], None],
+    beside: Callable[[], None],
 ) -> None:
-    """Carries out the tasks, taken in order by `jobs` threads, and calls `meanwhile` now and then
-    in this one; the first failure stops all."""
+    """Carries out the tasks, taken in order by `jobs` threads, and calls `beside` now and then in
+    this one; the first failure stops all."""
     lock, stop, idle = threading.Lock(), threading.Event(), threading.Event()
     failures: list[BaseException] = []
 
@@ -516,7 +520,7 @@ def _run(
         while any(worker.is_alive() for worker in workers) and not failures:
             idle.wait(TICK_SECONDS)
             idle.clear()
-            meanwhile()
+            beside()
     finally:
         stop.set()
         _join(workers)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from gralora_convert.delta import Gralora, dense
+from gralora_convert.delta import Gralora
 from gralora_convert.keys import key_of
+from gralora_convert.products import dense
 from tests.builders import random_delta, write_adapter, write_model
 
 Tensors = dict[str, torch.Tensor]

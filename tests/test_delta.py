@@ -17,21 +17,19 @@ from gralora_convert.delta import (
     Dense,
     Gralora,
     Lora,
-    add_rows_,
-    delta_weight,
-    dense,
     gralora_to_hybrid,
     gralora_to_lora,
     hybrid_to_gralora,
+    is_finite,
     lora_to_gralora,
     lora_to_hybrid,
     pad,
     pad_lora,
     require_device,
-    rows,
     with_scaling,
 )
 from gralora_convert.errors import MisuseError
+from gralora_convert.products import add_rows_, delta_weight, dense, rows
 from tests import oracle
 
 SCALINGS = st.sampled_from([0.25, 0.5, 1.0, 2.0, -4.0])
@@ -412,3 +410,16 @@ def test_new_factors_are_distributed_as_those_of_peft() -> None:
 def test_a_device_that_is_not_here_is_refused(name: str) -> None:
     with pytest.raises(MisuseError, match="cannot be used"):
         require_device(name)
+
+
+FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_what_is_not_finite_is_seen_among_any_values(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    every = torch.tensor([0.0, -0.0, 1.0, -1.0, largest, -largest], dtype=dtype)
+    for values in (every, every.abs(), -every.abs(), every[:0]):
+        assert is_finite(values)
+        for bad in (float("inf"), -float("inf"), float("nan"), -float("nan")):
+            assert not is_finite(torch.cat([values, torch.tensor([bad], dtype=dtype)]))

@@ -171,7 +171,8 @@ def test_the_public_page_lists_its_names() -> None:
 @pytest.mark.parametrize("command", commands.commands)
 def test_help_ends_with_an_example(command: str) -> None:
     lines = run_ok(command, "--help").stdout.splitlines()
-    assert lines[-1].startswith(f"    gralora-convert {command} ")
+    assert f" {command} " in lines[-1]
+    assert lines[-1].startswith(("    gralora-convert ", "    torchrun "))
 
 
 def test_no_command_shows_the_help() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import gralora_convert as gc
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.comparison import Comparison, Update
-from gralora_convert.delta import dense
+from gralora_convert.products import dense
 from tests.builders import random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok
 from tests.merges import WRONG, Setting, Tensors, applies, setting, wrong_modules

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import gralora_convert as gc
-from gralora_convert.delta import dense
+from gralora_convert.products import dense
 from tests import oracle
 from tests.builders import SHAPES, random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok

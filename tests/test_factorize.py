@@ -16,7 +16,6 @@ from gralora_convert.delta import (
     Dense,
     Gralora,
     Lora,
-    dense,
     hybrid_to_gralora,
     pad,
 )
@@ -29,6 +28,7 @@ from gralora_convert.factorize import (
     to_hybrid,
     to_lora,
 )
+from gralora_convert.products import dense
 from tests import oracle
 
 DOUBLE = torch.float64

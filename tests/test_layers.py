@@ -20,7 +20,8 @@ LAYERS = {
         "strictjson", "targets", "tensors", "unpickling", "writing",
     },
     "mathematics": {
-        "blocks", "delta", "diagnosis", "factorize", "layer", "rounding", "variants",
+        "blocks", "delta", "diagnosis", "factorize", "layer", "products", "rounding",
+        "variants",
     },
     "base": {
         "architecture", "heads", "pieces", "placement", "quantisation", "ties", "values",

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import gralora_convert as gc
-from gralora_convert.delta import dense
+from gralora_convert.products import dense
 from tests.builders import SHAPES, random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok
 from tests.models import ARCHITECTURES, close, load, outputs, save_base, train

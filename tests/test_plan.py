@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -108,6 +109,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_jobs(
         sidecars={"copy/source": source.path},
     )  # fmt: skip
     receipt = plan.write(tmp_path / "out", jobs=jobs, progress=progress)
+    outputs = receipt.pop("outputs")
     assert receipt == {"made_by": "a test"}
     found = load_file(tmp_path / "out/one.safetensors") | load_file(
         tmp_path / "out/sub/two.safetensors"
@@ -119,7 +121,14 @@ def test_the_bytes_do_not_depend_on_the_number_of_jobs(
     for name, nbytes in (("x", 1000), ("y", 10), ("z", 129)):
         assert found[name].tolist() == [i * 7 % 251 for i in range(nbytes)]
     written = tree(tmp_path / "out")
-    assert written.pop("gralora_convert.json") == b'{\n  "made_by": "a test"\n}\n'
+    text = written.pop("gralora_convert.json")
+    assert text is not None
+    assert json.loads(text) == {"made_by": "a test", "outputs": outputs}
+    assert outputs == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in written.items()
+        if data is not None
+    }
     assert plan.nbytes == sum(len(data) for data in written.values() if data is not None)
     assert written["copy/source"] == source.path.read_bytes()
     assert written["a/b.txt"] == b"x"

@@ -9,7 +9,8 @@ import torch
 from gralora_convert.adapter import Adapter
 from gralora_convert.anatomy import dissect
 from gralora_convert.blocks import block_norms, energies
-from gralora_convert.delta import Gralora, Lora, dense
+from gralora_convert.delta import Gralora, Lora
+from gralora_convert.products import dense
 from tests.builders import random_delta, write_adapter
 from tests.command import run, run_ok
 

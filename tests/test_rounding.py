@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gralora_convert.delta import Delta, Dense, Gralora, Lora, add_rows_, rows, terms
+from gralora_convert.delta import (
+    Delta,
+    Dense,
+    Gralora,
+    Lora,
+    terms,
+)
+from gralora_convert.products import add_rows_, rows
 from gralora_convert.rounding import (
     Survival,
     half_ulp,

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gralora_convert.delta import Lora, dense
+from gralora_convert.delta import Lora
+from gralora_convert.products import dense
 from gralora_convert.variants import dora, start_of, without_start
 
 sizes = st.integers(2, 9)
