@@ -5,91 +5,124 @@
 """
 
 import math
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gralora_convert.delta import Delta, Dense, Gralora, Lora
+from gralora_convert.delta import Delta, Dense, Gralora, Lora, terms
 
 __all__ = ["Stack", "add_rows_", "delta_weight", "dense", "row_blocks", "rows"]
 
+HELD = 2 * 1024 * 1024  # elements of a block row's left factors that are laid out in one piece
 
-@dataclass(frozen=True, eq=False)
+
 class Stack:
-    """The factors of a delta laid out for adding its rows, or those of its transpose.
+    """A delta ready for adding many runs of its rows, or of its transpose's, in any order.
 
-    left (K, K, height, q) and right (K, K, q, width) hold the factors of block row u and block
-    column v at [u, v]: for GraLoRA K = k and q = s + h (a general part stands behind each slot),
-    for LoRA K = 1 and q its rank. float32 or float64.
+    The rows of block row u are one batched product over the block columns v: left (v, row, q) by
+    right (v, q, column), where for GraLoRA q = s + h (a general part stands behind each slot), for
+    LoRA there is one block of its rank. They are laid out for the block rows that are being added
+    only, so that a large delta is never held twice.
 
-    >>> stack = Stack.of(Gralora(torch.ones(2, 3, 4), torch.ones(2, 4, 5), 0.5))
-    >>> stack.left.shape, stack.right.shape
-    (torch.Size([2, 2, 5, 2]), torch.Size([2, 2, 2, 3]))
+    Factors come in float32 or float64 as the tiles; several threads may share a stack.
+
+    >>> stack = Stack(Gralora(torch.ones(2, 3, 4), torch.ones(2, 4, 5), 0.5))
+    >>> stack.shape
+    (10, 6)
 
     PEFT 0.21.2, tuners/gralora/layer.py, get_delta_weight; arXiv 2505.20355, eq. 4.
     """
 
-    left: Tensor
-    right: Tensor
-    scaling: float
-
-    @classmethod
-    def of(
-        cls, delta: Gralora | Lora, dtype: torch.dtype = torch.float32, *, transposed: bool = False
-    ) -> "Stack":
-        """The stack of a delta, with `transposed` of delta.T: a Conv1D stores its weight so."""
-        if isinstance(delta, Lora):
-            left, right = (delta.A.T, delta.B.T) if transposed else (delta.B, delta.A)
-            return cls(
-                left.to(dtype)[None, None].contiguous(),
-                right.to(dtype)[None, None].contiguous(),
-                delta.scaling,
-            )
-        k, s = delta.k, delta.s
-        a4 = delta.A.to(dtype).view(k, -1, k, s).permute(2, 0, 1, 3)  # j, n, i, t
-        b4 = delta.B.to(dtype).view(k, k, s, -1)  # j, n, t, o
-        if transposed:
-            left, right = a4.transpose(0, 1), b4.transpose(0, 1)  # n, j, i, t and n, j, t, o
-        else:
-            left, right = b4.transpose(2, 3), a4.transpose(2, 3)  # j, n, o, t and j, n, t, i
-        if delta.general_A is not None and delta.general_B is not None:
-            general = Lora(delta.general_A, delta.general_B, delta.scaling)
-            u, d = (
-                (general.A.T, general.B.T) if transposed else (general.B, general.A)
-            )  # (rows, h), (h, columns)
-            heights = u.to(dtype).view(k, 1, -1, general.r).expand(-1, k, -1, -1)
-            widths = d.to(dtype).view(general.r, k, -1).transpose(0, 1).expand(k, -1, -1, -1)
-            left, right = torch.cat([left, heights], dim=3), torch.cat([right, widths], dim=2)
-        return cls(left.contiguous(), right.contiguous(), delta.scaling)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the delta (or of its transpose)."""
-        return len(self.left) * self.left.shape[2], len(self.right) * self.right.shape[3]
+    def __init__(
+        self,
+        delta: Gralora | Lora,
+        dtype: torch.dtype = torch.float32,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        size = (delta.out_features, delta.in_features)
+        self.shape: tuple[int, int] = size[::-1] if transposed else size
+        self.dtype, self._transposed, self._scaling = dtype, transposed, delta.scaling
+        self._blocks = delta.k if isinstance(delta, Gralora) else 1
+        self._delta = delta
+        self._general = _general_part(delta)
+        self._held: dict[int, tuple[Tensor | None, Tensor]] = {}
+        self._lock = threading.Lock()
 
     def add_rows_(self, tile: Tensor, start: int, *, weight: float = 1.0) -> None:
         """Adds weight * rows [start, start + len(tile)) to the tile, in place.
-
-        One batched product per block row writes straight into the tile: no temporary of its size.
 
         Raises:
             ValueError: the tile is not rows of the delta, or not of the dtype of the stack.
         """
         stop = start + tile.shape[0]
         _check_tile(self.shape, tile, start)
-        if tile.dtype != self.left.dtype:
-            raise ValueError(f"the tile has dtype {tile.dtype}, {self.left.dtype} was needed")
-        count, height = self.left.shape[1], self.left.shape[2]
+        if tile.dtype != self.dtype:
+            raise ValueError(f"the tile has dtype {tile.dtype}, {self.dtype} was needed")
+        height = self.shape[0] // self._blocks
         for u in range(start // height, math.ceil(stop / height)):
             first, last = max(start, u * height), min(stop, (u + 1) * height)
-            blocks = tile[first - start : last - start].view(last - first, count, -1)
-            blocks.transpose(0, 1).baddbmm_(  # v, row, column
-                self.left[u, :, first - u * height : last - u * height],
-                self.right[u],
-                alpha=weight * self.scaling,
-            )
+            blocks = tile[first - start : last - start].view(last - first, self._blocks, -1)
+            left, right = self._block_row(u)
+            if left is None:
+                left = self._left(first, last)
+            else:
+                left = left[:, first - u * height : last - u * height]
+            # v, row, column
+            blocks.transpose(0, 1).baddbmm_(left, right, alpha=weight * self._scaling)
+
+    def _block_row(self, u: int) -> tuple[Tensor | None, Tensor]:
+        """The left factors of block row u, None where they are large, and the right ones."""
+        with self._lock:
+            if u not in self._held:
+                while len(self._held) > 1:  # workers are in two block rows at most, in order
+                    del self._held[min(self._held)]
+                height = self.shape[0] // self._blocks
+                is_small = height * self._blocks * terms(self._delta) <= HELD
+                left = self._left(u * height, (u + 1) * height) if is_small else None
+                self._held[u] = left, self._right(u * height)
+            return self._held[u]
+
+    def _left(self, first: int, last: int) -> Tensor:
+        """Left factors of rows [first, last) of one block row: (v, row, q)."""
+        ((left, _),) = self._factors(first, last)
+        left = left.to(self.dtype).transpose(0, 1)
+        if self._general is None:
+            return left.contiguous()
+        ((general, _),) = _lora_blocks(self._general, first, last, self._transposed)
+        heights = general.to(self.dtype).transpose(0, 1).expand(self._blocks, -1, -1)
+        return torch.cat([left, heights], dim=2)
+
+    def _right(self, row: int) -> Tensor:
+        """Right factors of the block row that `row` is in: (v, q, column)."""
+        ((_, right),) = self._factors(row, row + 1)
+        right = right.to(self.dtype).transpose(1, 2)  # v, t, column
+        if self._general is None:
+            return right.contiguous()
+        ((_, general),) = _lora_blocks(self._general, row, row + 1, self._transposed)
+        widths = general[0].T.to(self.dtype).view(self._general.r, self._blocks, -1)
+        return torch.cat([right, widths.transpose(0, 1)], dim=1)
+
+    def _factors(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(self._delta, Lora):
+            return _lora_blocks(self._delta, first, last, self._transposed)
+        return row_blocks(self._delta, first, last, transposed=self._transposed)
+
+
+def _general_part(delta: Gralora | Lora) -> Lora | None:
+    if isinstance(delta, Lora) or delta.general_A is None or delta.general_B is None:
+        return None
+    return Lora(delta.general_A, delta.general_B, delta.scaling)
+
+
+def _lora_blocks(
+    delta: Lora, start: int, stop: int, transposed: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `row_blocks`, for a LoRA: one block row with one block."""
+    left, right = (delta.A.T, delta.B) if transposed else (delta.B, delta.A.T)
+    yield left[start:stop, None], right[None]
 
 
 def _check_tile(shape: tuple[int, int], tile: Tensor, start: int) -> None:
@@ -129,7 +162,7 @@ def add_rows_(
         update = delta.weight.T if transposed else delta.weight
         tile.add_(update[start : start + len(tile)], alpha=weight)
     else:
-        Stack.of(delta, tile.dtype, transposed=transposed).add_rows_(tile, start, weight=weight)
+        Stack(delta, tile.dtype, transposed=transposed).add_rows_(tile, start, weight=weight)
 
 
 def _check_rows(delta: Delta, start: int, stop: int, transposed: bool) -> None:

@@ -81,7 +81,7 @@ class _Shared:
         with self._lock:
             if self._value is None:
                 delta = self.contribution.load()
-                stack = Stack.of(delta, self._dtype, transposed=self.contribution.transposed)
+                stack = Stack(delta, self._dtype, transposed=self.contribution.transposed)
                 self._value = _Update(self.contribution, delta, stack)
             return self._value
 

@@ -28,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 COPY_CHUNK = 32 * 1024 * 1024  # bytes per task: small enough for two workers to share one tensor
-FLUSH_BYTES = 256 * 1024 * 1024  # flushed at a time, so that the disk writes while tiles are made
+FLUSH_BYTES = 64 * 1024 * 1024  # flushed at a time, so that the disk writes while tiles are made
 TICK_SECONDS = 0.5
 
 

@@ -137,7 +137,7 @@ HOSTILE = {
     "count": '{"inputs": {}, "modules": [], "tensors": 1e400}',
     "outputs": '{"inputs": {}, "modules": [], "outputs": ["/etc/passwd"]}',
     "bytes": '{"inputs": {}, "modules": [], "outputs": {"a": {"bytes": true, "sha256": ""}}}',
-    "sha": '{"inputs": {}, "modules": [], "outputs": {"a": {"bytes": 1}}}',
+    "sha": '{"inputs": {}, "modules": [], "outputs": {"a": {"bytes": 1, "sha256": 1}}}',
 }
 
 
