@@ -163,6 +163,8 @@ def locate(source: str | Path) -> Path:
     Raises:
         UnreadableError: nothing of that name here, in the Hub's cache, or (online) on the Hub.
     """
+    if not str(source):
+        raise UnreadableError("a model has an empty name", hint="Is a variable of a script unset?")
     path = Path(source)
     try:
         if path.exists():

@@ -13,7 +13,8 @@ from gralora_convert.adapter import Adapter
 from gralora_convert.audit import Audit, Row
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.comparison import PROBES, WRONG
-from gralora_convert.errors import MisuseError
+from gralora_convert.delta import require_device
+from gralora_convert.errors import MisuseError, is_number
 from gralora_convert.outputs import ModelComparison, compare_models
 from gralora_convert.placement import place
 from gralora_convert.rounding import Survival
@@ -192,11 +193,12 @@ def verify(
     """
     if level not in LEVELS:
         raise MisuseError(f"level {level!r} is none of {', '.join(LEVELS)}")
-    if not slack > 0:
-        raise MisuseError(f"slack {slack} is not positive")
+    if not is_number(slack) or slack <= 0:
+        raise MisuseError(f"slack {slack!r} is not a positive, finite number")
+    require_device(device)
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
-    named = base or opened.base_source
-    if named is None:
+    named = opened.base_source if base is None else base
+    if not named:
         raise MisuseError("names no base model", where=opened.path, hint="Give --base.")
     source = named if isinstance(named, Checkpoint) else Checkpoint.open(named)
     result = merged if isinstance(merged, Checkpoint) else Checkpoint.open(merged)
