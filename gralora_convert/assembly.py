@@ -105,7 +105,7 @@ def require_sensible(
     if not is_number(max_error) or not 0 < max_error < 1:
         raise MisuseError(f"--max-error {max_error!r} is not a number between 0 and 1")
     if r is not None:
-        raise MisuseError("--max-error chooses the rank, which --r gives", hint="Give one of them.")
+        raise MisuseError("--max-error chooses the rank and excludes --r", hint="Give one of them.")
     if to == "hybrid":
         raise MisuseError(
             "--max-error chooses the rank of a LoRA or GraLoRA, not of a Hybrid", hint="Give --r."
