@@ -212,7 +212,7 @@ def verify(
     with one_arithmetic_thread():
         rows = tuple(audit.rows())
     rows = _with_base_hint(rows, audit.changed, slack)
-    notes = tuple(_receipt_notes(opened, result))
+    notes = (*_base_notes(opened, source), *_receipt_notes(opened, result))
     comparison = None
     if level == "model":
         comparison, more = compare_models(
@@ -229,6 +229,16 @@ def _with_base_hint(rows: tuple[Row, ...], changed: int, slack: float) -> tuple[
         return rows
     hint = f"; {changed} untouched tensors differ, too: merged into another base?"
     return tuple(replace(row, what=row.what + hint) if row.worst > slack else row for row in rows)
+
+
+def _base_notes(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
+    """What the receipt of the base says, where that is a merged checkpoint itself."""
+    held = (base.receipt or {}).get("merged_adapters")
+    if isinstance(held, list) and adapter.sha256() in held:
+        yield (
+            f"the base {base.source} holds this adapter already: are --base and --merged in each "
+            "other's place?"
+        )
 
 
 def _receipt_notes(adapter: Adapter, merged: Checkpoint) -> Iterator[str]:

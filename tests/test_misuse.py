@@ -159,3 +159,11 @@ def test_every_receipt_states_its_weight_files(command: str, tmp_path: Path) -> 
     assert receipt["bytes"] == sum(sizes) == plan.as_json(tmp_path)["bytes"]
     assert receipt["tensors"] == sum(len(file.parts) for file in plan.files)
     assert receipt["dtype"] == ("float32" if command == "extract" else "keep")
+
+
+def test_base_and_merged_in_each_others_place(tmp_path: Path) -> None:
+    gc.merge(ADAPTER, base=BASE).write(tmp_path / "merged")
+    outcome = run("verify", ADAPTER, "--base", tmp_path / "merged", "--merged", BASE,
+                  "--level", "weights")  # fmt: skip
+    assert outcome.status == 1
+    assert "are --base and --merged in each other's place?" in outcome.stderr

@@ -123,7 +123,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_jobs(
     written = tree(tmp_path / "out")
     text = written.pop("gralora_convert.json")
     assert text is not None
-    assert json.loads(text) == {"made_by": "a test", "outputs": outputs}
+    assert json.loads(text) == {**receipt, "outputs": outputs}
     assert outputs == {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in written.items()
