@@ -4,6 +4,7 @@
 `Adapter.open` refuses anything with an error. Codes and verdicts are stable words.
 """
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig, read_config
-from gralora_convert.errors import InvalidAdapterError, UnreadableError, UnsupportedError
+from gralora_convert.errors import (
+    InvalidAdapterError,
+    MisuseError,
+    UnreadableError,
+    UnsupportedError,
+)
 from gralora_convert.files import measured
 from gralora_convert.hub import fetch, parse_name
 from gralora_convert.keys import Role
@@ -156,6 +162,11 @@ class Adapter:
 
         from gralora_convert.delta import Gralora, Lora, direct_sum, is_finite
 
+        if module not in self.roles:
+            raise MisuseError(
+                f"adapts no module {module!r}", where=self.path, hint="`modules` lists all."
+            )
+
         def read(role: Role) -> torch.Tensor:
             spec = self.roles[module][role]
             tensor = read_torch(spec)
@@ -230,12 +241,16 @@ def scan_adapter(path: str | Path) -> Scan:
 
 def _folder(source: str | Path) -> Path:
     """The folder that `source` names: by itself, by one of the adapter's two files, on the Hub."""
+    if not str(source):
+        raise UnreadableError(
+            "an adapter has an empty name", hint="Is a variable of a script unset?"
+        )
     path = Path(source)
-    if path.name in (CONFIG_NAME, *WEIGHTS) and path.is_file():
+    if path.name in (CONFIG_NAME, *WEIGHTS) and os.path.isfile(path):  # noqa: PTH113 (any length)
         return path.parent
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112
         return path
-    if isinstance(source, str) and not (path.exists() or path.is_symlink()):
+    if isinstance(source, str) and not os.path.lexists(path):
         name = parse_name(source)
         if name is not None:
             return fetch(name, _is_adapter)

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import torch
 
 from gralora_convert.delta import Delta, Dense, Gralora, Lora
-from gralora_convert.errors import CheckFailedError, MisuseError
+from gralora_convert.errors import CheckFailedError, MisuseError, is_number
 from gralora_convert.keys import Role, key_of
 from gralora_convert.layer import forward_path
 from gralora_convert.plan import Computed, Copied, Part
@@ -30,6 +30,7 @@ __all__ = [
     "copied",
     "loss_json",
     "require_same",
+    "require_sensible",
     "rounded",
     "summary",
 ]
@@ -81,6 +82,34 @@ class Shape:
             "alpha": self.alpha,
             "scaling": self.scaling,
         }
+
+
+def require_sensible(
+    to: Kind,
+    k: int | None,
+    r: int | None,
+    hybrid_r: int | None,
+    alpha: float | None,
+    max_error: float | None,
+) -> None:
+    """Raises `MisuseError` unless the numbers that ask for a shape can be meant."""
+    if to not in NAMES:
+        raise MisuseError(f"the result {to!r} is none of {', '.join(NAMES)}")
+    for name, value, least in (("k", k, 1), ("r", r, 1), ("hybrid_r", hybrid_r, 0)):
+        if value is not None and (type(value) is not int or value < least):
+            raise MisuseError(f"{name}={value!r} is not a whole number of at least {least}")
+    if alpha is not None and not is_number(alpha):
+        raise MisuseError(f"alpha={alpha!r} is not a finite number")
+    if max_error is None:
+        return
+    if not is_number(max_error) or not 0 < max_error < 1:
+        raise MisuseError(f"--max-error {max_error!r} is not a number between 0 and 1")
+    if r is not None:
+        raise MisuseError("--max-error chooses the rank and excludes --r", hint="Give one of them.")
+    if to == "hybrid":
+        raise MisuseError(
+            "--max-error chooses the rank of a LoRA or GraLoRA, not of a Hybrid", hint="Give --r."
+        )
 
 
 def blocks_for(to: Kind, k: int | None, hybrid_r: int | None, default: int) -> int:

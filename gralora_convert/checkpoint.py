@@ -163,15 +163,21 @@ def locate(source: str | Path) -> Path:
     Raises:
         UnreadableError: nothing of that name here, in the Hub's cache, or (online) on the Hub.
     """
+    if not str(source):
+        raise UnreadableError("a model has an empty name", hint="Is a variable of a script unset?")
     path = Path(source)
     try:
         if path.exists():
             return path
     except (OSError, ValueError) as error:
-        raise UnreadableError(f"is not a usable path: {error}", where=source) from error
+        reason = getattr(error, "strerror", None) or error
+        raise UnreadableError(f"is not a usable path: {reason}", where=source) from error
     name = parse_name(source) if isinstance(source, str) and not path.is_symlink() else None
     if name is None:
-        raise UnreadableError("there is no such file or folder", where=source)
+        raise UnreadableError(
+            "there is no such file or folder", where=source,
+            hint="Name a folder, a file of weights, or org/name on the Hub.",
+        )  # fmt: skip
     return fetch(name, _holds_weights)
 
 

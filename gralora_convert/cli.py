@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -25,6 +26,7 @@ from gralora_convert.version import __version__
 if TYPE_CHECKING:
     from gralora_convert.assembly import Kind
     from gralora_convert.blocks import Method
+    from gralora_convert.equivalence import Equivalence
     from gralora_convert.plan import Plan
     from gralora_convert.ranks import Ranks
     from gralora_convert.report import Finding, Report
@@ -119,6 +121,26 @@ def _options(
     return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
 
 
+def _gathered(
+    name: str,
+    into: type[object],
+    *options: Callable[[Callable[..., int]], Callable[..., int]],
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Several options as one decorator; the command gets their values as one `into`, the argument
+    `name`. Those that are no field of it stay arguments."""
+    names = [field.name for field in fields(into)]  # type: ignore[arg-type]
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(command)
+        def gathering(**given: object) -> int:
+            value = into(**{field: given.pop(field) for field in names})
+            return command(**given, **{name: value})
+
+        return _options(*options)(gathering)
+
+    return decorate
+
+
 def _examples(*lines: str) -> str:
     """The end of a command's help."""
     return "\n".join(
@@ -126,15 +148,19 @@ def _examples(*lines: str) -> str:
     )
 
 
+def _base_option(meaning: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """`--base`, which has another default where a base is not always needed."""
+    return click.option("--base", type=PATH, metavar="MODEL", help=meaning)
+
+
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 PATH = click.Path()  # no check here: it may be a Hub id; a shell completes names of files
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON document on stdout.  [default: off]"
 )
-base_option = click.option(
-    "--base", type=PATH, metavar="MODEL",
-    help="Base model: folder, file or Hub id.  [default: the adapter's base_model_name_or_path]",
-)  # fmt: skip
+base_option = _base_option(
+    "Base model: folder, file or Hub id.  [default: the adapter's base_model_name_or_path]"
+)
 device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 trust_option = click.option(
     "--trust-remote-code", is_flag=True,
@@ -152,7 +178,85 @@ plot_option = click.option(
 progress_option = click.option(
     "--progress/--no-progress", default=None, help="A bar on stderr.  [default: on a terminal]"
 )
-writing_options = _options(
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What the three writing commands do alike: dry run, progress, the closing lines."""
+
+    output: str
+    dtype: str
+    jobs: int | None
+    dry_run: bool
+    overwrite: bool
+    verify: bool
+    device: str
+    progress: bool | None
+    as_json: bool
+
+    def carry_out(
+        self,
+        plan: "Plan",
+        summary: Callable[[Mapping[str, object], str], str],
+        *,
+        resume: bool = False,
+        digests: bool | None = None,
+        ranks: "Ranks | None" = None,
+    ) -> int:
+        is_speaker = ranks is None or ranks.is_leader
+        if self.dry_run:
+            plan.require_allowed(self.output, overwrite=self.overwrite)
+            if is_speaker:
+                self._print_plan(plan)
+            return 0
+        if is_speaker:
+            show_notes(plan.notes)
+        if resume and is_speaker and (left := plan.resumable_bytes(self.output)):
+            show_notes([f"goes on: {left:,} bytes are there already"])
+        tensors = sum(part.nbytes for file in plan.files for part in file.parts)
+        with bar(tensors, self.progress if is_speaker else False) as advance:
+            receipt = plan.write(
+                self.output,
+                overwrite=self.overwrite,
+                resume=resume,
+                jobs=self.jobs,
+                verify=self.verify,
+                digests=digests,
+                progress=advance,
+                ranks=ranks,
+            )
+        if not is_speaker:
+            return 0
+        if self.as_json:
+            _echo_json(receipt)
+        else:
+            show(summary(receipt, self.output))
+        return 0
+
+    def _print_plan(self, plan: "Plan") -> None:
+        document = plan.as_json(Path(self.output), self.jobs)
+        if self.as_json:
+            _echo_json(document)
+            return
+        for file in plan.files:
+            click.echo(f"{file.name}  {len(file.parts)} tensors, {file.nbytes:,} bytes")
+            for part in file.parts:
+                how = "copy" if type(part.source).__name__ == "Copied" else "compute"
+                click.echo(f"  {how:7}  {part.dtype:5} {list(part.shape)}  {part.name}")
+        for name in sorted({*plan.texts, *plan.sidecars}):
+            click.echo(f"{name}  {'edited' if name in plan.texts else 'copy'}")
+        click.echo(
+            f"total {plan.nbytes:,} bytes, {document['bytes']:,} of them in weight files, "
+            f"{document['computed']} of {document['tensors']} tensors computed; "
+            f"peak memory about {plan.peak_memory(self.jobs) / 1e6:,.0f} MB; "
+            f"{document['free_disk']:,} bytes free on the disk. Nothing was written."
+        )
+        for note in plan.notes:
+            show(f"note: {note}")
+
+
+writing_options = _gathered(
+    "run", _Run,
     click.option("-o", "--output", type=PATH, required=True, metavar="DIR",
                  help="New folder; must not exist, or be empty, unless --overwrite."),
     click.option("--dtype", type=Choice(DTYPES), default="keep", show_default=True,
@@ -181,9 +285,7 @@ def commands() -> None:
 )
 @click.argument("path", type=PATH)
 @plot_option
-@click.option("--base", type=PATH, metavar="MODEL",
-              help="For --plot: norms against this model's.  [default: the adapter's, if it is "
-              "here]")  # fmt: skip
+@_base_option("For --plot: norms against this model's.  [default: the adapter's, if it is here]")
 @progress_option
 @quiet_option
 @json_option
@@ -219,7 +321,10 @@ def _plot_adapter(
     progress: bool | None,
 ) -> None:
     if document["kind"] not in ("gralora", "hybrid", "lora"):
-        raise MisuseError("--plot draws one adapter", where=path)
+        raise MisuseError(
+            "--plot draws one adapter, which this is not", where=path,
+            hint="`verify --plot` draws a merge.",
+        )  # fmt: skip
     from gralora_convert.adapter import Adapter
     from gralora_convert.anatomy import dissect
     from gralora_convert.plots import draw_anatomy
@@ -265,7 +370,15 @@ def validate(
         adapter: validate(adapter, base, key_map=mapping, trust_remote_code=trust_remote_code)
         for adapter in _folders(adapters)
     }
-    match "json" if as_json else style:
+    _print_reports(reports, "json" if as_json else style)
+    return max(
+        EXIT_REFUSED if _nothing_to_read(report) else 0 if report.ok else EXIT_NO
+        for report in reports.values()
+    )
+
+
+def _print_reports(reports: Mapping[str, "Report"], style: str) -> None:
+    match style:
         case "json":
             documents = {adapter: _report_json(report) for adapter, report in reports.items()}
             everything = {"ok": all(r.ok for r in reports.values()), "adapters": documents}
@@ -283,10 +396,6 @@ def validate(
                     show(report.as_text())
                 errors = len(report.errors)
                 show(f"{adapter}: " + (f"{errors} error(s)" if errors else "valid"))
-    return max(
-        EXIT_REFUSED if _nothing_to_read(report) else 0 if report.ok else EXIT_NO
-        for report in reports.values()
-    )
 
 
 def _folders(names: Sequence[str]) -> list[str]:
@@ -348,15 +457,7 @@ def merge(
     resume: bool,
     digests: bool | None,
     again: bool,
-    output: str,
-    dtype: str,
-    jobs: int | None,
-    dry_run: bool,
-    overwrite: bool,
-    verify: bool,
-    device: str,
-    progress: bool | None,
-    as_json: bool,
+    run: _Run,
     key_map: Sequence[str],
     trust_remote_code: bool,
 ) -> int:
@@ -372,20 +473,32 @@ def merge(
         *adapters,
         base=base,
         weights=weights or None,
-        dtype=dtype,
+        dtype=run.dtype,
         shard_size=shard_size,
-        device=device,
-        verify=verify,
+        device=run.device,
+        verify=run.verify,
         again=again,
         key_map=_key_map(key_map),
         trust_remote_code=trust_remote_code,
     )
-    run = _Run(output, jobs, dry_run, overwrite, verify, progress, as_json)
     ranks = Ranks.from_environment()
     return run.carry_out(plan, summary, resume=resume, digests=digests, ranks=ranks)
 
 
-shape_options = _options(
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The shape of the adapter that is asked for."""
+
+    to: "Kind"
+    k: int | None
+    r: int | None
+    hybrid_r: int | None
+    alpha: float | None
+    max_error: float | None
+
+
+shape_options = _gathered(
+    "wanted", _Wanted,
     click.option("--to", type=Choice(["gralora", "hybrid", "lora"]), required=True,
                  help="Kind of the result."),
     click.option("--k", type=click.IntRange(min=1),
@@ -413,31 +526,18 @@ shape_options = _options(
 @shape_options
 @click.option("--allow-inexact", is_flag=True,
               help="Approximate optimally, print the error.  [default: off]")  # fmt: skip
-@click.option("--base", type=PATH, metavar="MODEL",
-              help="The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  "
-              "[default: none]")  # fmt: skip
+@_base_option(
+    "The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  [default: none]"
+)
 @writing_options
 @key_map_option
 @trust_option
 def convert(
     adapter: str,
-    to: "Kind",
-    k: int | None,
-    r: int | None,
-    hybrid_r: int | None,
-    alpha: float | None,
-    max_error: float | None,
+    wanted: _Wanted,
     allow_inexact: bool,
     base: str | None,
-    output: str,
-    dtype: str,
-    jobs: int | None,
-    dry_run: bool,
-    overwrite: bool,
-    verify: bool,
-    device: str,
-    progress: bool | None,
-    as_json: bool,
+    run: _Run,
     key_map: Sequence[str],
     trust_remote_code: bool,
 ) -> int:
@@ -447,21 +547,20 @@ def convert(
 
     plan = convert(
         adapter,
-        to=to,
+        to=wanted.to,
         base=base,
-        k=k,
-        r=r,
-        hybrid_r=hybrid_r,
-        alpha=alpha,
-        max_error=max_error,
+        k=wanted.k,
+        r=wanted.r,
+        hybrid_r=wanted.hybrid_r,
+        alpha=wanted.alpha,
+        max_error=wanted.max_error,
         allow_inexact=allow_inexact,
-        dtype=dtype,
-        device=device,
-        verify=verify,
+        dtype=run.dtype,
+        device=run.device,
+        verify=run.verify,
         key_map=_key_map(key_map),
         trust_remote_code=trust_remote_code,
     )
-    run = _Run(output, jobs, dry_run, overwrite, verify, progress, as_json)
     return run.carry_out(plan, summary)
 
 
@@ -485,24 +584,11 @@ def convert(
 def extract(
     base: str,
     tuned: str,
-    to: "Kind",
-    k: int | None,
-    r: int | None,
-    hybrid_r: int | None,
-    alpha: float | None,
-    max_error: float | None,
+    wanted: _Wanted,
     include: Sequence[str],
     exclude: Sequence[str],
     svd: "Method",
-    output: str,
-    dtype: str,
-    jobs: int | None,
-    dry_run: bool,
-    overwrite: bool,
-    verify: bool,
-    device: str,
-    progress: bool | None,
-    as_json: bool,
+    run: _Run,
     trust_remote_code: bool,
 ) -> int:
     """Find the adapter that takes the base to a fine-tuned model, optimally for its rank."""
@@ -512,98 +598,21 @@ def extract(
     plan = extract(
         base=base,
         tuned=tuned,
-        to=to,
-        k=k,
-        r=r,
-        hybrid_r=hybrid_r,
-        alpha=alpha,
-        max_error=max_error,
+        to=wanted.to,
+        k=wanted.k,
+        r=wanted.r,
+        hybrid_r=wanted.hybrid_r,
+        alpha=wanted.alpha,
+        max_error=wanted.max_error,
         include=include,
         exclude=exclude,
         svd=svd,
-        dtype=dtype,
-        device=device,
-        verify=verify,
+        dtype=run.dtype,
+        device=run.device,
+        verify=run.verify,
         trust_remote_code=trust_remote_code,
     )
-    run = _Run(output, jobs, dry_run, overwrite, verify, progress, as_json)
     return run.carry_out(plan, summary)
-
-
-class _Run:
-    """What the three writing commands do alike: dry run, progress, the closing lines."""
-
-    def __init__(
-        self,
-        output: str,
-        jobs: int | None,
-        dry_run: bool,
-        overwrite: bool,
-        verify: bool,
-        progress: bool | None,
-        as_json: bool,
-    ) -> None:
-        self.output, self.jobs, self.dry_run, self.overwrite = output, jobs, dry_run, overwrite
-        self.verify, self.progress, self.as_json = verify, progress, as_json
-
-    def carry_out(
-        self,
-        plan: "Plan",
-        summary: Callable[[Mapping[str, object], str], str],
-        *,
-        resume: bool = False,
-        digests: bool | None = None,
-        ranks: "Ranks | None" = None,
-    ) -> int:
-        is_speaker = ranks is None or ranks.is_leader
-        if self.dry_run:
-            plan.require_allowed(self.output, overwrite=self.overwrite)
-            if is_speaker:
-                self._print_plan(plan)
-            return 0
-        if is_speaker:
-            show_notes(plan.notes)
-        if resume and is_speaker and (left := plan.resumable_bytes(self.output)):
-            show_notes([f"goes on: {left:,} bytes are there already"])
-        tensors = sum(part.nbytes for file in plan.files for part in file.parts)
-        with bar(tensors, self.progress if is_speaker else False) as advance:
-            receipt = plan.write(
-                self.output,
-                overwrite=self.overwrite,
-                resume=resume,
-                jobs=self.jobs,
-                verify=self.verify,
-                digests=digests,
-                progress=advance,
-                ranks=ranks,
-            )
-        if not is_speaker:
-            return 0
-        if self.as_json:
-            _echo_json(receipt)
-        else:
-            show(summary(receipt, self.output))
-        return 0
-
-    def _print_plan(self, plan: "Plan") -> None:
-        document = plan.as_json(Path(self.output), self.jobs)
-        if self.as_json:
-            _echo_json(document)
-            return
-        for file in plan.files:
-            click.echo(f"{file.name}  {len(file.parts)} tensors, {file.nbytes:,} bytes")
-            for part in file.parts:
-                how = "copy" if type(part.source).__name__ == "Copied" else "compute"
-                click.echo(f"  {how:7}  {part.dtype:5} {list(part.shape)}  {part.name}")
-        for name in sorted({*plan.texts, *plan.sidecars}):
-            click.echo(f"{name}  {'edited' if name in plan.texts else 'copy'}")
-        click.echo(
-            f"total {plan.nbytes:,} bytes, {document['computed']} of {document['tensors']} tensors "
-            f"computed; peak memory about {plan.peak_memory(self.jobs) / 1e6:,.0f} MB; "
-            f"{document['free_disk']:,} bytes free on the disk. Nothing was written."
-        )
-        for note in plan.notes:
-            show(f"note: {note}")
 
 
 def _key_map(entries: Sequence[str]) -> dict[str, str]:
@@ -612,7 +621,9 @@ def _key_map(entries: Sequence[str]) -> dict[str, str]:
     for entry in entries:
         name, equals, to = entry.partition("=")
         if not equals or not name or not to:
-            raise MisuseError(f"--key-map {entry!r} is not FROM=TO")
+            raise MisuseError(
+                f"--key-map {entry!r} is not FROM=TO", hint="Give two names of modules."
+            )
         mapping[name] = to
     return mapping
 
@@ -659,7 +670,7 @@ def verify(
     """
     from gralora_convert.checkpoint import Checkpoint
     from gralora_convert.equivalence import verify
-    from gralora_convert.plots import draw_equivalence, require_drawable
+    from gralora_convert.plots import require_drawable
 
     if plot is not None:
         require_drawable(plot)
@@ -677,6 +688,13 @@ def verify(
             trust_remote_code=trust_remote_code,
             progress=advance,
         )
+    _print_equivalence(found, plot, as_json)
+    return 0 if found.ok else EXIT_NO
+
+
+def _print_equivalence(found: "Equivalence", plot: str | None, as_json: bool) -> None:
+    from gralora_convert.plots import draw_equivalence
+
     show_notes(found.notes)
     if plot is not None:
         draw_equivalence(found, plot)
@@ -685,4 +703,3 @@ def verify(
         _echo_json(found.as_json())
     else:
         show(found.as_text())
-    return 0 if found.ok else EXIT_NO

@@ -92,7 +92,7 @@ SECTIONS: Mapping[str, Mapping[str, Meaning]] = {
         "init-weights-false": Meaning(N, "PEFT starts missing tensors at random values.",
                                       "Nothing: a missing tensor is an error of its own."),
         "lora-feature-unsupported": Meaning(W, "A LoRA whose update is more than scaling * B @ A.",
-                                            "Merge it with PEFT."),
+                                            "Convert it with --base, or merge it with PEFT."),
         "lora-sampler-ignored": Meaning(W, "Tensors used in training only are left out.",
                                         "Nothing."),
     },

@@ -315,6 +315,8 @@ def read_config(folder: Path) -> ConfigFile:
 def _where_it_may_be(folder: Path) -> str:
     """PEFT saves every adapter that is not named `default` in a sub-folder of its name."""
     inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if not inner and (folder / "config.json").exists():
+        return "It holds a whole model: are adapter and base in each other's place?"
     if not inner:
         return "Is this the adapter's folder?"
     if len(inner) == 1:

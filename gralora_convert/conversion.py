@@ -28,6 +28,7 @@ from gralora_convert.assembly import (
     relative,
     require_divisible,
     require_same,
+    require_sensible,
     rounded,
     shape_of,
 )
@@ -62,13 +63,11 @@ from gralora_convert.keys import key_of
 from gralora_convert.plan import Computed, OutputFile, Part, Plan
 from gralora_convert.serving import serving_notes
 from gralora_convert.source import Source
-from gralora_convert.tensors import torch_dtype
+from gralora_convert.tensors import torch_dtype, written_dtype
 from gralora_convert.version import __version__
 from gralora_convert.writing import one_arithmetic_thread
 
 __all__ = ["convert"]
-
-DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def convert(
@@ -117,8 +116,8 @@ def convert(
     (11, 24)
     """
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
-    if max_error is not None and (r is not None or not 0 < max_error < 1):
-        raise MisuseError("--max-error takes a number between 0 and 1, and excludes --r")
+    require_sensible(to, k, r, hybrid_r, alpha, max_error)
+    written_dtype(dtype, "F32")
     require_device(device)
     source = Source.of(
         opened, base, device=device, key_map=key_map, trust_remote_code=trust_remote_code
@@ -180,8 +179,6 @@ def _general(source: Source, hybrid_r: int | None) -> int:
 def _default_rank(source: Source, to: Kind, k: int, general: int, max_error: float | None) -> int:
     modules = source.adapter.modules
     if max_error is not None:
-        if to == "hybrid":
-            raise MisuseError("--max-error chooses the rank of a LoRA or GraLoRA, not of a Hybrid")
         return k * smallest_rank([spectra(source.delta(m), k).cpu() for m in modules], max_error)
     least = max(_least_rank(source.outline(module), to, k, general) for module in modules)
     if to == "hybrid" and source.adapter.kind == "lora":
@@ -301,7 +298,7 @@ class _Conversion:
         return made
 
     def _dtype_of(self, module: str) -> str:
-        return DTYPES.get(self.dtype, self.adapter.roles[module]["A"].dtype)
+        return written_dtype(self.dtype, self.adapter.roles[module]["A"].dtype)
 
     def _parts(self, workshop: Workshop, module: str) -> list[Part]:
         weight = self.adapter.shape(module)
@@ -389,6 +386,7 @@ class _Conversion:
                 **self._base_json(),
             },
             "notes": list(notes),
+            "dtype": self.dtype,
             **self.shape.as_json(),
             **loss_json(self.lost),
         }

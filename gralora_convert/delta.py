@@ -209,8 +209,16 @@ def require_device(name: str) -> torch.device:
     >>> require_device("cpu")
     device(type='cpu')
     """
+    if not isinstance(name, str):
+        raise MisuseError(f"the device {name!r} is not a name such as 'cpu' or 'cuda:0'")
     try:
         device = torch.device(name)
+    except RuntimeError as problem:
+        raise MisuseError(
+            f"--device {name!r} cannot be used: torch knows no such device",
+            hint="Is it cpu or cuda?",
+        ) from problem
+    try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError, TypeError) as problem:
         # torch asserts that it was built for cuda, and imports what other devices need

@@ -13,7 +13,8 @@ from gralora_convert.adapter import Adapter
 from gralora_convert.audit import Audit, Row
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.comparison import PROBES, WRONG
-from gralora_convert.errors import MisuseError
+from gralora_convert.delta import require_device
+from gralora_convert.errors import MisuseError, is_number
 from gralora_convert.outputs import ModelComparison, compare_models
 from gralora_convert.placement import place
 from gralora_convert.rounding import Survival
@@ -192,11 +193,12 @@ def verify(
     """
     if level not in LEVELS:
         raise MisuseError(f"level {level!r} is none of {', '.join(LEVELS)}")
-    if not slack > 0:
-        raise MisuseError(f"slack {slack} is not positive")
+    if not is_number(slack) or slack <= 0:
+        raise MisuseError(f"slack {slack!r} is not a positive, finite number")
+    require_device(device)
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
-    named = base or opened.base_source
-    if named is None:
+    named = opened.base_source if base is None else base
+    if not named:
         raise MisuseError("names no base model", where=opened.path, hint="Give --base.")
     source = named if isinstance(named, Checkpoint) else Checkpoint.open(named)
     result = merged if isinstance(merged, Checkpoint) else Checkpoint.open(merged)
@@ -210,7 +212,7 @@ def verify(
     with one_arithmetic_thread():
         rows = tuple(audit.rows())
     rows = _with_base_hint(rows, audit.changed, slack)
-    notes = tuple(_receipt_notes(opened, result))
+    notes = (*_base_notes(opened, source), *_receipt_notes(opened, result))
     comparison = None
     if level == "model":
         comparison, more = compare_models(
@@ -227,6 +229,16 @@ def _with_base_hint(rows: tuple[Row, ...], changed: int, slack: float) -> tuple[
         return rows
     hint = f"; {changed} untouched tensors differ, too: merged into another base?"
     return tuple(replace(row, what=row.what + hint) if row.worst > slack else row for row in rows)
+
+
+def _base_notes(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
+    """What the receipt of the base says, where that is a merged checkpoint itself."""
+    held = (base.receipt or {}).get("merged_adapters")
+    if isinstance(held, list) and adapter.sha256() in held:
+        yield (
+            f"the base {base.source} holds this adapter already: are --base and --merged in each "
+            "other's place?"
+        )
 
 
 def _receipt_notes(adapter: Adapter, merged: Checkpoint) -> Iterator[str]:

@@ -4,6 +4,7 @@ A message reads *where: what was found, what was needed. What to do.* Programmin
 `TypeError`, `ValueError` and `AssertionError`.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -40,6 +41,17 @@ def printable(text: object) -> str:
     if shown.isprintable():
         return shown
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite int or float (a bool is neither).
+
+    >>> is_number(2), is_number(float("nan")), is_number("2"), is_number(True)
+    (True, False, False, False)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def sentences(*parts: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import assert_never
+from typing import assert_never, get_args
 
 import torch
 
@@ -26,6 +26,7 @@ from gralora_convert.assembly import (
     relative,
     require_divisible,
     require_same,
+    require_sensible,
     rounded,
     shape_of,
 )
@@ -42,13 +43,12 @@ from gralora_convert.plan import OutputFile, Part, Plan
 from gralora_convert.quantisation import quantisation
 from gralora_convert.rounding import half_ulp
 from gralora_convert.serving import serving_notes
-from gralora_convert.tensors import FLOATING, TensorSpec, torch_dtype
+from gralora_convert.tensors import FLOATING, WRITTEN, TensorSpec, torch_dtype, written_dtype
 from gralora_convert.values import same_values
 from gralora_convert.version import __version__
 
 __all__ = ["extract"]
 
-DTYPES: Mapping[str, str] = {"keep": "F32", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DEFAULT_RANK = 32
 ROWS = 1024  # of a weight that are looked at together
 Tensors = Mapping[str, TensorSpec]
@@ -134,6 +134,12 @@ def extract(
         UnsupportedError: tensors that no adapter can express, or a quantised checkpoint.
         InvalidAdapterError: a difference that is not finite.
     """
+    require_sensible(to, k, r, hybrid_r, alpha, max_error)
+    stored = written_dtype(dtype, "F32")
+    if svd not in get_args(Method):
+        raise MisuseError(f"svd {svd!r} is none of {', '.join(get_args(Method))}")
+    if isinstance(include, str) or isinstance(exclude, str):
+        raise TypeError("include and exclude are lists of patterns, not one text")
     before = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     after = tuned if isinstance(tuned, Checkpoint) else Checkpoint.open(tuned)
     for checkpoint in (before, after):
@@ -141,15 +147,11 @@ def extract(
             raise UnsupportedError(
                 f"is quantised ({method}); plain weights were needed", where=checkpoint.path
             )
-    if max_error is not None and (r is not None or to == "hybrid" or not 0 < max_error < 1):
-        raise MisuseError(
-            "--max-error takes a number between 0 and 1, excludes --r and chooses no Hybrid"
-        )
     require_device(device)
     found = _Differences(before, after, include, exclude, trust_remote_code)
     how = _How(svd, device, verify)
     shape = _shape(found.modules, how, to, k, r, hybrid_r, alpha, max_error)
-    return _Extraction(before, after, found, shape, DTYPES[dtype], how).plan()
+    return _Extraction(before, after, found, shape, stored, how).plan()
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +224,7 @@ class _Differences:
             raise MisuseError(
                 "no linear layer differs" + (" that was chosen" if self.notes else ""),
                 where=after.path,
+                hint=f"Is it the fine-tuned one of {before.source}?",
             )
         self._save(others, names, after, exclude)
 
@@ -470,6 +473,7 @@ class _Extraction:
             "saved": sorted(self.found.saved),
             "biases": sorted(self.found.biases),
             "notes": self.found.notes,
+            "dtype": next(name for name, stored in WRITTEN.items() if stored == self.dtype),
             **self.shape.as_json(),
             **loss_json(self.lost),
         }

@@ -13,6 +13,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from gralora_convert.adapter import Adapter
 from gralora_convert.config import GraloraConfig, LoraConfig
 from gralora_convert.delta import Delta, Gralora, Lora
 from gralora_convert.errors import MisuseError
@@ -151,7 +152,7 @@ class Attachment:
 
 def attach(
     model: nn.Module,
-    adapter: AdapterLike | Mapping[str, Delta],
+    adapter: AdapterLike | Mapping[str, Delta] | str | Path,
     *,
     name: str = "default",
     dropout: float | None = None,
@@ -160,11 +161,11 @@ def attach(
 ) -> Attachment:
     """Puts an adapter on a live model: the complete forward path, until `detach`.
 
-    `adapter` is an `Adapter`, or the deltas by module name. Each adapted layer is replaced in its
-    parent by a `GraloraLinear` around it (see there for numerics, dtypes and `state_dict`). Biases
-    and saved modules of the adapter replace the model's values; the model's own parameters are put
-    aside, not written to, so whatever shares them (tied weights) keeps its values. A tied `lm_head`
-    that is adapted changes the head only.
+    `adapter` is an `Adapter`, its folder or Hub id, or the deltas by module name. Each adapted
+    layer is replaced in its parent by a `GraloraLinear` around it (see there for numerics, dtypes
+    and `state_dict`). Biases and saved modules of the adapter replace the model's values; the
+    model's own parameters are put aside, not written to, so whatever shares them (tied weights)
+    keeps its values. A tied `lm_head` that is adapted changes the head only.
 
     * `dropout` None means the adapter's own (0 for deltas); it acts in training mode only.
     * `trainable` lets factors, biases and saved modules require gradients. The rest of the model
@@ -178,6 +179,7 @@ def attach(
         InvalidAdapterError: a module is missing or not one that can be adapted, shapes disagree, or
             a bias or head has no place; carries a finding for each.
         MisuseError: the name is taken or cannot be one, or there is nothing to attach.
+        UnreadableError: a folder that is not there.
         UnsupportedError: a dense delta.
 
     >>> model = nn.Sequential(nn.Linear(4, 6))
@@ -193,7 +195,9 @@ def attach(
     nn.MultiheadAttention (without effect) and writes biases into the base for good.
     """
     require_name(name)
-    source = _source(adapter)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{model!r:.99} is not a torch.nn.Module")
+    source = _source(Adapter.open(adapter) if isinstance(adapter, str | Path) else adapter)
     tree = dict(model.named_modules(remove_duplicate=False))
     rate = source.dropout if dropout is None else dropout
     slots: list[_Slot] = []
@@ -231,6 +235,8 @@ class _Source:
 def _source(adapter: AdapterLike | Mapping[str, Delta]) -> _Source:
     if isinstance(adapter, Mapping):
         return _Source("", tuple(adapter), adapter.__getitem__, {}, 0.0)
+    if not hasattr(adapter, "biases"):
+        raise TypeError(f"{adapter!r:.99} is neither an adapter, its folder nor deltas by module")
     specs = {f"{module}.bias": spec for module, spec in adapter.biases.items()}
     values = {path: read_torch(spec) for path, spec in {**specs, **adapter.saved}.items()}
     return _Source(str(adapter.path), adapter.modules, adapter.delta, values, _dropout(adapter))

@@ -113,6 +113,7 @@ def _not_had(name: HubName, error: Exception) -> UnreadableError:
 
     nowhere = "there is no such file or folder, and"
     reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    reason = reason.removeprefix("Got: ")  # as huggingface_hub 1.31 hands on a failed connection
     if isinstance(error, GatedRepoError):
         message = "is gated on the Hub: its files need your consent to its terms"
         hint = f"Accept them at https://huggingface.co/{name.repository}, then `hf auth login`."

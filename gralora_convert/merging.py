@@ -16,19 +16,18 @@ from gralora_convert.adapter import Adapter
 from gralora_convert.cards import CARD_NAME, merged_card
 from gralora_convert.checkpoint import Checkpoint, sidecars
 from gralora_convert.delta import Gralora, Lora, permute_rows, to_device
-from gralora_convert.errors import CheckFailedError, MisuseError
+from gralora_convert.errors import CheckFailedError, MisuseError, is_number
 from gralora_convert.pieces import Placement, Replacement
 from gralora_convert.placement import place
 from gralora_convert.plan import Copied, OutputFile, Part, Plan, index_json
 from gralora_convert.rounding import Survival
 from gralora_convert.strictjson import load_json
-from gralora_convert.tensors import DTYPE_BITS, FLOATING, TensorSpec
+from gralora_convert.tensors import DTYPE_BITS, FLOATING, TensorSpec, written_dtype
 from gralora_convert.tiles import CastTensor, Contribution, MergedTensor, Patch, PatchedTensor
 from gralora_convert.version import __version__
 
 __all__ = ["merge", "summary"]
 
-DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _LABELS = ("id2label", "label2id")  # replaced as a whole, never added to
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 # What a trainer may save beside an adapter and what then describes the merged model better.
@@ -58,7 +57,7 @@ def merge(
     Arguments:
         adapters: one or several GraLoRA, Hybrid GraLoRA or LoRA adapters.
         base: default: the `base_model_name_or_path` that the adapters agree on.
-        weights: one per adapter, default 1.0.
+        weights: one per adapter, default 1.0; a negative one takes the update away.
         dtype: `keep`, `float32`, `bfloat16` or `float16`, of all floating tensors written.
         shard_size: `keep` for the base's own files, else the largest file, such as `5GB`.
         verify: recompute one row in 64 in float64 while it is hot, and refuse to publish what
@@ -75,8 +74,7 @@ def merge(
     >>> len(plan.files)
     1
     """
-    if dtype not in ("keep", *DTYPES):
-        raise MisuseError(f"dtype {dtype!r} is none of keep, {', '.join(DTYPES)}")
+    written_dtype(dtype, "F32")
     opened = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
     for adapter in opened:
         adapter.require_plain()
@@ -109,8 +107,8 @@ def _weights(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> li
             hint="Repeat --weight, in the order of the adapters.",
         )
     for weight, adapter in zip(weights, adapters, strict=True):
-        if weight != weight or abs(weight) == float("inf"):
-            raise MisuseError(f"the weight {weight} is not a finite number")
+        if not is_number(weight):
+            raise MisuseError(f"the weight {weight!r} is not a finite number")
         if weight == 0:
             raise MisuseError(
                 "weight 0 was given, which would leave the adapter out", where=adapter.path,
@@ -176,7 +174,7 @@ class _Merge:
         return Plan(
             command="merge",
             files=files,
-            receipt=partial(self._receipt, merged, files, notes),
+            receipt=partial(self._receipt, merged, notes),
             texts=texts,
             sidecars=copies,
             inputs=(*self.base.layout.values(), *(a.file for a in self.adapters)),
@@ -230,7 +228,7 @@ class _Merge:
         }
 
     def _written(self, dtype: str) -> str:
-        return DTYPES[self.dtype] if self.dtype != "keep" and dtype in FLOATING else dtype
+        return written_dtype(self.dtype, dtype) if dtype in FLOATING else dtype
 
     def _parts(self, merged: Mapping[str, MergedTensor]) -> dict[str, list[Part]]:
         """The tensors of the output by weight file of the base, in the base's order; new ones (an
@@ -348,14 +346,13 @@ class _Merge:
         if self.dtype == "keep":
             return edits
         dtypes = {s.dtype for s in self.base.tensors.values() if s.dtype in FLOATING}
-        if dtypes != {DTYPES[self.dtype]} and "torch_dtype" not in config:
+        if dtypes != {written_dtype(self.dtype, "")} and "torch_dtype" not in config:
             edits["dtype"] = self.dtype
         return _updated(edits, _dtype_edits(config, self.dtype))
 
     def _receipt(
         self,
         merged: Mapping[str, MergedTensor],
-        files: Sequence[OutputFile],
         notes: Sequence[str],
     ) -> dict[str, object]:
         """What was done; raises when the check of what was written says no."""
@@ -396,10 +393,7 @@ class _Merge:
             "modules": [_row(name, tensor, checked=self.verify) for name, tensor in merged.items()],
             "replaced": sorted(self._replacements()),
             "survival": survival.as_json() if self.verify else None,
-            "tensors": sum(len(file.parts) for file in files),
-            "bytes": sum(file.nbytes for file in files),
             "dtype": self.dtype,
-            "files": [file.name for file in files],
             "notes": list(notes),
         }
 

@@ -339,6 +339,7 @@ def _tokenised(merged: Checkpoint, text: str, trust_remote_code: bool) -> Inputs
         raise MisuseError(
             f"--text needs a tokenizer, and none can be loaded: {_first_line(error)}",
             where=merged.path,
+            hint="Copy the tokenizer's files there, or leave --text out.",
         ) from error
     encoded = tokenizer(text, return_tensors="pt")
     inputs: Inputs = {"input_ids": encoded["input_ids"]}

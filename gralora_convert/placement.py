@@ -37,6 +37,8 @@ def place(
     `key_map` names modules on disk (values) that the adapter calls otherwise (keys: whole names, or
     leading parts of names).
     """
+    if not isinstance(key_map or {}, Mapping):
+        raise TypeError("key_map is a mapping of names to names")
     method = quantisation(base)
     if method is not None:
         return None, Report.of([error(

@@ -73,6 +73,14 @@ class Plan:
             + sum(_size(path) for path in self.sidecars.values())
         )
 
+    def contents(self) -> dict[str, object]:
+        """The weight files, as plans and receipts state them: `bytes` is their size on the disk."""
+        return {
+            "tensors": sum(len(file.parts) for file in self.files),
+            "bytes": sum(file.nbytes for file in self.files),
+            "files": [file.name for file in self.files],
+        }
+
     def peak_memory(self, jobs: int | None = None) -> int:
         """An upper estimate of the anonymous memory of `write`, in bytes."""
         jobs = jobs or default_jobs()
@@ -93,12 +101,12 @@ class Plan:
             "command": self.command,
             "dry_run": True,
             "output": str(output),
+            **self.contents(),
             "files": [file.name for file in self.files] + sorted({*self.texts, *self.sidecars}),
-            "tensors": sum(len(file.parts) for file in self.files),
             "computed": sum(
                 isinstance(part.source, Computed) for file in self.files for part in file.parts
             ),
-            "bytes": self.nbytes,
+            "total_bytes": self.nbytes,
             "peak_memory": self.peak_memory(jobs),
             "free_disk": Staging.free_bytes(output),
             "notes": list(self.notes),
@@ -133,7 +141,7 @@ class Plan:
 
     def _staging(self, output: str | Path, overwrite: bool, keep: bool) -> Staging:
         if not str(output):
-            raise MisuseError("the output has no name", hint="Name a folder: -o DIR.")
+            raise MisuseError("the output has an empty name", hint="Name a folder: -o DIR.")
         return Staging(Path(output), overwrite=overwrite, protected=self._protected(), keep=keep)
 
     def write(
@@ -172,10 +180,7 @@ class Plan:
         ranks = ranks or Ranks()
         jobs = max(1, default_jobs() // ranks.local) if jobs is None else jobs
         self._require_possible(jobs, resume, ranks)
-        staging = Staging(
-            Path(output), overwrite=overwrite, protected=self._protected(),
-            keep=resume or ranks.size > 1,
-        )  # fmt: skip
+        staging = self._staging(output, overwrite, keep=resume or ranks.size > 1)
         plan = self.fingerprint()
         work = _Work(self, plan, ranks, jobs, progress or (lambda count: None))
         if not ranks.is_leader:
@@ -198,8 +203,8 @@ class Plan:
         return receipt
 
     def _require_possible(self, jobs: int, resume: bool, ranks: Ranks) -> None:
-        if jobs < 1:
-            raise MisuseError(f"{jobs} jobs were asked for, at least 1 is needed")
+        if type(jobs) is not int or jobs < 1:
+            raise MisuseError(f"{jobs!r} jobs were asked for, a whole number from 1 on is needed")
         if not self.resumable and (resume or ranks.size > 1):
             raise MisuseError(f"{self.command} runs in one process and in one go")
 
@@ -221,7 +226,7 @@ class Plan:
             file.require_unchanged()
         if verify:
             self._require_as_planned(folder)
-        receipt = self.receipt()
+        receipt = self.receipt() | self.contents()
         clear_journals(folder)
         receipt["outputs"] = self._outputs(folder, digests)
         write_text(folder / RECEIPT_NAME, (json.dumps(receipt, indent=2) + "\n").encode())

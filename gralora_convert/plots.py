@@ -93,7 +93,9 @@ def draw_equivalence(found: "Equivalence", path: str | Path) -> None:
                 ("≤ 0.01", "1", "≥ 100"))  # fmt: skip
     _mark(errors, ratios > found.slack)
     wrong = len(found.wrong)
-    table.label(errors, f"Error by module ({f'{wrong} wrong: x' if wrong else 'all within'})")
+    table.label(
+        errors, f"Error by module ({f'{wrong} wrong: x' if wrong else 'all within the bound'})"
+    )
 
     def noise_of(module: str) -> float:
         survival = rows[module].survival

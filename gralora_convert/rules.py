@@ -59,6 +59,7 @@ NEEDS_BASE = frozenset(
 # What to do about the others, by how they begin; most can be merged by PEFT
 _FIRST = "Convert it to a LoRA with --base MODEL first, or merge it with PEFT."
 _WAYS_OUT: Mapping[str, str] = {
+    "use_dora": "Merge it with PEFT, or approximate it: convert --base MODEL --max-error 0.05.",
     "lora_bias": _FIRST,
     f"init_lora_weights=pissa{_CHANGED}": _FIRST,
     f"init_lora_weights=olora{_CHANGED}": _FIRST,
@@ -360,7 +361,7 @@ def _is_bd(value: object) -> bool:
 def way_out(feature: str) -> str:
     """What to do with a LoRA that has one of the unsupported features.
 
-    >>> way_out("use_dora")
+    >>> way_out("use_rslora_of_tomorrow")
     'Merge it with PEFT.'
     """
     found = (hint for start, hint in _WAYS_OUT.items() if feature.startswith(start))

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
-from gralora_convert.errors import ChangedInputError, UnreadableError, UnsupportedError
+from gralora_convert.errors import (
+    ChangedInputError,
+    MisuseError,
+    UnreadableError,
+    UnsupportedError,
+)
 from gralora_convert.files import (
     Stamp,
     file_stamp,
@@ -42,6 +47,7 @@ __all__ = [
     "read_safetensors",
     "read_tensor_file",
     "read_torch",
+    "written_dtype",
 ]
 
 # Bits per element, in the spelling of safetensors 0.8.0 (`Dtype`).
@@ -53,6 +59,7 @@ DTYPE_BITS: Mapping[str, int] = {
     "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64,
 }  # fmt: skip
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+WRITTEN: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WORD = 2**64
 MAX_DIMENSIONS = 64  # of numpy 2
 MAX_HEADER_BYTES = 100_000_000  # the cap of the official reader
@@ -327,6 +334,20 @@ def _require_holdable(spec: TensorSpec) -> None:
         raise UnsupportedError(
             f"tensor {spec.name!r} has shape {spec.shape}, which no array can have", where=spec.file
         )
+
+
+def written_dtype(name: str, kept: str) -> str:
+    """The safetensors spelling of a dtype that a user names; `kept` for `keep`.
+
+    Raises:
+        MisuseError: `name` is neither `keep` nor one of the dtypes that are written.
+
+    >>> written_dtype("bfloat16", "F32"), written_dtype("keep", "F32")
+    ('BF16', 'F32')
+    """
+    if not isinstance(name, str) or name not in ("keep", *WRITTEN):
+        raise MisuseError(f"dtype {name!r} is none of keep, {', '.join(WRITTEN)}")
+    return WRITTEN.get(name, kept)
 
 
 def torch_dtype(dtype: str) -> "torch.dtype":

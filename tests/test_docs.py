@@ -97,6 +97,23 @@ def test_every_command_has_help_that_ends_with_an_example(name: str) -> None:
     assert f"gralora-convert {name}" in README
 
 
+def test_the_readme_lists_every_option_with_its_commands() -> None:
+    table = README[README.index("| option | commands |") : README.index("`--help` of each command")]
+    listed: dict[str, set[str]] = {}
+    for options, of, _ in (line.strip("| ").split(" | ", 2) for line in table.splitlines()[2:]
+                           if line):  # fmt: skip
+        for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", options):
+            assert option not in listed, f"{option} stands twice"
+            listed[option] = set(commands.commands) if of == "all" else set(of.split())
+    present: dict[str, set[str]] = {}
+    for name, command in commands.commands.items():
+        for parameter in command.params:
+            for option in (*parameter.opts, *parameter.secondary_opts):
+                if isinstance(parameter, click.Option):
+                    present.setdefault(option, set()).add(name)
+    assert listed == present
+
+
 @pytest.mark.parametrize("name", sorted(commands.commands))
 def test_every_option_shows_its_default(name: str) -> None:
     command = commands.commands[name]

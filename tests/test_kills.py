@@ -241,6 +241,9 @@ def test_two_runs_to_one_output(work: Work) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 def test_files_of_another_user_are_a_refusal(place: Path) -> None:
     """Root reads everything: the runs are those of `nobody`."""
+    parents = {*Path(sys.prefix).parents, Path(sys.prefix), *Path(__file__).parents}
+    if not all(parent.stat().st_mode & 0o005 == 0o005 for parent in parents):
+        pytest.skip("other users may not read this environment")
     work = Work(place, "merge")
     with contextlib.ExitStack() as stack:
         place.chmod(0o755)

@@ -155,7 +155,7 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
     run_ok("merge", adapter, "--base", base, "-o", tmp_path / "out")
     written = sum(p.stat().st_size for p in (tmp_path / "out").iterdir()
                   if p.name != "gralora_convert.json")  # fmt: skip
-    assert planned.json["bytes"] == written
+    assert planned.json["total_bytes"] == written
     assert planned.json["tensors"] == len(right)
     assert planned.json["computed"] == len(SHAPES)
     text = run_ok("merge", adapter, "--base", base, "-o", tmp_path / "x", "--dry-run").stdout

@@ -110,7 +110,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_jobs(
     )  # fmt: skip
     receipt = plan.write(tmp_path / "out", jobs=jobs, progress=progress)
     outputs = receipt.pop("outputs")
-    assert receipt == {"made_by": "a test"}
+    assert receipt == {"made_by": "a test"} | plan.contents()
     found = load_file(tmp_path / "out/one.safetensors") | load_file(
         tmp_path / "out/sub/two.safetensors"
     )
@@ -123,7 +123,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_jobs(
     written = tree(tmp_path / "out")
     text = written.pop("gralora_convert.json")
     assert text is not None
-    assert json.loads(text) == {"made_by": "a test", "outputs": outputs}
+    assert json.loads(text) == {**receipt, "outputs": outputs}
     assert outputs == {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in written.items()
@@ -136,7 +136,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_jobs(
     summary = plan.as_json(tmp_path / "out2")
     assert summary["tensors"] == 9
     assert summary["computed"] == 3
-    assert summary["bytes"] == plan.nbytes
+    assert summary["total_bytes"] == plan.nbytes
+    assert summary["bytes"] == sum(file.nbytes for file in plan.files)
 
 
 def test_tensors_of_a_pickle_in_any_order_and_place(tmp_path: Path) -> None:
