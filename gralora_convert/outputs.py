@@ -67,9 +67,14 @@ class ModelComparison:
     slack: float
 
     @property
-    def ok(self) -> bool:
+    def ratio(self) -> float:
+        """`excess` over what it may be: at most 1 for a right merge."""
         bound = YARDSTICKS * self.yardstick + ARITHMETIC * self.largest
-        return self.excess <= self.slack * bound
+        return self.excess / bound if bound else float("inf") if self.excess else 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio <= self.slack
 
     def as_json(self) -> dict[str, object]:
         return {
