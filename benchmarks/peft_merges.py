@@ -184,7 +184,8 @@ def audit_peft(rounds: int) -> int:
 
 
 def _drawn(folder: Path, model_type: str, name: str, dtype: torch.dtype) -> tuple[Merge, str]:
-    k, short = random.choice([1, 2, 4, 8]), random.random() < 0.4 and dtype != torch.float32
+    ks = [1, 2] if model_type == "vit" else [1, 2, 4, 8]  # which has two labels
+    k, short = random.choice(ks), random.random() < 0.4 and dtype != torch.float32
     made = merge(
         folder, model_type, dtype=dtype, rho=10 ** random.uniform(-4, math.log10(0.3)),
         short=short, r=8, gralora_k=k, hybrid_r=random.choice([0, 4]),
