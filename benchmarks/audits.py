@@ -1,10 +1,14 @@
 """How often `verify` is wrong: many random right and wrong merges, a table.
 
     python -m benchmarks.audits --rounds 200
+    python -m benchmarks.audits --by peft --rounds 200
 
 Right merges are made by torch alone (one rounding to the stored dtype, or to another one), by this
 program, and with the update rounded to the adapter's 16 bits first, as PEFT does. Wrong ones are
 all mistakes of `tests.merges`. Small matrices, the level `weights`.
+
+With `--by peft` PEFT merges tiny models of transformers, and the level is `model`: right merges,
+and each of them once more with one of the mistakes that a whole model may hide.
 """
 
 import argparse
@@ -19,6 +23,7 @@ from pathlib import Path
 import torch
 
 import gralora_convert as gc
+from benchmarks.peft_merges import audit_peft
 from gralora_convert.products import dense
 from tests.merges import WRONG, Setting, Tensors, applies, setting, wrong_modules
 
@@ -42,8 +47,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=100, help="settings of each dtype")
     parser.add_argument("--wrong", type=int, default=10, help="settings with all mistakes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--by", choices=["torch", "peft"], default="torch", help="who merges")
     options = parser.parse_args(arguments)
     random.seed(options.seed)
+    if options.by == "peft":
+        return audit_peft(options.rounds)
     print("| right merges | made | false alarms | largest difference / bound |")
     print("|---|---|---|---|")
     bad = sum(_right(name, options.rounds) for name in DTYPES)

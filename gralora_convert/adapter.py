@@ -140,6 +140,12 @@ class Adapter:
             for role, spec in specs
         )
 
+    def short_dtype(self, module: str) -> str | None:
+        """The dtype of 16 bits that factors of a module are stored in, if any is: other tools
+        round the update to it."""
+        short = {spec.dtype for spec in self.roles[module].values()} & {"F16", "BF16"}
+        return min(short, default=None)
+
     def _diagonal(self, module: str) -> tuple[int, int]:
         """Blocks on the diagonals of A and B, of which the file holds nothing else."""
         config = self.config

@@ -117,19 +117,13 @@ class Audit:
 
     def _update(self, target: Target, piece: Piece) -> Update:
         delta: Delta = self.adapter.delta(target.module)
-        begin = piece.delta_start
+        begin, short = piece.delta_start, self.adapter.short_dtype(target.module)
         if piece.order is not None:
             delta, begin = permute_rows(self.adapter.delta(target.module), piece.order), 0
         return Update(
             target.module, to_device(delta, self.device), piece.start, piece.count, begin,
-            target.transposed, self._factor_dtype(target.module),
+            target.transposed, None if short is None else torch_dtype(short),
         )  # fmt: skip
-
-    def _factor_dtype(self, module: str) -> torch.dtype | None:
-        """The adapter's dtype when it has 16 bits: other tools round the delta to it."""
-        dtypes = {spec.dtype for spec in self.adapter.roles[module].values()}
-        short = dtypes & {"F16", "BF16"}
-        return torch_dtype(min(short)) if short else None
 
     def _others(self, module: str) -> Others:
         """The modules of the same shape, the nearest in the file first."""

@@ -30,6 +30,9 @@ from gralora_convert.tensors import (
 __all__ = ["PROBES", "WRONG", "Comparison", "Found", "Update", "difference"]
 
 TILE_ELEMENTS = 1 << 17  # half a MiB of float32: what is made of a tile stays in the cache
+# Rows of a wide matrix are looked at together where they fit: the lengths of the factors' columns,
+# which the bound needs, cost as much as the product of one row.
+TILE_ROWS, WIDE_ELEMENTS = 8, 1 << 20
 EVIDENCE_ELEMENTS = 1 << 19
 RUN = 8  # rows of a large matrix that are looked at together
 PROBES = 4
@@ -142,7 +145,9 @@ class Comparison:
             yield position, self.before.shape[0]
 
     def _tiles(self, update: Update) -> Iterator[tuple[int, int]]:
-        count = max(1, TILE_ELEMENTS // self.before.shape[1])
+        columns = self.before.shape[1]
+        wide = min(TILE_ROWS, WIDE_ELEMENTS // columns)
+        count = max(1, TILE_ELEMENTS // columns, wide)
         for start in range(update.start, update.stop, count):
             yield start, min(start + count, update.stop)
 

@@ -17,6 +17,7 @@ from gralora_convert.adapter import Adapter
 from gralora_convert.config import GraloraConfig, LoraConfig
 from gralora_convert.delta import Delta, Gralora, Lora
 from gralora_convert.errors import MisuseError
+from gralora_convert.keys import PREFIX
 from gralora_convert.layer import (
     Branch,
     GraloraLinear,
@@ -27,6 +28,7 @@ from gralora_convert.layer import (
     require_name,
 )
 from gralora_convert.report import Finding, Report, error
+from gralora_convert.saving import config_of, folder_of
 from gralora_convert.tensors import TensorSpec, read_torch
 
 __all__ = ["AdapterLike", "Attachment", "GraloraLinear", "attach", "gralora_product"]
@@ -96,7 +98,8 @@ class Attachment:
     """An adapter on a live model, until `detach`; as a context manager it detaches at the end.
 
     `layers` are the adapted layers by module name, `replaced` the parameters and buffers by path
-    whose values the adapter brought along (biases, modules_to_save).
+    whose values the adapter brought along (biases, modules_to_save). `config` is the adapter's
+    own; None where deltas were attached.
     """
 
     def __init__(
@@ -105,14 +108,21 @@ class Attachment:
         layers: Mapping[str, GraloraLinear],
         slots: Sequence[_Slot],
         replacements: Sequence[_Replacement],
+        config: GraloraConfig | LoraConfig | None = None,
     ) -> None:
-        self.name, self.layers = name, layers
+        self.name, self.layers, self.config = name, layers, config
         self._slots, self._replacements = slots, replacements
         self._attached = True
 
     @property
     def replaced(self) -> Mapping[str, Tensor]:
-        return {change.path: change.value for change in self._replacements}
+        return {change.path: self._now(change) for change in self._replacements}
+
+    def _now(self, change: _Replacement) -> Tensor:
+        """The value as the model has it: moving a model makes new buffers."""
+        found = getattr(change.owner, change.leaf) if self._attached else change.value
+        assert isinstance(found, Tensor)
+        return found
 
     def deltas(self) -> dict[str, Gralora | Lora]:
         """The delta weights by module as they are now (after training), copies."""
@@ -121,9 +131,39 @@ class Attachment:
     def parameters(self) -> list[nn.Parameter]:
         """All that this adapter put there, once each: what an optimiser should train."""
         factors = (slot.branch.parameters() for slot in self._slots)
-        values = (change.value for change in self._replacements)
+        values = self.replaced.values()
         found = [*chain.from_iterable(factors), *(v for v in values if isinstance(v, nn.Parameter))]
         return list({id(parameter): parameter for parameter in found}.values())
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Writes the adapter as it is now (after training) into `folder`, complete or not at all,
+        as PEFT 0.21.2 reads it.
+
+        The config is the adapter's own. For deltas it is made from them: it needs all of one shape
+        and scaling, and names neither a task nor a base model.
+
+        Raises:
+            MisuseError: deltas that one config cannot describe.
+            OutputError: the folder exists (and not `overwrite`), or cannot be written.
+            UnsupportedError: a LoRA whose factors PEFT stores in pieces.
+
+        >>> from tempfile import TemporaryDirectory
+        >>> from gralora_convert.adapter import Adapter
+        >>> delta = Gralora(torch.ones(2, 2, 2), torch.ones(2, 2, 3), scaling=0.5)
+        >>> with TemporaryDirectory() as folder:
+        ...     attached = attach(nn.Sequential(nn.Linear(4, 6)), {"0": delta})
+        ...     attached.save_pretrained(f"{folder}/adapter")
+        ...     Adapter.open(f"{folder}/adapter").kind
+        'gralora'
+        """
+        deltas = self.deltas()
+        config = self.config or self._implied_config(deltas)
+        folder_of(config, deltas, self.replaced).write(folder, overwrite=overwrite)
+
+    def _implied_config(self, deltas: Mapping[str, Gralora | Lora]) -> GraloraConfig:
+        rates = [slot.branch.rate for slot in self._slots]
+        across = [not isinstance(bare(layer), nn.Linear) for layer in self.layers.values()]
+        return config_of(deltas, dropout=max(rates), fan_in_fan_out=any(across))
 
     def detach(self) -> None:
         """Takes the adapter off: the model has its own modules and parameters again.
@@ -218,7 +258,8 @@ def attach(
         raise MisuseError("there is nothing to attach: no modules", where=source.where)
     for change in changes:
         change.install()
-    return Attachment(name, {slot.module: slot.install(name) for slot in slots}, slots, changes)
+    layers = {slot.module: slot.install(name) for slot in slots}
+    return Attachment(name, layers, slots, changes, source.config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +271,7 @@ class _Source:
     delta: Callable[[str], Delta]
     values: Mapping[str, Tensor]
     dropout: float
+    config: GraloraConfig | LoraConfig | None = None
 
 
 def _source(adapter: AdapterLike | Mapping[str, Delta]) -> _Source:
@@ -239,7 +281,8 @@ def _source(adapter: AdapterLike | Mapping[str, Delta]) -> _Source:
         raise TypeError(f"{adapter!r:.99} is neither an adapter, its folder nor deltas by module")
     specs = {f"{module}.bias": spec for module, spec in adapter.biases.items()}
     values = {path: read_torch(spec) for path, spec in {**specs, **adapter.saved}.items()}
-    return _Source(str(adapter.path), adapter.modules, adapter.delta, values, _dropout(adapter))
+    rate, config = _dropout(adapter), adapter.config
+    return _Source(str(adapter.path), adapter.modules, adapter.delta, values, rate, config)
 
 
 def _dropout(adapter: AdapterLike) -> float:
@@ -262,6 +305,8 @@ def _target_problems(
         yield error("module-not-in-base", "", "the model itself cannot be replaced", hint)
     elif layer is None:
         hint = _nearest(tree, module) + _TRAINED_ON
+        if PREFIX + module in tree:
+            hint = "This is a model of PEFT's: attach to model.get_base_model()."
         yield error("module-not-in-base", module, "the model has no such module", hint)
     elif isinstance(parent, nn.MultiheadAttention):
         found = "nn.MultiheadAttention uses the weight of this layer and never calls it"

@@ -72,6 +72,7 @@ class Branch(nn.Module):
         super().__init__()
         # As PEFT does: without dropout no random number is drawn, in training mode either.
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.rate = dropout
 
     def value(self) -> Gralora | Lora:
         raise NotImplementedError

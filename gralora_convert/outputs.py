@@ -3,8 +3,8 @@ transformers loads them, on the same inputs.
 
 What difference is right is not guessed. The base gets the weights that a right merge has, rounded
 to the stored dtype: its outputs are what the merged model must give. How near it must come is
-measured, too: these weights are moved at random by up to their rounding, and the outputs' response
-is the yardstick.
+measured, too: where a sum lies so near the middle of two stored numbers that right merges may
+differ, the other one is taken at random, and the outputs' response is the yardstick.
 """
 
 import contextlib
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from gralora_convert.adapter import Adapter
 from gralora_convert.checkpoint import Checkpoint
-from gralora_convert.delta import Delta
+from gralora_convert.delta import terms
 from gralora_convert.errors import ConvertError, MisuseError
 from gralora_convert.forward import GraloraLinear, attach
-from gralora_convert.layer import bare
 from gralora_convert.modalities import Inputs, inputs_for
-from gralora_convert.products import dense
-from gralora_convert.rounding import half_ulp
+from gralora_convert.products import rows
+from gralora_convert.rounding import admissible, magnitude_rows
 from gralora_convert.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -34,24 +33,29 @@ if TYPE_CHECKING:
 __all__ = ["ModelComparison", "compare_models"]
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
-# Right merges differ from one another by one unit in up to 18 % of the elements (where the update
-# was rounded first), that is by less in the mean square than what the yardstick moves them by. By
-# Markov's inequality for squares the response is 8 times as large at most once in 118 such merges,
-# whatever its distribution; merges that round once give the very weights, and no difference.
+CHUNK_ELEMENTS = 1 << 20  # of a weight that are looked at together
+# A right merge takes the other number at fewer places than a draw does, which does at every second
+# possible one. So its response is no larger in the mean square, and 8 times as large at most once
+# in 64 merges by Markov's inequality, whatever its distribution. docs/verification.md has the
+# largest one seen.
 YARDSTICKS = 8.0
-# Two orders of the same float32 sums, through all layers, relative to the largest output.
-ARITHMETIC = 300 * torch.finfo(torch.float32).eps
+# Two orders of the same sums, through all layers, relative to the largest output: in float32, and
+# in float64, where most models still compute their norms in float32.
+ARITHMETIC = {
+    torch.float32: 300 * torch.finfo(torch.float32).eps,
+    torch.float64: 4 * torch.finfo(torch.float32).eps,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelComparison:
-    """Outputs of base + adapter against those of the merged model, computed in float32.
+    """Outputs of base + adapter against those of the merged model, computed in `dtype`.
 
     `rounding` is how far a right merge is from base + adapter, `excess` how far this one is from a
     right merge; both as the largest difference of outputs.
     `kl` is the mean KL divergence of the merged model's distribution from the adapter's, in nats,
     `kl_of_adapter` that of the base's, for scale; both None for outputs that are no logits.
-    `yardstick` is the largest change of outputs when the adapted weights move by their rounding.
+    `yardstick` is the largest change of outputs from one right merge to another, drawn at random.
     """
 
     max_abs_diff: float
@@ -65,11 +69,17 @@ class ModelComparison:
     tokens: int
     inputs: tuple[str, ...]
     slack: float
+    dtype: torch.dtype
+
+    @property
+    def ratio(self) -> float:
+        """`excess` over what it may be: at most 1 for a right merge."""
+        bound = YARDSTICKS * self.yardstick + ARITHMETIC[self.dtype] * self.largest
+        return self.excess / bound if bound else float("inf") if self.excess else 0.0
 
     @property
     def ok(self) -> bool:
-        bound = YARDSTICKS * self.yardstick + ARITHMETIC * self.largest
-        return self.excess <= self.slack * bound
+        return self.ratio <= self.slack
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -84,6 +94,7 @@ class ModelComparison:
             "argmax_agreement": self.argmax_agreement,
             "tokens": self.tokens,
             "inputs": list(self.inputs),
+            "dtype": str(self.dtype).removeprefix("torch."),
         }
 
     def as_text(self) -> str:
@@ -113,24 +124,34 @@ def compare_models(
 ) -> tuple[ModelComparison | None, tuple[str, ...]]:
     """The comparison, or None and a note that says why it was left out.
 
-    One model is in memory at a time, in float32.
+    One model is in memory at a time; in float64 where it fits and the model computes in it, else
+    in float32.
     """
     if not merged.path.is_dir() or not merged.config:
         return None, ("the model was not run: the merged checkpoint has no config.json",)
-    needed = 4 * sum(spec.numel for spec in merged.tensors.values())
-    if needed * 1.25 > available_memory():
+    free, needed = available_memory(), _memory(merged, torch.float32)
+    if needed > free:
         return None, (
             f"the model was not run: it needs {needed / 1e9:.1f} GB of memory in float32, "
-            f"{available_memory() / 1e9:.1f} GB are available; weights and modules were compared",
+            f"{free / 1e9:.1f} GB are available; weights and modules were compared",
         )
-    try:
-        given = None if text is None else _tokenised(merged, text, trust_remote_code)
-        with _quiet():
-            first = _outputs_of_adapter(adapter, base, merged, given, device, trust_remote_code)
-            second = _outputs(_load(merged, merged, device, trust_remote_code), first.inputs)
-    except _CannotRunError as reason:
-        return None, (f"the model was not run: {reason}",)
-    return _compared(first, second, slack), ()
+    wide = device == "cpu" and _memory(merged, torch.float64) <= free
+    reason = ""
+    for dtype in (torch.float64, torch.float32) if wide else (torch.float32,):
+        runner = _Runner(adapter, base, merged, device, dtype, trust_remote_code)
+        try:
+            with _quiet():
+                return runner.compared(text, slack), ()
+        except _CannotRunError as failed:
+            reason = str(failed)
+    return None, (f"the model was not run: {reason}",)
+
+
+def _memory(merged: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of a model in `dtype`, of the two values that each weight may have, as stored, and a
+    quarter for what is computed."""
+    specs = merged.tensors.values()
+    return sum(dtype.itemsize * spec.numel + 2 * spec.nbytes for spec in specs) * 5 // 4
 
 
 # What models raise on inputs that they do not take.
@@ -151,38 +172,145 @@ class _CannotRunError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """Outputs on `inputs`: of the bare base, of base + adapter, of a right merge, and of that with
-    its weights moved."""
+    """Outputs on `inputs`: of the bare base, of base + adapter, of the nearest right merge, and of
+    others, drawn at random."""
 
     inputs: Inputs
     base: Tensor
     adapter: Tensor
     right: Tensor
-    moved: Tensor
+    others: tuple[Tensor, ...]
 
 
-def _compared(first: _Reference, second: Tensor, slack: float) -> ModelComparison:
-    if first.adapter.shape != second.shape:
-        nothing = float("inf")
+@dataclass(frozen=True, slots=True)
+class _Runner:
+    """Loads and runs the two models in `dtype`, one after the other.
+
+    Its methods raise `_CannotRunError` where one of them cannot be run.
+    """
+
+    adapter: Adapter
+    base: Checkpoint
+    merged: Checkpoint
+    device: str
+    dtype: torch.dtype
+    trust_remote_code: bool
+
+    def compared(self, text: str | None, slack: float) -> ModelComparison:
+        given = None if text is None else _tokenised(self.merged, text, self.trust_remote_code)
+        first = self._reference(given)
+        second = _outputs(self._load(self.merged), first.inputs)
+        inputs = tuple(first.inputs)
+        if first.adapter.shape != second.shape:
+            far = float("inf")
+            return ModelComparison(
+                far, 0.0, 0.0, far, 0.0, None, None, None, 0, inputs, slack, self.dtype
+            )
+        is_logits = second.shape[-1] > 1
+        has_scale = is_logits and first.base.shape == second.shape
+        same = first.adapter.argmax(-1) == second.argmax(-1)
         return ModelComparison(
-            nothing, 0.0, 0.0, nothing, 0.0, None, None, None, 0, tuple(first.inputs), slack
+            _farthest(first.adapter, second),
+            float(first.adapter.abs().max()),
+            _farthest(first.adapter, first.right),
+            _farthest(first.right, second),
+            max(_farthest(first.right, other) for other in first.others),
+            _kl(first.adapter, second) if is_logits else None,
+            _kl(first.adapter, first.base) if has_scale else None,
+            float(same.double().mean()) if is_logits else None,
+            same.numel(),
+            inputs,
+            slack,
+            self.dtype,
         )
-    is_logits = second.shape[-1] > 1
-    kl = _kl(first.adapter, second) if is_logits else None
-    same = first.adapter.argmax(-1) == second.argmax(-1)
-    return ModelComparison(
-        _farthest(first.adapter, second),
-        float(first.adapter.abs().max()),
-        _farthest(first.adapter, first.right),
-        _farthest(first.right, second),
-        _farthest(first.right, first.moved),
-        kl,
-        _kl(first.adapter, first.base) if is_logits and first.base.shape == second.shape else None,
-        float(same.double().mean()) if is_logits else None,
-        same.numel(),
-        tuple(first.inputs),
-        slack,
-    )
+
+    def _reference(self, given: Inputs | None) -> _Reference:
+        model = self._load(self.base)
+        inputs, plain = _first_that_runs(model, self.merged, given)
+        try:
+            attached = attach(_holder(model, self.adapter), self.adapter)
+        except ConvertError as error:
+            raise _CannotRunError(
+                f"the adapter's names are not the model's ({error.message})"
+            ) from error
+        with attached:
+            outputs = _outputs(model, inputs)
+            choices = []
+            for name, layer in attached.layers.items():
+                layer.remove(attached.name)
+                choices.append(self._choice(layer, name))
+            right, others = _outputs(model, inputs), list[Tensor]()
+            for side in (False, True):
+                for number, choice in enumerate(choices):
+                    choice.take(number, side)
+                others.append(_outputs(model, inputs))
+        return _Reference(inputs, plain, outputs, right, tuple(others))
+
+    def _choice(self, layer: GraloraLinear, name: str) -> "_Choice":
+        """Gives the layer the weight of the nearest right merge; what others may have instead."""
+        delta, weight = self.adapter.delta(name), layer.weight.detach()
+        dtype, short = _stored_dtype(self.merged, name), self.adapter.short_dtype(name)
+        across = not isinstance(layer.base_layer, nn.Linear)  # Conv1D keeps (in, out)
+        right, other = torch.empty_like(weight), torch.empty(weight.shape, dtype=dtype)
+        step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
+        for start in range(0, len(weight), step):
+            span = (start, min(start + step, len(weight)))
+            before = weight[slice(*span)].double().cpu()
+            update = rows(delta, *span, transposed=across)
+            size = magnitude_rows(delta, *span, transposed=across) + before.abs()
+            nearest = (before + update).to(dtype)
+            low, high = admissible(
+                before + update, update, magnitude=size, terms=terms(delta), dtype=dtype,
+                delta_dtype=None if short is None else torch_dtype(short),
+            )  # fmt: skip
+            right[slice(*span)] = nearest.to(right)
+            other[slice(*span)] = torch.where(low == nearest, high, low)
+        # A weight of its own, so that whatever shared the old one (tied embeddings) keeps it.
+        layer.base_layer.register_parameter("weight", nn.Parameter(right, requires_grad=False))
+        return _Choice(layer, right.clone() if dtype == self.dtype else right.to(dtype), other)
+
+    def _load(self, source: Checkpoint) -> "PreTrainedModel":
+        """`source` as a model of the class (and labels) of the merged one, in evaluation mode."""
+        import transformers
+
+        like = self.merged
+        name = like.architectures[0] if like.architectures else "AutoModel"
+        cls = getattr(transformers, name, None) or transformers.AutoModel
+        options: dict[str, object] = {}
+        labels = like.config.get("id2label")
+        if isinstance(labels, Mapping) and source is not like:
+            options["num_labels"] = len(labels)
+        try:
+            torch.manual_seed(0)  # a head that the source lacks is drawn at random, then replaced
+            model: PreTrainedModel = cls.from_pretrained(
+                source.folder,
+                dtype=self.dtype,
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=True,
+                ignore_mismatched_sizes=source is not like,
+                **options,
+            )
+        except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
+            raise _CannotRunError(
+                f"transformers cannot load {source.source}: {_first_line(error)}"
+            ) from error
+        return model.to(self.device).eval()
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The two values that right merges may store for each weight of a layer, as they are stored."""
+
+    layer: GraloraLinear
+    right: Tensor
+    other: Tensor
+
+    def take(self, seed: int, side: bool) -> None:
+        """Takes the other value at every second place: those of one `side` of a coin."""
+        generator = torch.Generator().manual_seed(seed)
+        coin = torch.randint(2, self.right.shape, generator=generator, dtype=torch.bool)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.where(coin ^ side, self.right, self.other))
 
 
 def _farthest(one: Tensor, other: Tensor) -> float:
@@ -192,41 +320,9 @@ def _farthest(one: Tensor, other: Tensor) -> float:
 
 
 def _kl(p: Tensor, q: Tensor) -> float:
-    """Mean KL(p || q) over positions, in nats; float64, so that tiny ones are not noise."""
-    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    """Mean KL(p || q) over positions, in nats."""
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
     return max(0.0, float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
-
-
-def _outputs_of_adapter(
-    adapter: Adapter,
-    base: Checkpoint,
-    merged: Checkpoint,
-    given: Inputs | None,
-    device: str,
-    trust_remote_code: bool,
-) -> _Reference:
-    model = _load(base, merged, device, trust_remote_code)
-    inputs, plain = _first_that_runs(model, merged, given)
-    try:
-        attached = attach(_holder(model, adapter), adapter)
-    except ConvertError as error:
-        raise _CannotRunError(
-            f"the adapter's names are not the model's ({error.message})"
-        ) from error
-    with attached:
-        outputs = _outputs(model, inputs)
-        for name, layer in attached.layers.items():
-            layer.remove(attached.name)
-            _set_weight(layer, _right_weight(layer, adapter.delta(name), merged, name))
-        right = _outputs(model, inputs)
-        generator = torch.Generator().manual_seed(0)
-        for name, layer in attached.layers.items():
-            weight = layer.weight.double().cpu()
-            noise = torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 4 - 2
-            # up to one unit in the last place: float32 must see it
-            _set_weight(layer, weight + noise * half_ulp(weight, _stored_dtype(merged, name)))
-        moved = _outputs(model, inputs)
-    return _Reference(inputs, plain, outputs, right, moved)
 
 
 def _first_that_runs(
@@ -240,23 +336,6 @@ def _first_that_runs(
         except _CannotRunError as reason:
             failed = reason
     raise failed
-
-
-def _right_weight(layer: nn.Module, delta: Delta, merged: Checkpoint, name: str) -> Tensor:
-    """The weight of a right merge, in float64."""
-    weight = bare(layer).get_parameter("weight")
-    update = dense(delta, torch.float64)
-    if not isinstance(bare(layer), nn.Linear):  # Conv1D keeps (in, out)
-        update = update.T
-    total = weight.detach().double().cpu() + update
-    return total.to(_stored_dtype(merged, name)).double()
-
-
-def _set_weight(layer: GraloraLinear, weight: Tensor) -> None:
-    """A weight of its own, so that whatever shared the old one (tied embeddings) keeps it."""
-    like = layer.weight
-    parameter = nn.Parameter(weight.to(like.device, like.dtype), requires_grad=False)
-    bare(layer).register_parameter("weight", parameter)
 
 
 def _stored_dtype(merged: Checkpoint, module: str) -> torch.dtype:
@@ -276,39 +355,10 @@ def _holder(model: nn.Module, adapter: Adapter) -> nn.Module:
     return inner if not fits and isinstance(inner, nn.Module) else model
 
 
-def _load(
-    source: Checkpoint, like: Checkpoint, device: str, trust_remote_code: bool
-) -> "PreTrainedModel":
-    """`source` as a model of the class (and labels) of `like`, in float32 and evaluation mode."""
-    import transformers
-
-    name = like.architectures[0] if like.architectures else "AutoModel"
-    cls = getattr(transformers, name, None) or transformers.AutoModel
-    options: dict[str, object] = {}
-    labels = like.config.get("id2label")
-    if isinstance(labels, Mapping) and source is not like:
-        options["num_labels"] = len(labels)
-    try:
-        torch.manual_seed(0)  # a head that the source lacks is drawn at random, then replaced
-        model: PreTrainedModel = cls.from_pretrained(
-            source.folder,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            ignore_mismatched_sizes=source is not like,
-            **options,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
-        raise _CannotRunError(
-            f"transformers cannot load {source.source}: {_first_line(error)}"
-        ) from error
-    return model.to(device).eval()
-
-
 def _outputs(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
     with torch.no_grad():
         try:
-            result = model(**{name: value.to(model.device) for name, value in inputs.items()})
+            result = model(**{name: _like(value, model) for name, value in inputs.items()})
         except _FAILURES as error:
             raise _CannotRunError(
                 f"it does not take {', '.join(inputs)} alone: {_first_line(error)}"
@@ -317,11 +367,16 @@ def _outputs(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
     for name in ("logits", "start_logits", "last_hidden_state"):
         if isinstance(result, Mapping) and isinstance(result.get(name), Tensor):
             found: Tensor = result[name]
-            return found.float().cpu()
+            return found.double().cpu()
     first = next((value for value in values if isinstance(value, Tensor)), None)
     if first is None:
         raise _CannotRunError("it returns no tensor")
-    return first.float().cpu()
+    return first.double().cpu()
+
+
+def _like(value: Tensor, model: "PreTrainedModel") -> Tensor:
+    """On the model's device, and in its dtype unless it counts or selects."""
+    return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
 
 def _first_line(error: BaseException) -> str:

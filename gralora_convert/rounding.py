@@ -13,7 +13,15 @@ from torch import Tensor
 from gralora_convert.delta import Delta, Dense, Gralora, Lora
 from gralora_convert.products import row_blocks
 
-__all__ = ["Survival", "half_ulp", "magnitude_rows", "survival", "tolerance", "worst_ratio"]
+__all__ = [
+    "Survival",
+    "admissible",
+    "half_ulp",
+    "magnitude_rows",
+    "survival",
+    "tolerance",
+    "worst_ratio",
+]
 
 
 _EXPONENT = {
@@ -116,14 +124,41 @@ def tolerance(
     N. Higham, Accuracy and Stability of Numerical Algorithms, section 3.1; the 4 are the scaling,
     its product, the last sum and second-order terms.
     """
-    unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
-    if exact.dtype == torch.float32:
-        unit *= 2
     bound = half_ulp(torch.maximum(after.abs(), exact.abs()), dtype)
+    unit = _unit(dtype) * (2 if exact.dtype == torch.float32 else 1)
     bound = bound.add(magnitude, alpha=(terms + 4) * unit)
     if delta is not None and delta_dtype is not None:
         bound += half_ulp(delta, delta_dtype)
     return bound
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """The unit roundoff of the sums behind a stored `dtype`."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
+
+
+def admissible(
+    exact: Tensor,
+    delta: Tensor,
+    *,
+    magnitude: Tensor,
+    terms: int,
+    dtype: torch.dtype,
+    delta_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The least and the largest value that a right merge may store, per element, in `dtype`.
+
+    The sum may be off by what `tolerance` grants it, before it is rounded; arguments as there,
+    `exact` in float64. Where both ends are the same number, all right merges store it.
+
+    >>> one, none = torch.ones(1).double(), torch.zeros(1).double()
+    >>> admissible(one, none, magnitude=none, terms=4, dtype=torch.bfloat16)
+    (tensor([1.], dtype=torch.bfloat16), tensor([1.], dtype=torch.bfloat16))
+    """
+    error = magnitude * ((terms + 4) * _unit(dtype))
+    if delta_dtype is not None:
+        error += half_ulp(delta, delta_dtype)
+    return (exact - error).to(dtype), (exact + error).to(dtype)
 
 
 def worst_ratio(after: Tensor, exact: Tensor, bound: Tensor) -> float:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import gralora_convert as gc
+from benchmarks import peft_merges
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.comparison import Comparison, Update
 from gralora_convert.products import dense
@@ -118,6 +119,51 @@ def test_a_large_matrix_is_judged_by_all_and_explained_by_some_of_its_rows(tmp_p
     assert [row.what for row in found.wrong] == [
         "1 of 786432 elements differ, the first at [789, 5]"
     ]
+
+
+@pytest.mark.parametrize("shape", [(1024, 768), (24, 1 << 16)], ids=["tall", "wide"])
+@pytest.mark.parametrize(
+    "place", [(0, slice(None)), (slice(None), -1), (slice(-1, None), slice(-8, None)), (5, 7)],
+    ids=["one row", "one column", "the last corner", "one element"],
+)  # fmt: skip
+def test_no_place_is_too_small(
+    place: tuple[int | slice, int | slice], shape: tuple[int, int], tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base", {"up": shape}, dtype=torch.bfloat16)
+    delta = random_delta(*shape, k=4, size=0.3)
+    write_adapter(tmp_path / "adapter", {"up": delta})
+    right = (base["up.weight"].float() + dense(delta)).bfloat16()
+    right[place] = right[place].view(torch.int16).add(2).view(torch.bfloat16)  # two last places
+    write_model(tmp_path / "merged", base | {"up.weight": right})
+    found = gc.verify(
+        tmp_path / "adapter", base=tmp_path / "base", merged=tmp_path / "merged", level="weights"
+    )
+    assert [row.module for row in found.wrong] == ["up"], found.as_text()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "short"),
+    [
+        ("llama", torch.bfloat16, True), ("gpt2", torch.float16, False),
+        ("gpt_neox", torch.float32, False), ("vit", torch.float16, True),
+    ],
+)  # fmt: skip
+def test_merges_by_peft_and_the_same_with_a_fault(
+    model_type: str, dtype: torch.dtype, short: bool, tmp_path: Path
+) -> None:
+    made = peft_merges.merge(
+        tmp_path, model_type, dtype=dtype, rho=0.05, short=short, r=8, gralora_k=2, hybrid_r=4
+    )
+    found = made.verdict()
+    assert found.ok, found.as_text()
+    assert found.model is not None
+    assert found.model.dtype == torch.float64
+    assert found.model.ratio < 0.5
+    assert peft_merges.spoil(made, peft_merges.FAULTS["twice"], one=False)
+    wrong = made.verdict("wrong")
+    assert not wrong.weights_ok
+    assert wrong.model is not None
+    assert not wrong.model.ok
 
 
 def test_rows_of_a_fused_matrix_are_judged_one_by_one(tmp_path: Path) -> None:

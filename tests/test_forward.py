@@ -323,10 +323,42 @@ def test_dtypes_are_pefts(dtype: torch.dtype, cast: bool) -> None:
     assert_follows(mlp().to(dtype), reference, x, dropout=0.25, dtype=factors)
 
 
-def test_autocast_is_pefts() -> None:
-    reference = with_peft(mlp(), target_modules=TARGETS, hybrid_r=2, gralora_dropout=0.25)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_follows(mlp(), reference, torch.randn(2, 3, 8), dropout=0.25)
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_pefts(cast: torch.dtype, base: torch.dtype) -> None:
+    reference = with_peft(mlp().to(base), target_modules=TARGETS, hybrid_r=2, gralora_dropout=0.25)
+    with torch.autocast("cpu", dtype=cast):
+        assert_follows(mlp().to(base), reference, torch.randn(2, 3, 8, dtype=base), dropout=0.25)
+
+
+def test_a_model_of_pefts_is_adapted_further_where_it_is_named(tmp_path: Path) -> None:
+    model, x = with_peft(mlp(), target_modules=["up"]), torch.randn(2, 3, 8)
+    plain, deltas = model(x), deltas_of(with_peft(mlp(), target_modules=["up", "mid"]))
+    with pytest.raises(InvalidAdapterError, match=r"attach to model.get_base_model\(\)"):
+        attach(model, deltas)
+    with attach(model.get_base_model(), {"mid": deltas["mid"]}):
+        assert not torch.equal(model(x), plain)
+    assert torch.equal(model(x), plain)
+
+
+def test_gradient_checkpointing_is_pefts() -> None:
+    config = {"target_modules": ["q_proj", "v_proj"], "hybrid_r": 2, "gralora_dropout": 0.2}
+    reference, model = with_peft(tiny("llama"), **config), tiny("llama")
+    handle = attach(model, deltas_of(reference), trainable=True, dropout=0.2)
+    gradients = []
+    for one in (model, reference):
+        one.train()
+        one.gradient_checkpointing_enable()
+        one.enable_input_require_grads()
+        torch.manual_seed(0)
+        one(input_ids=IDS, labels=IDS).loss.backward()
+    for path, layer in handle.layers.items():
+        theirs = reference.base_model.model.get_submodule(path)
+        ours = layer.get_parameter("adapters.default.A")
+        gradients.append((ours.grad, theirs.gralora_A["default"].grad))
+    assert len(gradients) == 4
+    for found, expected in gradients:
+        assert_close(found, expected)
 
 
 def test_two_adapters_are_summed_as_by_peft() -> None:

@@ -27,7 +27,9 @@ LAYERS = {
         "architecture", "heads", "pieces", "placement", "quantisation", "ties", "values",
     },
     "output": {"assembly", "tiles"},
-    "models": {"audit", "blueprint", "comparison", "forward", "modalities", "outputs", "source"},
+    "models": {
+        "audit", "blueprint", "comparison", "forward", "modalities", "outputs", "saving", "source",
+    },
     "verbs": {
         "anatomy", "checks", "conversion", "equivalence", "extraction", "inspection", "merging",
     },
