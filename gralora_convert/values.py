@@ -29,7 +29,8 @@ class Values:
     """What the full tensors of `adapter` do to the base.
 
     `trained` maps a parameter in memory to its new value (several where it is cut on disk),
-    `frozen` to a copy of the base's that differs; `head_rows` counts the labels of a trained head,
+    `frozen` to a copy of the base's that differs; `biases` are those that PEFT trains where they
+    are; `head_rows` counts the labels of a trained head,
     `vocabulary` is (rows before, rows now) of resized embeddings, `is_new_head` says that the base
     has no such head.
     """
@@ -40,6 +41,7 @@ class Values:
         self.findings: list[Finding] = []
         self.trained: dict[str, tuple[Replacement, ...]] = {}
         self.frozen: dict[str, TensorSpec] = {}
+        self.biases = frozenset(f"{module}.bias" for module in adapter.biases)
         self.head_rows: int | None = None
         self.vocabulary: tuple[int, int] | None = None
         self.is_new_head = False
@@ -210,7 +212,7 @@ class Values:
         for entry in self.config.modules_to_save or ():
             if entry in used:
                 continue
-            modules = {name.rpartition(".")[0] for name in self.base.tensors}
+            modules = self._modules()
             if any(module.endswith(entry) for module in modules):
                 self._say(error(
                     "modules-to-save-missing", entry,
@@ -219,6 +221,12 @@ class Values:
                 ))  # fmt: skip
             else:
                 self._say(note("modules-to-save-unmatched", entry, "is no module of the base"))
+
+    def _modules(self) -> set[str]:
+        """Names of modules as PEFT sees them: in memory, where they are others than on disk."""
+        blueprint = self.architecture.blueprint if self.architecture.is_converted else None
+        names = self.base.tensors if blueprint is None else blueprint.state
+        return {name.rpartition(".")[0] for name in names}
 
     def check_head(self) -> None:
         """A class with a new head may have more layers that the base lacks, unsaved by PEFT."""
@@ -240,17 +248,26 @@ class Values:
         mode = self.config.bias
         if mode == "none":
             return
-        present = self.adapter.biases
+        saved = {name.removesuffix(".bias") for name in self.adapter.saved}
+        present = saved.union(self.adapter.biases)
         own = [m for m in modules if m not in present and self._find(f"{m}.bias")]
-        every = mode == "all" and not present
-        others = [n for n in self.base.tensors if n.endswith((".bias", ".beta"))] if every else []
+        others = self._other_biases() if mode == "all" and not self.adapter.biases else []
         if others and not own and self.architecture.blueprint is not None:  # of another head?
             state = self.architecture.blueprint.state
-            others = [n for n in state if n.endswith(".bias") and self._find(n)]
+            given = {shared for name in self.trained for shared in self.architecture.sharing(name)}
+            others = [n for n in state if n.endswith(".bias") and self._find(n) and n not in given]
         if own or others:
             count, example = (len(own), f"{own[0]}.bias") if own else (len(others), others[0])
             what = f"{count} trained biases, first {example},"
             self._say(bias_missing(self.config.peft_version, mode, what))
+
+    def _other_biases(self) -> list[str]:
+        """Biases on disk that the adapter has no value for."""
+        written = {part.output for parts in self.trained.values() for part in parts}
+        return [
+            name for name in self.base.tensors
+            if name.endswith((".bias", ".beta")) and name not in written
+        ]  # fmt: skip
 
 
 def stored_shape(origins: Sequence[Origin], tensors: Mapping[str, TensorSpec]) -> tuple[int, ...]:
