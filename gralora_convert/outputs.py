@@ -22,6 +22,7 @@ from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.delta import Delta
 from gralora_convert.errors import ConvertError, MisuseError
 from gralora_convert.forward import GraloraLinear, attach
+from gralora_convert.hub import config_errors
 from gralora_convert.layer import bare
 from gralora_convert.modalities import Inputs, inputs_for
 from gralora_convert.products import dense
@@ -142,6 +143,20 @@ _FAILURES = (
     RuntimeError,
     TypeError,
     ValueError,
+)
+
+
+# What transformers raises for a folder that it cannot load.
+_UNLOADABLE: tuple[type[Exception], ...] = (
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    ZeroDivisionError,
+    *config_errors(),
 )
 
 
@@ -298,7 +313,7 @@ def _load(
             ignore_mismatched_sizes=source is not like,
             **options,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
+    except _UNLOADABLE as error:
         raise _CannotRunError(
             f"transformers cannot load {source.source}: {_first_line(error)}"
         ) from error
@@ -335,7 +350,7 @@ def _tokenised(merged: Checkpoint, text: str, trust_remote_code: bool) -> Inputs
         tokenizer = AutoTokenizer.from_pretrained(
             merged.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except _UNLOADABLE as error:
         raise MisuseError(
             f"--text needs a tokenizer, and none can be loaded: {_first_line(error)}",
             where=merged.path,

@@ -7,7 +7,7 @@ transformers makes by name while it loads gives way to a tensor on disk that dif
 that sits in two places of the model can hold one value only: that is refused.
 """
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from gralora_convert.architecture import Architecture
@@ -31,7 +31,7 @@ class Claims:
     targets: dict[str, Target] = field(default_factory=dict)
     trained: dict[str, tuple[Replacement, ...]] = field(default_factory=dict)
     frozen: dict[str, TensorSpec] = field(default_factory=dict)
-    in_place: Set[str] = frozenset()
+    in_place: frozenset[str] = frozenset()
 
     def names(self) -> Iterator[str]:
         yield from dict.fromkeys((*self.targets, *self.trained, *self.frozen))

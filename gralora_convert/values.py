@@ -122,10 +122,30 @@ class Values:
         shared = self.architecture.tied_source(parameter.rpartition(".")[0], spec.shape)
         if shared is None:
             self.is_new_head = True
+            self._check_new(parameter, spec)
             if len(spec.shape) == 2:
                 self._heads[parameter] = spec.shape[0]
         name = self.architecture.disk_name(parameter)
         self.trained[parameter] = (Replacement(spec, name),)
+
+    def _check_new(self, parameter: str, spec: TensorSpec) -> None:
+        """What a tensor of a new head shows beside the others of its layer."""
+        module, _, leaf = parameter.rpartition(".")
+        weight = self.adapter.saved.get(f"{module}.weight")
+        if leaf == "bias" and weight is not None and len(weight.shape) == 2:
+            if spec.shape not in ((weight.shape[0],), (weight.shape[1],)):  # Conv1D: (in, out)
+                self._say(error(
+                    "modules-to-save-shape", parameter,
+                    f"has shape {spec.shape}, ({weight.shape[0]},) was needed beside its weight",
+                ))  # fmt: skip
+        elif leaf not in ("weight", "bias"):
+            model = self.architecture.blueprint
+            if model is not None and model.has(module) and parameter not in model.state:
+                self._say(error(
+                    "tensor-unclaimed", parameter,
+                    f"is no parameter of {type(model.model).__name__}, whose {module} has no "
+                    f"{leaf!r}",
+                ))  # fmt: skip
 
     def _place_frozen(self, parameter: str, spec: TensorSpec) -> None:
         """A base weight that PEFT saved without training it, and loads over the base."""
@@ -232,6 +252,13 @@ class Values:
         """A class with a new head may have more layers that the base lacks, unsaved by PEFT."""
         if not self.is_new_head:
             return
+        if not self._names_a_class():
+            self._say(error(
+                "head-incomplete", self.config.modules_to_save[0] if self.config.modules_to_save
+                else CONFIG_NAME, "is trained and new, and neither task_type nor auto_mapping says "
+                "which class of model has it", "Write task_type into adapter_config.json.",
+            ))  # fmt: skip
+            return
         given = {*self.adapter.saved, *(f"{module}.bias" for module in self.adapter.biases)}
         lacking = self.architecture.lacking(given)
         if lacking:
@@ -242,6 +269,12 @@ class Values:
                 "nor the adapter has: they were drawn at random, and are lost",
                 f"Train again from a base that has them, or with {holder!r} in modules_to_save.",
             ))  # fmt: skip
+
+    def _names_a_class(self) -> bool:
+        """Whether the class with the new head is known, or there are no classes to choose from."""
+        known = self.config.task_type or self.architecture.class_name
+        beside = (self.adapter.path / "config.json").is_file()
+        return bool(known) or beside or self.base.model_type is None
 
     def check_biases(self, modules: Sequence[str]) -> None:
         """Biases of the adapted `modules` (and of all others, by mode) that should be here."""
