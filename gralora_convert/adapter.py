@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig, read_config
 from gralora_convert.errors import (
@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapter", "Scan", "scan_adapter"]
 
+D = TypeVar("D", "Gralora", "Lora")
+
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+LARGEST_UPDATE = 1e140  # its square times all elements of the largest matrix is a float64
 _SHARDED = re.compile(r"adapter_model-\d+-of-\d+\.(safetensors|bin)|adapter_model.*\.index\.json")
 _REASONS = {
     "lfs-pointer": "weights-lfs-pointer",
@@ -186,9 +189,21 @@ class Adapter:
         if self.kind == "lora":
             a_blocks, b_blocks = self._diagonal(module)
             a, b = direct_sum(read("A").chunk(a_blocks)), direct_sum(read("B").chunk(b_blocks))
-            return Lora(a, b, self.scaling(module))
+            return self._bounded(module, Lora(a, b, self.scaling(module)))
         general = (read("general_A"), read("general_B")) if self.kind == "hybrid" else (None, None)
-        return Gralora(read("A"), read("B"), self.scaling(module), *general)
+        delta = Gralora(read("A"), read("B"), self.scaling(module), *general)
+        return self._bounded(module, delta)
+
+    def _bounded(self, module: str, delta: "D") -> "D":
+        """The delta, if its squares can be summed in float64: factors of float64 may exceed it."""
+        largest = abs(delta.scaling) * float(delta.A.abs().max()) * float(delta.B.abs().max())
+        if not largest < LARGEST_UPDATE:
+            raise UnsupportedError(
+                f"the product of its factors is up to {largest:.3g}, less than "
+                f"{LARGEST_UPDATE:.0g} was needed", where=module,
+                hint="Training diverged: use an earlier checkpoint.",
+            )  # fmt: skip
+        return delta
 
     def require_plain(self, allowed: Collection[str] = ()) -> None:
         """Raises `UnsupportedError` when factors alone do not determine a LoRA's update, unless

@@ -317,7 +317,7 @@ class Architecture:
             return False
         return all(
             re.fullmatch(r"config(\.\w+)?", value) or value.startswith("nn.Dropout(")
-            or any(parameter.startswith(f"{layer}.") for parameter in given)
+            or _is_given(layer, value, given)
             for layer, value in assigned.items()
         )  # fmt: skip
 
@@ -416,6 +416,14 @@ class Architecture:
             and spec.dtype in FLOATING
             and not self.is_embedding(name.removesuffix(".weight"))
         ]
+
+
+def _is_given(layer: str, value: str, given: Collection[str]) -> bool:
+    """Whether `given` has all parameters of a layer that is assigned `value` in the source text; a
+    linear layer has a bias unless the text says otherwise."""
+    if value.startswith("nn.Linear(") and "bias=" not in value:
+        return {f"{layer}.weight", f"{layer}.bias"} <= set(given)
+    return any(parameter.startswith(f"{layer}.") for parameter in given)
 
 
 def _stripper(prefix: str) -> Callable[[str], str]:

@@ -18,9 +18,10 @@ from gralora_convert.delta import Delta, Dense, Gralora, Lora
 from gralora_convert.errors import CheckFailedError, MisuseError, is_number
 from gralora_convert.keys import Role, key_of
 from gralora_convert.layer import forward_path
-from gralora_convert.plan import Computed, Copied, Part
+from gralora_convert.plan import Computed, Part
 from gralora_convert.serving import serving_lines
 from gralora_convert.tensors import DTYPE_BITS, TensorSpec
+from gralora_convert.tiles import taken
 
 __all__ = [
     "Kind",
@@ -272,8 +273,8 @@ def _size(delta: Delta) -> float:
 
 
 def copied(name: str, spec: TensorSpec) -> Part:
-    """A tensor of an input under another key, byte for byte."""
-    return Part(name, spec.dtype, spec.shape, spec.nbytes, Copied(spec))
+    """A tensor of an input under another key, with the same bytes; its values must be finite."""
+    return Part(name, spec.dtype, spec.shape, spec.nbytes, taken(spec, spec.dtype))
 
 
 def relative(losses: Mapping[str, Loss]) -> float:

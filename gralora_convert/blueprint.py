@@ -20,6 +20,7 @@ import torch
 
 from gralora_convert.architecture import Origin
 from gralora_convert.checkpoint import Checkpoint
+from gralora_convert.hub import config_errors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,9 +30,9 @@ __all__ = ["Blueprint", "TieFlag"]
 
 # What transformers may raise for a config that it cannot build, or a conversion that needs more
 # than rows.
-_UNBUILDABLE = (
+_UNBUILDABLE: tuple[type[Exception], ...] = (
     ValueError, OSError, ImportError, KeyError, AttributeError, TypeError, RuntimeError,
-    AssertionError, IndexError, NotImplementedError, ZeroDivisionError,
+    AssertionError, IndexError, NotImplementedError, ZeroDivisionError, *config_errors(),
 )  # fmt: skip
 
 

@@ -149,12 +149,24 @@ class Checkpoint:
         """Every other file of the folder that belongs to the model, by relative name: config,
         tokenizer, templates, code, and whole folders of the later steps of a model of
         sentence-transformers. Weights in any format, indexes, adapters, the receipt, the model
-        card, hidden files and links to folders are left out.
+        card, hidden files and links to folders are left out. A single file has those of its folder
+        when that holds no other weights.
 
         Raises:
             UnreadableError: a link that leaves the folder, or a special file.
         """
-        return sidecars(self.path) if self.path.is_dir() else {}
+        alone = self.path.is_dir() or _is_alone(self.path)
+        return sidecars(self.folder) if alone else {}
+
+
+def _is_alone(file: Path) -> bool:
+    """Whether a file of weights is the only one of its folder, which then describes its model."""
+    others = {entry.name for entry in _listing(file.parent) if _is_weights(entry.name)}
+    return others == {file.name}
+
+
+def _is_weights(name: str) -> bool:
+    return PurePosixPath(name).suffix in _WEIGHT_SUFFIXES and name not in _NO_WEIGHTS
 
 
 def locate(source: str | Path) -> Path:

@@ -46,6 +46,7 @@ from gralora_convert.serving import serving_notes
 from gralora_convert.tensors import FLOATING, WRITTEN, TensorSpec, torch_dtype, written_dtype
 from gralora_convert.values import same_values
 from gralora_convert.version import __version__
+from gralora_convert.writing import one_arithmetic_thread
 
 __all__ = ["extract"]
 
@@ -150,7 +151,8 @@ def extract(
     require_device(device)
     found = _Differences(before, after, include, exclude, trust_remote_code)
     how = _How(svd, device, verify)
-    shape = _shape(found.modules, how, to, k, r, hybrid_r, alpha, max_error)
+    with one_arithmetic_thread():
+        shape = _shape(found.modules, how, to, k, r, hybrid_r, alpha, max_error)
     return _Extraction(before, after, found, shape, stored, how).plan()
 
 

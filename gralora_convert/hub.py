@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gralora_convert.errors import UnreadableError
 
-__all__ = ["HubName", "fetch", "is_cached", "parse_name"]
+__all__ = ["HubName", "config_errors", "fetch", "is_cached", "parse_name"]
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _NAME = re.compile(
@@ -100,6 +100,14 @@ def fetch(name: HubName, is_complete: Callable[[Path], bool]) -> Path:
             hint="Look at its files on the Hub.",
         )  # fmt: skip
     return Path(found) / name.folder
+
+
+def config_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's library raises for a config.json whose values have wrong types; transformers
+    lets it through, and it is no ValueError."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (StrictDataclassError,)
 
 
 def _not_had(name: HubName, error: Exception) -> UnreadableError:

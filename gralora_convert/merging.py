@@ -19,11 +19,18 @@ from gralora_convert.delta import Gralora, Lora, permute_rows, to_device
 from gralora_convert.errors import CheckFailedError, MisuseError, is_number
 from gralora_convert.pieces import Placement, Replacement
 from gralora_convert.placement import place
-from gralora_convert.plan import Copied, OutputFile, Part, Plan, index_json
+from gralora_convert.plan import Computed, Copied, OutputFile, Part, Plan, index_json
 from gralora_convert.rounding import Survival
 from gralora_convert.strictjson import load_json
 from gralora_convert.tensors import DTYPE_BITS, FLOATING, TensorSpec, written_dtype
-from gralora_convert.tiles import CastTensor, Contribution, MergedTensor, Patch, PatchedTensor
+from gralora_convert.tiles import (
+    CastTensor,
+    Contribution,
+    MergedTensor,
+    Patch,
+    PatchedTensor,
+    taken,
+)
 from gralora_convert.version import __version__
 
 __all__ = ["merge", "summary"]
@@ -272,8 +279,12 @@ class _Merge:
         dtype = self._written(stored.dtype)
         if name in replaced and spec is not None and spec.dtype in FLOATING:
             dtype = self._written(spec.dtype)  # a float32 head of a bfloat16 model stays bfloat16
-        same = dtype == stored.dtype
-        source = Copied(stored) if same else CastTensor(stored, dtype).source()
+        source: Copied | Computed
+        if any(stored.file == adapter.file.path for adapter in self.adapters):
+            source = taken(stored, dtype)
+        else:
+            same = dtype == stored.dtype
+            source = Copied(stored) if same else CastTensor(stored, dtype).source()
         return Part(final, dtype, stored.shape, _nbytes(dtype, stored.shape), source)
 
     def _final_name(self, name: str) -> str:
@@ -322,6 +333,9 @@ class _Merge:
                 if _ADAPTER_SIDECARS.fullmatch(PurePosixPath(name).name)
                 and (name != "config.json" or self._is_same_model(path))
             }
+            for name, path in beside.items():
+                if name.endswith("config.json"):  # what is no object, transformers does not load
+                    load_json(path, allow_non_finite=True)
             if beside:
                 notes.append(f"{', '.join(sorted(beside))} taken from {adapter.path}")
             copies |= beside
@@ -444,6 +458,9 @@ def _layout(
     base: Checkpoint, parts: Mapping[str, list[Part]], shard_size: str
 ) -> tuple[OutputFile, ...]:
     """The files of the output: the base's own, or shards of at most `shard_size`."""
+    if shard_size == "keep" and len(parts) == 1 and base.config:  # a variant (`model.fp16`), too
+        [(name, held)] = parts.items()
+        return (OutputFile("model.safetensors", tuple(held), _metadata(base, name)),)
     if shard_size == "keep":
         return tuple(
             OutputFile(_safetensors_name(name), tuple(held), _metadata(base, name))

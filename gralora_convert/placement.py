@@ -107,7 +107,7 @@ class _Placer:
             self.values.check_head()
             self.values.check_biases([target.module for target in self.targets.values()])
         self.findings += self.values.findings
-        claims = Claims(self.targets, self.values.trained, self.values.frozen)
+        claims = Claims(self.targets, self.values.trained, self.values.frozen, self.values.biases)
         settlement = settle(claims, self.architecture)
         self.findings += settlement.findings
         return settlement

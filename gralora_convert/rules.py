@@ -6,7 +6,6 @@ Constructors raise with all findings, validation gathers them. Types, ranges and
 
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Set
 
 from gralora_convert.report import Finding, error, note, warning
@@ -28,6 +27,7 @@ __all__ = [
 Json = Mapping[str, object]
 PEFT_VERSION = "0.21.2"  # the release whose behaviour this package was measured against
 OLDEST = {"GRALORA": (0, 19)}  # the first release that has the method
+LARGEST_FLOAT32 = float.fromhex("0x1.fffffep+127")
 LARGEST = 2**63 - 1  # a size that any tensor can have
 _TASKS = (
     "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
@@ -199,8 +199,11 @@ def alpha_findings(name: str, alpha: object, where: str) -> Iterator[Finding]:
     """What is wrong with the numerator of a scaling."""
     if alpha == 0 and _is_number(alpha):
         yield warning("alpha-zero", where, f"{name} is 0: the adapter has no effect")
-    if type(alpha) is int and abs(alpha) > sys.float_info.max:
-        yield error("config-value-range", where, f"{name} is too large for a float")
+    if isinstance(alpha, int | float) and LARGEST_FLOAT32 < abs(alpha) < math.inf:
+        yield error(
+            "config-value-range", where, f"{name} is too large: at most {LARGEST_FLOAT32:.4g}, the "
+            "largest float32, was needed",
+        )  # fmt: skip
 
 
 def _dropout_findings(name: str, values: Json, where: str) -> Iterator[Finding]:

@@ -56,7 +56,7 @@ def parse_json(data: bytes, *, where: object, allow_non_finite: bool = False) ->
         raise JsonError("non-finite", f"{text[:40]} is not a finite number", where=where)
 
     def integer(text: str) -> int | float:
-        if text == "-0" or len(text) > _INTEGER_DIGITS:
+        if len(text) > _INTEGER_DIGITS:
             return number(text)
         return int(text)
 

@@ -24,12 +24,14 @@ class Claims:
     """What an adapter does to parameters in memory, by their names.
 
     `targets` get a delta, `trained` a value of their own; `frozen` are copies of base values that
-    PEFT loads over the base, for all names that share the parameter.
+    PEFT loads over the base, for all names that share the parameter. So are the trained values of
+    `in_place`: biases, which PEFT trains where they are, and not in a copy of the module.
     """
 
     targets: dict[str, Target] = field(default_factory=dict)
     trained: dict[str, tuple[Replacement, ...]] = field(default_factory=dict)
     frozen: dict[str, TensorSpec] = field(default_factory=dict)
+    in_place: frozenset[str] = frozenset()
 
     def names(self) -> Iterator[str]:
         yield from dict.fromkeys((*self.targets, *self.trained, *self.frozen))
@@ -38,11 +40,12 @@ class Claims:
 @dataclass(slots=True)
 class Settlement:
     """The claims as they are carried out; `flags` are paths of configs in `config.json` whose
-    `tie_word_embeddings` becomes false."""
+    `tie_word_embeddings` becomes false, `untied` the other parameters that lose their tie by it."""
 
     targets: list[Target] = field(default_factory=list)
     replacements: list[Replacement] = field(default_factory=list)
     flags: list[tuple[str, ...]] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -56,6 +59,8 @@ def settle(claims: Claims, architecture: Architecture) -> Settlement:
         group = architecture.sharing(name)
         done.update(group)
         _Group(group, claims, architecture, settlement).settle()
+    for name in dict.fromkeys(settlement.untied):
+        _Group(architecture.sharing(name), claims, architecture, settlement).keep(name)
     _require_separate(settlement)
     return settlement
 
@@ -99,6 +104,15 @@ class _Group:
         for names in claimed:
             self._emit(names)
 
+    def keep(self, name: str) -> None:
+        """Gives `name`, which is no longer tied, the value that it has in the adapted model."""
+        place = next(names for names in self.places.values() if name in names)
+        if self._is_one_value():
+            parts = self.claims.trained[self._claim(self.names) or ""]
+            self._add(parts[0].source, name)
+        elif self._claim(place) is None:
+            self._copy(name, self.names)
+
     def _claim(self, names: Sequence[str]) -> str | None:
         """The one of these names that has a delta or a trained value."""
         every = {**self.claims.targets, **self.claims.trained}
@@ -106,10 +120,17 @@ class _Group:
 
     def _is_one_value(self) -> bool:
         """Whether the trained values of all places are the same, so that they may stay shared."""
+        given = [name for name in self.names if name in self.claims.trained]
+        if given and self.claims.in_place.issuperset(given) and not self._has_target():
+            parts = [part for name in given for part in self.claims.trained[name]]
+            return all(same_values(parts[0].source, part.source) for part in parts[1:])
         found = [self.claims.trained.get(self._claim(n) or "", ()) for n in self.places.values()]
         if not all(len(parts) == 1 for parts in found):
             return False
         return all(same_values(found[0][0].source, parts[0].source) for parts in found[1:])
+
+    def _has_target(self) -> bool:
+        return any(name in self.claims.targets for name in self.names)
 
     def _settle_frozen(self) -> None:
         """A frozen copy that differs from the base becomes the value of all its names."""
@@ -157,7 +178,7 @@ class _Group:
         self.settlement.flags.append(flag.path)
         for name in flag.tied:  # a false flag unties these, too
             if name not in self.names and not self.architecture.locate(name):
-                self._copy(name, blueprint.sharing(name))
+                self.settlement.untied.append(name)
         return True
 
     def _keep_others(self, flag_is_off: bool) -> None:
@@ -178,9 +199,12 @@ class _Group:
         """Gives `name` a tensor of its own, with the value that all `shared` names have."""
         source = self._shared_value((name, *shared))
         if source is not None:
-            new = Replacement(source, self.architecture.disk_name(name))
-            if new not in self.settlement.replacements:
-                self.settlement.replacements.append(new)
+            self._add(source, name)
+
+    def _add(self, source: TensorSpec, name: str) -> None:
+        new = Replacement(source, self.architecture.disk_name(name))
+        if all(new.output != held.output for held in self.settlement.replacements):
+            self.settlement.replacements.append(new)
 
     def _shared_value(self, names: Sequence[str]) -> TensorSpec | None:
         """The adapter's copy of a value (its vocabulary may be resized), else the base's."""

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 import torch
 
 from gralora_convert.delta import Gralora, Lora, is_finite, require_device, terms
-from gralora_convert.errors import CheckFailedError, UnsupportedError
+from gralora_convert.errors import CheckFailedError, InvalidAdapterError, UnsupportedError
 from gralora_convert.files import open_regular, pread_exact
-from gralora_convert.plan import Computed
+from gralora_convert.plan import Computed, Copied
 from gralora_convert.products import Stack, rows
 from gralora_convert.rounding import (
     Survival,
@@ -36,7 +36,7 @@ from gralora_convert.tensors import (
     torch_dtype,
 )
 
-__all__ = ["CastTensor", "Contribution", "MergedTensor", "Patch", "PatchedTensor"]
+__all__ = ["CastTensor", "Contribution", "MergedTensor", "Patch", "PatchedTensor", "taken"]
 
 TILE_BYTES = 2 * 1024 * 1024  # of sums: small enough to stay in the second-level cache
 CHECKED_SHARE = 64  # one row in so many is recomputed in float64 while it is hot
@@ -207,6 +207,34 @@ class CastTensor(_Tiles):
         return _bytes(self.round(stored, lambda: stored, keep_infinite=True))
 
 
+class TrainedTensor(_Tiles):
+    """A full tensor of an adapter (a head, a bias), in the dtype that is written."""
+
+    def source(self) -> Computed:
+        return Computed(self.tile_rows * self.row_bytes, self.produce)
+
+    def produce(self, tile: int) -> memoryview:
+        stored = self.read(*self.span(tile))
+        _require_finite(stored, self.spec)
+        return _bytes(self.round(stored, lambda: stored))
+
+
+def taken(spec: TensorSpec, dtype: str) -> Copied | Computed:
+    """A full tensor of an adapter as the output holds it; its values must be finite."""
+    if not spec.nbytes or (spec.dtype == dtype and dtype not in FLOATING):
+        return Copied(spec)
+    return TrainedTensor(spec, dtype).source()
+
+
+def _require_finite(values: torch.Tensor, spec: TensorSpec) -> None:
+    """Raises `InvalidAdapterError` for trained values that are no numbers."""
+    if not is_finite(values):
+        raise InvalidAdapterError(
+            f"{spec.name}: holds NaN or infinity", where=spec.file,
+            hint="Training diverged, or the file is damaged: use an earlier checkpoint.",
+        )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Patch:
     """Rows `[start, start + count)` of a tensor become the rows `[source_start, ...)` of `source`,
@@ -238,6 +266,7 @@ class PatchedTensor(_Tiles):
             if first >= last:
                 continue
             values = read_torch(patch.source).reshape(-1, self.columns)
+            _require_finite(values, patch.source)
             if patch.order is not None:
                 values = values[list(patch.order[first - patch.start : last - patch.start])]
             else:

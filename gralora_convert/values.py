@@ -29,7 +29,8 @@ class Values:
     """What the full tensors of `adapter` do to the base.
 
     `trained` maps a parameter in memory to its new value (several where it is cut on disk),
-    `frozen` to a copy of the base's that differs; `head_rows` counts the labels of a trained head,
+    `frozen` to a copy of the base's that differs; `biases` are those that PEFT trains where they
+    are; `head_rows` counts the labels of a trained head,
     `vocabulary` is (rows before, rows now) of resized embeddings, `is_new_head` says that the base
     has no such head.
     """
@@ -40,6 +41,7 @@ class Values:
         self.findings: list[Finding] = []
         self.trained: dict[str, tuple[Replacement, ...]] = {}
         self.frozen: dict[str, TensorSpec] = {}
+        self.biases = frozenset(f"{module}.bias" for module in adapter.biases)
         self.head_rows: int | None = None
         self.vocabulary: tuple[int, int] | None = None
         self.is_new_head = False
@@ -120,10 +122,30 @@ class Values:
         shared = self.architecture.tied_source(parameter.rpartition(".")[0], spec.shape)
         if shared is None:
             self.is_new_head = True
+            self._check_new(parameter, spec)
             if len(spec.shape) == 2:
                 self._heads[parameter] = spec.shape[0]
         name = self.architecture.disk_name(parameter)
         self.trained[parameter] = (Replacement(spec, name),)
+
+    def _check_new(self, parameter: str, spec: TensorSpec) -> None:
+        """What a tensor of a new head shows beside the others of its layer."""
+        module, _, leaf = parameter.rpartition(".")
+        weight = self.adapter.saved.get(f"{module}.weight")
+        if leaf == "bias" and weight is not None and len(weight.shape) == 2:
+            if spec.shape not in ((weight.shape[0],), (weight.shape[1],)):  # Conv1D: (in, out)
+                self._say(error(
+                    "modules-to-save-shape", parameter,
+                    f"has shape {spec.shape}, ({weight.shape[0]},) was needed beside its weight",
+                ))  # fmt: skip
+        elif leaf not in ("weight", "bias"):
+            model = self.architecture.blueprint
+            if model is not None and model.has(module) and parameter not in model.state:
+                self._say(error(
+                    "tensor-unclaimed", parameter,
+                    f"is no parameter of {type(model.model).__name__}, whose {module} has no "
+                    f"{leaf!r}",
+                ))  # fmt: skip
 
     def _place_frozen(self, parameter: str, spec: TensorSpec) -> None:
         """A base weight that PEFT saved without training it, and loads over the base."""
@@ -210,7 +232,7 @@ class Values:
         for entry in self.config.modules_to_save or ():
             if entry in used:
                 continue
-            modules = {name.rpartition(".")[0] for name in self.base.tensors}
+            modules = self._modules()
             if any(module.endswith(entry) for module in modules):
                 self._say(error(
                     "modules-to-save-missing", entry,
@@ -220,9 +242,22 @@ class Values:
             else:
                 self._say(note("modules-to-save-unmatched", entry, "is no module of the base"))
 
+    def _modules(self) -> set[str]:
+        """Names of modules as PEFT sees them: in memory, where they are others than on disk."""
+        blueprint = self.architecture.blueprint if self.architecture.is_converted else None
+        names = self.base.tensors if blueprint is None else blueprint.state
+        return {name.rpartition(".")[0] for name in names}
+
     def check_head(self) -> None:
         """A class with a new head may have more layers that the base lacks, unsaved by PEFT."""
         if not self.is_new_head:
+            return
+        if not self._names_a_class():
+            self._say(error(
+                "head-incomplete", self.config.modules_to_save[0] if self.config.modules_to_save
+                else CONFIG_NAME, "is trained and new, and neither task_type nor auto_mapping says "
+                "which class of model has it", "Write task_type into adapter_config.json.",
+            ))  # fmt: skip
             return
         given = {*self.adapter.saved, *(f"{module}.bias" for module in self.adapter.biases)}
         lacking = self.architecture.lacking(given)
@@ -235,22 +270,37 @@ class Values:
                 f"Train again from a base that has them, or with {holder!r} in modules_to_save.",
             ))  # fmt: skip
 
+    def _names_a_class(self) -> bool:
+        """Whether the class with the new head is known, or there are no classes to choose from."""
+        known = self.config.task_type or self.architecture.class_name
+        beside = (self.adapter.path / "config.json").is_file()
+        return bool(known) or beside or self.base.model_type is None
+
     def check_biases(self, modules: Sequence[str]) -> None:
         """Biases of the adapted `modules` (and of all others, by mode) that should be here."""
         mode = self.config.bias
         if mode == "none":
             return
-        present = self.adapter.biases
+        saved = {name.removesuffix(".bias") for name in self.adapter.saved}
+        present = saved.union(self.adapter.biases)
         own = [m for m in modules if m not in present and self._find(f"{m}.bias")]
-        every = mode == "all" and not present
-        others = [n for n in self.base.tensors if n.endswith((".bias", ".beta"))] if every else []
+        others = self._other_biases() if mode == "all" and not self.adapter.biases else []
         if others and not own and self.architecture.blueprint is not None:  # of another head?
             state = self.architecture.blueprint.state
-            others = [n for n in state if n.endswith(".bias") and self._find(n)]
+            given = {shared for name in self.trained for shared in self.architecture.sharing(name)}
+            others = [n for n in state if n.endswith(".bias") and self._find(n) and n not in given]
         if own or others:
             count, example = (len(own), f"{own[0]}.bias") if own else (len(others), others[0])
             what = f"{count} trained biases, first {example},"
             self._say(bias_missing(self.config.peft_version, mode, what))
+
+    def _other_biases(self) -> list[str]:
+        """Biases on disk that the adapter has no value for."""
+        written = {part.output for parts in self.trained.values() for part in parts}
+        return [
+            name for name in self.base.tensors
+            if name.endswith((".bias", ".beta")) and name not in written
+        ]  # fmt: skip
 
 
 def stored_shape(origins: Sequence[Origin], tensors: Mapping[str, TensorSpec]) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def configs(draw: st.DrawFn) -> GraloraConfig:
         r=k * draw(st.integers(1, 16)),
         hybrid_r=draw(st.integers(0, 8)),
         target_modules=draw(st.none() | st.lists(names, unique=True) | st.just(r".*\.(q|v)_proj")),
-        alpha=draw(numbers),
+        alpha=draw(numbers.filter(lambda alpha: abs(alpha) < 3e38)),
         gralora_dropout=draw(st.floats(0, 1)),
         gralora_k=k,
         bias=draw(st.sampled_from(["none", "all", "gralora_only"])),
