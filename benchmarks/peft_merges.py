@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MODELS = {
     **dict.fromkeys(
         ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt2", "gpt_neox", "opt",
-         "bloom", "falcon", "gptj"),
+         "bloom", "falcon", "gemma"),
         "AutoModelForCausalLM",
     ),
     "t5": "AutoModelForSeq2SeqLM", "bart": "AutoModelForSeq2SeqLM",
@@ -105,7 +105,7 @@ FAULTS: Mapping[str, Fault] = {
     "sign": lambda after, update: after - 2 * update,
     "10 % too much": lambda after, update: after + 0.1 * update,
     "1 % too much": lambda after, update: after + 0.01 * update,
-    "half of it transposed blocks": lambda after, update: after - update + update.flip(0),
+    "rows of the update reversed": lambda after, update: after - update + update.flip(0),
 }
 
 
