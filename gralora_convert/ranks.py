@@ -7,8 +7,10 @@ by writing its file anew every second, and who stops doing so is lost.
 """
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import threading
 import time
 import uuid
@@ -31,10 +33,15 @@ _VARIABLES = (
 )
 BEAT_SECONDS = 1.0
 LOST_SECONDS = 60.0  # without a beat; network file systems may show a file as it was for seconds
-JOIN_SECONDS = 600.0  # from the first process to the last one of a launch
+JOIN_SECONDS = 300.0  # from the first process to the last one of a launch
+NOTE_SECONDS = 10.0  # until the user is told what is waited for
+BUSY_SECONDS = 10.0  # for what another launch to the same output leaves behind while it ends
+HEARD_SECONDS = 5.0  # that a refusal of rank 0 stays for the others to read
 _AGAIN = "Run all of them again; with --resume what is done is not done again."
+_ALONE = "Unset RANK and WORLD_SIZE (or what your launcher sets) to run alone."
 
 Fields = Mapping[str, object]
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +135,9 @@ class _Sign:
             text = json.dumps({**self._fields, "beats": self._beats})
             fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
             try:
-                fresh.write_text(text)
+                fresh.unlink(missing_ok=True)  # of a dead process, or a trap
+                with open(fresh, "x") as file:
+                    file.write(text)
                 fresh.replace(self.path)
             except OSError as error:
                 raise OutputError(
@@ -151,13 +160,18 @@ class _Watch:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fields: Fields = {}
+        self._token: object = None
         self._since = time.monotonic()
+
+    def follow(self, token: object) -> None:
+        """From now on heeds this launch only: what another one writes there counts for nothing."""
+        self._token = token
 
     def look(self) -> Fields:
         """What the file says now; what it said last when it cannot be read."""
         with contextlib.suppress(ConvertError):
             now = load_json(self.path)
-            if now != self.fields:
+            if now != self.fields and self._token in (None, now.get("token")):
                 self.fields, self._since = now, time.monotonic()
         return self.fields
 
@@ -171,6 +185,35 @@ class _Watch:
         return fields.get("machine") == _machine() and isinstance(pid, int) and not _is_running(pid)
 
 
+class _Wait:
+    """A wait with an end, of which the user is told when it takes long."""
+
+    def __init__(self, what: str, output: Path, note: Note) -> None:
+        self._what, self._output, self._note = what, output, note
+        self._start = time.monotonic()
+        self._is_told = False
+
+    def a_moment(self) -> None:
+        """Sleeps a little.
+
+        Raises:
+            OutputError: the time is up.
+        """
+        passed = time.monotonic() - self._start
+        if passed > JOIN_SECONDS:
+            raise OutputError(
+                f"{self._what} did not come within {JOIN_SECONDS:.0f} s",
+                where=self._output,
+                hint=f"Does every process see this folder? {_ALONE}",
+            )
+        if passed > NOTE_SECONDS and not self._is_told:
+            self._is_told = True
+            self._note(
+                f"waiting for {self._what}, for at most {JOIN_SECONDS - passed:.0f} s more. {_ALONE}"
+            )
+        time.sleep(0.05)
+
+
 def _machine() -> str:
     """The same for processes that can see one another by number."""
     with contextlib.suppress(OSError):
@@ -180,41 +223,71 @@ def _machine() -> str:
 
 
 def _is_running(pid: int) -> bool:
+    """Whether there is such a process; one that is dead but not yet waited for is not running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        return True
+        pass
+    with contextlib.suppress(OSError):  # proc_pid_stat(5): the state follows the name in brackets
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return state[:1] not in ([b"Z"], [b"X"])
     return True
 
 
 class Leader:
     """Rank 0 among the others: `gather` them, work, `wait` for them.
 
-    `plan` is the fingerprint of what is to be written, which all must agree on.
+    `plan` is the fingerprint of what is to be written, which all must agree on; `note` is told
+    what is waited for when that takes long.
     """
 
-    def __init__(self, output: Path, ranks: Ranks, plan: str) -> None:
-        self._output, self._ranks, self._plan = output, ranks, plan
+    def __init__(self, output: Path, ranks: Ranks, plan: str, note: Note) -> None:
+        self._output, self._ranks, self._plan, self._note = output, ranks, plan, note
         self._token = uuid.uuid4().hex
         self._others = {rank: _Watch(_place(output, rank)) for rank in range(1, ranks.size)}
+        self._has_gathered = False
 
     @contextlib.contextmanager
-    def gather(self, folder: Path) -> Iterator[None]:
-        """Waits until all others are here and know `folder`; afterwards nothing is left of it.
+    def heard(self) -> Iterator[None]:
+        """A refusal within is told to the others, who would wait for rank 0 in vain."""
+        try:
+            yield
+        except ConvertError as error:
+            with contextlib.suppress(OutputError):  # then they wait as for one that was killed
+                self._decline(error)
+            raise
+
+    def _decline(self, error: ConvertError) -> None:
+        theirs = _Watch(_place(self._output, 0))
+        of_another_launch = theirs.look() and not theirs.is_lost
+        if self._has_gathered or not self._others or of_another_launch:
+            return
+        if not self._output.parent.is_dir():
+            return
+        sign = _Sign(theirs.path, plan=self._plan, refused=str(error))
+        try:
+            time.sleep(HEARD_SECONDS)
+        finally:
+            sign.stop()
+            sign.path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def gather(self) -> Iterator[None]:
+        """Waits until all others are here; afterwards nothing is left of it.
 
         Raises:
-            OutputError: one does not come.
+            OutputError: one does not come, or has refused.
             MisuseError: one has another plan.
         """
         sign = None
+        self._has_gathered = True
         try:
             if self._others:
-                sign = _Sign(
-                    _place(self._output, 0), token=self._token, plan=self._plan, folder=str(folder)
-                )
+                sign = _Sign(_place(self._output, 0), token=self._token, plan=self._plan)
                 self._invite(sign)
+                sign.say(closed=True)
             yield
         finally:
             if sign is not None:
@@ -223,14 +296,15 @@ class Leader:
 
     def _clear(self) -> None:
         """Removes the signs of all ranks, also of those that are dead."""
-        start = _place(self._output, 0).name.removesuffix("0")
+        start = re.escape(_place(self._output, 0).name.removesuffix("0"))
+        ours = re.compile(rf"{start}\d+(\.\d+|\.lock)?", re.DOTALL)
         with contextlib.suppress(OSError):  # they are small, and the next run removes them
             for path in self._output.parent.iterdir():
-                if path.name.startswith(start):
+                if ours.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
                     path.unlink(missing_ok=True)
 
     def _invite(self, sign: _Sign) -> None:
-        until = time.monotonic() + JOIN_SECONDS
+        wait = None
         invited: dict[str, object] = {}
         while True:
             said = {rank: watch.look() for rank, watch in self._others.items()}
@@ -241,20 +315,14 @@ class Leader:
             absent = [rank for rank, fields in said.items() if fields.get("token") != self._token]
             if not absent:
                 return self._require_agreement(said)
-            if time.monotonic() > until:
-                raise OutputError(
-                    f"rank {absent[0]} of {self._ranks.size} did not come within "
-                    f"{JOIN_SECONDS:.0f} s",
-                    where=self._output,
-                    hint="Does every process see this folder? Unset RANK and WORLD_SIZE (or what "
-                    "your launcher sets) to run alone.",
-                )
-            time.sleep(0.05)
+            wait = wait or _Wait(f"rank {absent[0]} of {self._ranks.size}", self._output, self._note)
+            wait.a_moment()
 
     def _require_agreement(self, said: Mapping[int, Fields]) -> None:
         for rank, fields in said.items():
             if fields.get("plan") != self._plan:
                 raise _disagreement(rank, self._output)
+            self._others[rank].follow(self._token)
 
     def wait(self) -> None:
         """Waits until all others have written their files.
@@ -296,55 +364,113 @@ def _disagreement(rank: int, output: Path) -> MisuseError:
 
 
 class Follower:
-    """A rank other than 0: `join` rank 0, write, `finish`."""
+    """A rank other than 0: `join` rank 0, write."""
 
-    def __init__(self, output: Path, ranks: Ranks, plan: str) -> None:
-        self._output, self._ranks, self._plan = output, ranks, plan
+    def __init__(self, output: Path, ranks: Ranks, plan: str, note: Note) -> None:
+        self._output, self._ranks, self._plan, self._note = output, ranks, plan, note
         self._nonce = uuid.uuid4().hex
         self._leader = _Watch(_place(output, 0))
 
     @contextlib.contextmanager
-    def join(self) -> Iterator[Path]:
-        """The folder to write into, made by rank 0, which is told how it ended.
+    def join(self) -> Iterator[None]:
+        """Entered when rank 0 has made the folder to write into; rank 0 is told how it ended.
 
         Raises:
-            OutputError: rank 0 does not come.
+            OutputError: rank 0 does not come, or refuses; another launch writes this output.
         """
-        self._until(lambda: self._output.parent.is_dir(), time.monotonic() + JOIN_SECONDS)
-        sign = _Sign(_place(self._output, self._ranks.rank), nonce=self._nonce, plan=self._plan)
-        try:
-            rank = str(self._ranks.rank)
+        self._until(self._output.parent.is_dir)
+        place = _place(self._output, self._ranks.rank)
+        with _only_one(place.with_name(f"{place.name}.lock"), self._output):
+            self._require_no_other_launch()
+            sign = _Sign(place, nonce=self._nonce, plan=self._plan)
+            try:
+                self._until(self._is_invited)
+                self._leader.follow(self._leader.fields.get("token"))
+                sign.say(token=self._leader.fields.get("token"))
+                if self._leader.fields.get("plan") != self._plan:
+                    raise _disagreement(self._ranks.rank, self._output)
+                yield
+                sign.say(state="done")
+            except BaseException as error:
+                known = str(error) if isinstance(error, ConvertError) else "interrupted"
+                with contextlib.suppress(OutputError):
+                    sign.say(state="failed", message=known)
+                raise
+            finally:
+                sign.stop()
+                if not self._leader.path.exists():  # else it reads and removes the sign
+                    sign.path.unlink(missing_ok=True)
 
-            def is_invited() -> bool:
-                nonces = self._leader.look().get("nonces")
-                return isinstance(nonces, Mapping) and nonces.get(rank) == self._nonce
+    def _is_invited(self) -> bool:
+        said = self._leader.look()
+        if "refused" in said and said.get("plan") == self._plan and not self._leader.is_lost:
+            raise OutputError(f"rank 0 refused: {said['refused']}")
+        nonces = said.get("nonces")
+        return isinstance(nonces, Mapping) and nonces.get(str(self._ranks.rank)) == self._nonce
 
-            self._until(is_invited, time.monotonic() + JOIN_SECONDS)
-            sign.say(token=self._leader.fields.get("token"))
-            if self._leader.fields.get("plan") != self._plan:
-                raise _disagreement(self._ranks.rank, self._output)
-            yield Path(str(self._leader.fields.get("folder")))
-            sign.say(state="done")
-        except ConvertError as error:
-            with contextlib.suppress(OutputError):
-                sign.say(state="failed", message=str(error))
-            raise
-        finally:
-            sign.stop()
-            if not self._leader.path.exists():  # else it reads and removes the sign
-                sign.path.unlink(missing_ok=True)
-
-    def _until(self, condition: Callable[[], bool], end: float) -> None:
-        while not condition():
-            if time.monotonic() > end:
-                raise OutputError(
-                    f"rank 0 of {self._ranks.size} did not come within {JOIN_SECONDS:.0f} s",
-                    where=self._output,
-                    hint="Does every process see this folder?",
-                )
+    def _require_no_other_launch(self) -> None:
+        """Raises `OutputError` when rank 0 of another launch has all its ranks already."""
+        until = time.monotonic() + BUSY_SECONDS
+        while self._leader.look().get("closed") and self._leader.path.exists():
+            if self._leader.is_lost:
+                return
+            if time.monotonic() > until:
+                raise _busy(self._output)
             time.sleep(0.05)
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        wait = _Wait(f"rank 0 of {self._ranks.size}", self._output, self._note)
+        while not condition():
+            wait.a_moment()
 
     def require_leader(self) -> None:
         """Raises `OutputError` when rank 0 has gone: then nothing will be published."""
         if not self._leader.path.exists() or self._leader.is_lost:
             raise OutputError("rank 0 has stopped", where=self._output, hint=_AGAIN)
+
+
+@contextlib.contextmanager
+def _only_one(path: Path, output: Path) -> Iterator[None]:
+    """Keeps a second process of the same number from writing over the signs of the first.
+
+    Raises:
+        OutputError: there is one, and it does not end soon; the lock cannot be made.
+    """
+    until = time.monotonic() + BUSY_SECONDS
+    try:
+        while (lock := _locked(path)) is None:
+            if time.monotonic() > until:
+                raise _busy(output)
+            time.sleep(0.05)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", where=path) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor of the file, locked where the file system knows locks; None: another has it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    lock = os.open(path, flags, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), path.stat(follow_symlinks=False)):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass  # held, or removed by who held it
+    except OSError:
+        return lock  # no locks here: two launches to one output would see one another
+    os.close(lock)
+    return None
+
+
+def _busy(output: Path) -> OutputError:
+    return OutputError(
+        "another run is writing this output",
+        where=output,
+        hint="Wait for it, or choose another output.",
+    )

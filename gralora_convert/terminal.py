@@ -17,12 +17,22 @@ import click
 
 from gralora_convert.report import Finding
 
-__all__ = ["Choice", "bar", "is_quiet", "quiet_option", "show", "show_notes"]
+__all__ = ["Choice", "bar", "is_quiet", "open_streams", "quiet_option", "show", "show_notes"]
 
 SEVERITIES = {"error": "red", "warning": "yellow", "note": "cyan"}
 _FINDING = re.compile(r"(?P<severity>error|warning|note)(?P<code>\[[\w-]+\])?: ")
 _FIELD = re.compile(r"  (?P<name>\S[^ ]*(?: [^ ]+)*)  +|(?P<none> {2,})")
 _QUIET = "gralora_convert.quiet"
+
+
+def open_streams() -> None:
+    """Gives streams that the shell has closed (`>&-`) to nobody: else Python has none, and the
+    next file opened, one of the output, would get the number that libraries print to."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 def show(text: str, *, err: bool = False) -> None:
