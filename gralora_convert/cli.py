@@ -8,7 +8,6 @@ import contextlib
 import functools
 import gc
 import itertools
-import json
 import os
 import signal
 import sys
@@ -27,6 +26,7 @@ from gralora_convert.errors import (
     printable,
     sentences,
 )
+from gralora_convert.strictjson import dump_json
 from gralora_convert.terminal import Choice, bar, open_streams, quiet_option, show, show_notes
 from gralora_convert.version import __version__
 
@@ -123,7 +123,7 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
 
 
 def _echo_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2))
+    click.echo(dump_json(value))
 
 
 def _options(

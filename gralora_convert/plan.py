@@ -19,6 +19,7 @@ from gralora_convert.files import measured, reading
 from gralora_convert.journal import Done, Journal, clear_journals, journal_names, read_journals
 from gralora_convert.ranks import Follower, Leader, Ranks
 from gralora_convert.staging import Staging
+from gralora_convert.strictjson import dump_json
 from gralora_convert.tensors import TensorFile, read_safetensors
 from gralora_convert.version import __version__
 from gralora_convert.writing import (
@@ -229,7 +230,7 @@ class Plan:
         receipt = self.receipt()
         clear_journals(folder)
         receipt["outputs"] = self._outputs(folder, digests)
-        write_text(folder / RECEIPT_NAME, (json.dumps(receipt, indent=2) + "\n").encode())
+        write_text(folder / RECEIPT_NAME, (dump_json(receipt) + "\n").encode())
         return receipt
 
     def _outputs(self, folder: Path, digests: bool) -> dict[str, dict[str, object]]:

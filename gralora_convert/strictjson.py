@@ -1,4 +1,5 @@
-"""JSON as untrusted files hold it: every ambiguity that a lenient parser hides is a `JsonError`."""
+"""JSON as untrusted files hold it: every ambiguity that a lenient parser hides is a `JsonError`; and
+JSON that no parser refuses."""
 
 import json
 import math
@@ -8,7 +9,7 @@ from pathlib import Path
 from gralora_convert.errors import UnreadableError
 from gralora_convert.files import open_regular, reading
 
-__all__ = ["JsonError", "load_json", "parse_json"]
+__all__ = ["JsonError", "dump_json", "load_json", "parse_json"]
 
 MAX_JSON_BYTES = 32_000_000  # the largest public index has 10 MB
 MAX_DEPTH = 127  # of serde_json, which reads the same files in other tools
@@ -139,3 +140,21 @@ def load_json(path: Path, *, allow_non_finite: bool = False) -> dict[str, object
     if len(data) > MAX_JSON_BYTES:
         raise UnreadableError(f"is larger than {MAX_JSON_BYTES} bytes", where=path)
     return parse_json(data, where=path, allow_non_finite=allow_non_finite)
+
+
+def dump_json(value: object) -> str:
+    """`value` as JSON for people and parsers.
+
+    A name of a file may be no Unicode; what is no character of it becomes U+FFFD, because half of a
+    surrogate pair, which Python holds and writes instead, is refused by parsers, `parse_json` too.
+
+    >>> print(dump_json({"path": "a\udcff"}))
+    {
+      "path": "a\\ufffd\\ufffd\\ufffd"
+    }
+    """
+    text = json.dumps(value, indent=2)
+    if not _SURROGATE.search(text.encode()) or _is_unicode(value):
+        return text
+    shown = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return json.dumps(json.loads(shown.decode("utf-8", "replace")), indent=2)

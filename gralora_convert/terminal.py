@@ -4,6 +4,7 @@ Whatever is piped or redirected is plain text with one fact per line. `NO_COLOR`
 and `TERM=dumb` mean no colours on a terminal either.
 """
 
+import io
 import os
 import re
 import shutil
@@ -33,6 +34,9 @@ def open_streams() -> None:
     os.close(descriptor)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be text in any encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def show(text: str, *, err: bool = False) -> None:
