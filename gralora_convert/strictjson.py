@@ -1,5 +1,7 @@
-"""JSON as untrusted files hold it: every ambiguity that a lenient parser hides is a `JsonError`; and
-JSON that no parser refuses."""
+"""JSON as untrusted files hold it: every ambiguity that a lenient parser hides is a `JsonError`.
+
+And JSON that no parser refuses.
+"""
 
 import json
 import math
