@@ -147,15 +147,19 @@ def load_json(path: Path, *, allow_non_finite: bool = False) -> dict[str, object
 def dump_json(value: object) -> str:
     """`value` as JSON for people and parsers.
 
-    A name of a file may be no Unicode; what is no character of it becomes U+FFFD, because half of a
-    surrogate pair, which Python holds and writes instead, is refused by parsers, `parse_json` too.
+    NaN and infinities, which JSON has not, become null. A name of a file may be no Unicode; what is
+    no character of it becomes U+FFFD, because parsers refuse half a surrogate pair.
 
     >>> print(dump_json({"path": "a\udcff"}))
     {
       "path": "a\\ufffd\\ufffd\\ufffd"
     }
     """
-    text = json.dumps(value, indent=2)
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError:
+        value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+        text = json.dumps(value, indent=2)
     if not _SURROGATE.search(text.encode()) or _is_unicode(value):
         return text
     shown = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")

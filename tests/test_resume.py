@@ -538,3 +538,15 @@ def test_who_waits_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(said) == 1
     assert "waiting for rank 0 of 2" in said[0]
     assert "Unset RANK and WORLD_SIZE" in said[0]
+
+
+def test_where_nothing_was_done_nothing_is_kept(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "gralora_convert.staging.Staging.free_bytes", staticmethod(lambda output: 0)
+    )
+    outcome = run(*inputs, "-o", tmp_path / "out", "--resume")
+    assert outcome.status == 2
+    assert "is kept" not in outcome.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

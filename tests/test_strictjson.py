@@ -231,3 +231,8 @@ def test_a_name_that_is_no_text_is_written_as_json_that_is_read() -> None:
     assert len(read) == 2
     assert str(read["path"]).startswith("a\ufffd")
     assert str(read["path"]).endswith("/\U0001f600")
+
+
+def test_what_is_no_number_is_written_as_null() -> None:
+    text = dump_json({"kept": math.nan, "rows": [{"worst": -math.inf}, 1.5]})
+    assert parse_json(text.encode(), where="") == {"kept": None, "rows": [{"worst": None}, 1.5]}
