@@ -150,9 +150,9 @@ def dump_json(value: object) -> str:
     NaN and infinities, which JSON has not, become null. A name of a file may be no Unicode; what is
     no character of it becomes U+FFFD, because parsers refuse half a surrogate pair.
 
-    >>> print(dump_json({"path": "a\udcff"}))
+    >>> print(dump_json({"kept": float("nan")}))
     {
-      "path": "a\\ufffd\\ufffd\\ufffd"
+      "kept": null
     }
     """
     try:
