@@ -4,10 +4,10 @@ stdout is the result, stderr is progress and notes. Exit status: 0 done / yes, 1
 2 refused or misused, 70 a bug, 130 interrupted.
 """
 
+import contextlib
 import functools
 import gc
 import itertools
-import json
 import os
 import signal
 import sys
@@ -19,8 +19,16 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from gralora_convert.errors import ConvertError, MisuseError, printable, sentences
-from gralora_convert.terminal import Choice, bar, quiet_option, show, show_notes
+from gralora_convert.errors import (
+    ConvertError,
+    MisuseError,
+    OutOfMemoryError,
+    is_out_of_memory,
+    printable,
+    sentences,
+)
+from gralora_convert.strictjson import dump_json
+from gralora_convert.terminal import Choice, bar, open_streams, quiet_option, show, show_notes
 from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
@@ -41,11 +49,13 @@ def run() -> None:
     """The console script: `main`, without the third of a second in which torch takes itself apart
     when Python ends; everything is written and flushed by then."""
     gc.set_threshold(100_000, 20, 20)  # what is imported stays: looking for cycles finds none
+    open_streams()
     try:
         main()
     except SystemExit as exit_:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody listens, or it is closed
+                stream.flush()
         os._exit(exit_.code if isinstance(exit_.code, int) else 0)
 
 
@@ -63,13 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for note in getattr(interrupt.__cause__ or interrupt, "__notes__", ()):
             show(note, err=True)
         status = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
+    except (BrokenPipeError, SystemExit):  # SystemExit: what click 8 makes of a broken pipe
         status = EXIT_REFUSED
     except (ConvertError, click.ClickException, OSError) as error:
         _refuse(error, as_json=_wants_json(given))
         status = EXIT_REFUSED
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            _refuse(OutOfMemoryError(), as_json=_wants_json(given))
+            sys.exit(EXIT_REFUSED)
         traceback.print_exc()
         click.echo(
             f"gralora-convert {__version__}: this is a bug. Please report it with the lines above.",
@@ -105,13 +117,15 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
         click.echo(message, err=True)
     elif as_json:
         fields = {"kind": kind, "message": message, "where": where, "hint": hint}
-        click.echo(json.dumps({"error": fields}, indent=2))
+        with contextlib.suppress(OSError):  # stdout may be what has failed
+            _echo_json({"error": fields})
     else:
-        show(f"error: {line}", err=True)
+        with contextlib.suppress(OSError):
+            show(f"error: {line}", err=True)
 
 
 def _echo_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2))
+    click.echo(dump_json(value))
 
 
 def _options(
@@ -224,13 +238,14 @@ class _Run:
                 digests=digests,
                 progress=advance,
                 ranks=ranks,
+                note=lambda sentence: show_notes([sentence]),
             )
         if not is_speaker:
             return 0
         if self.as_json:
             _echo_json(receipt)
         else:
-            show(summary(receipt, self.output))
+            show(summary(receipt, printable(self.output)))
         return 0
 
     def _print_plan(self, plan: "Plan") -> None:
@@ -395,7 +410,8 @@ def _print_reports(reports: Mapping[str, "Report"], style: str) -> None:
                 if report.findings:
                     show(report.as_text())
                 errors = len(report.errors)
-                show(f"{adapter}: " + (f"{errors} error(s)" if errors else "valid"))
+                verdict = f"{errors} error(s)" if errors else "valid"
+                show(f"{printable(adapter)}: {verdict}")
 
 
 def _folders(names: Sequence[str]) -> list[str]:

@@ -18,9 +18,11 @@ __all__ = [
     "InexactError",
     "InvalidAdapterError",
     "MisuseError",
+    "OutOfMemoryError",
     "OutputError",
     "UnreadableError",
     "UnsupportedError",
+    "is_out_of_memory",
 ]
 
 
@@ -140,3 +142,24 @@ class CheckFailedError(ConvertError):
     """What was written failed its own check and was not published."""
 
     kind = "check-failed"
+
+
+class OutOfMemoryError(ConvertError):
+    """The system, or the device, has no memory left."""
+
+    kind = "memory"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "there is not enough memory",
+            hint="Nothing was published. Free some, or ask for fewer --jobs.",
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is how Python or torch says that there is no memory (torch 2.13,
+    c10/core/impl/alloc_cpu.cpp: a plain RuntimeError)."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError")
+    )

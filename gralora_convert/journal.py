@@ -18,6 +18,7 @@ from gralora_convert.strictjson import parse_json
 __all__ = ["Done", "Journal", "clear_journals", "journal_names", "read_journals"]
 
 _START = ".progress-"
+_LONGEST = 32_000_000  # bytes of a line; longer is nothing that this program wrote
 
 
 @dataclass(slots=True)
@@ -90,7 +91,7 @@ def _lines(path: Path, plan: str) -> Iterator[Mapping[str, object]]:
     """The lines of a journal, none when it is of another plan."""
     try:
         with open_regular(path) as file, reading(path):
-            for number, line in enumerate(file):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b"")):
                 parsed = parse_json(line, where=path, allow_non_finite=True)
                 if number == 0 and parsed.get("plan") != plan:
                     return

@@ -19,6 +19,7 @@ from gralora_convert.files import measured, reading
 from gralora_convert.journal import Done, Journal, clear_journals, journal_names, read_journals
 from gralora_convert.ranks import Follower, Leader, Ranks
 from gralora_convert.staging import Staging
+from gralora_convert.strictjson import dump_json
 from gralora_convert.tensors import TensorFile, read_safetensors
 from gralora_convert.version import __version__
 from gralora_convert.writing import (
@@ -155,6 +156,7 @@ class Plan:
         digests: bool | None = None,
         progress: Callable[[int], None] | None = None,
         ranks: Ranks | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> dict[str, object]:
         """Makes the output folder, complete or not at all, and returns its receipt.
 
@@ -169,6 +171,7 @@ class Plan:
             progress: is called with the number of bytes just written, from any worker.
             ranks: which of several processes this is, that call `write` with the same plan; all
                 but rank 0 write their share of the files and return {}.
+            note: is told in a sentence what is waited for, when other ranks do not come soon.
 
         Raises:
             MisuseError: a plan that cannot be resumed or shared.
@@ -183,16 +186,19 @@ class Plan:
         staging = self._staging(output, overwrite, keep=resume or ranks.size > 1)
         plan = self.fingerprint()
         work = _Work(self, plan, ranks, jobs, progress or (lambda count: None))
+        note = note or (lambda sentence: None)
         if not ranks.is_leader:
-            follower = Follower(staging.output, ranks, plan)
-            with follower.join() as folder:
-                work.write_tensors(folder, follower.require_leader)
+            staging.require_allowed()
+            follower = Follower(staging.output, ranks, plan, note)
+            with follower.join():
+                work.write_tensors(staging.folder, follower.require_leader)
             return {}
-        leader = Leader(staging.output, ranks, plan)
+        leader = Leader(staging.output, ranks, plan, note)
         left = self.resumable_bytes(output) if resume else 0
         with (
+            leader.heard(),
             staging.open(self.nbytes - left, self._left if resume else None) as folder,
-            leader.gather(folder),
+            leader.gather(),
         ):
             work.write_tensors(folder, leader.require_others)
             leader.wait()
@@ -229,7 +235,7 @@ class Plan:
         receipt = self.receipt() | self.contents()
         clear_journals(folder)
         receipt["outputs"] = self._outputs(folder, digests)
-        write_text(folder / RECEIPT_NAME, (json.dumps(receipt, indent=2) + "\n").encode())
+        write_text(folder / RECEIPT_NAME, (dump_json(receipt) + "\n").encode())
         return receipt
 
     def _outputs(self, folder: Path, digests: bool) -> dict[str, dict[str, object]]:

@@ -7,9 +7,8 @@ by writing its file anew every second, and who stops doing so is lost.
 """
 
 import contextlib
-import json
 import os
-import threading
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gralora_convert.errors import ConvertError, MisuseError, OutputError
-from gralora_convert.strictjson import load_json
+from gralora_convert.signs import BUSY_SECONDS, Note, Sign, Wait, Watch, busy, only_one
 
 __all__ = ["Follower", "Leader", "Ranks"]
 
@@ -29,12 +28,8 @@ _VARIABLES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH and its kin
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
 )
-BEAT_SECONDS = 1.0
-LOST_SECONDS = 60.0  # without a beat; network file systems may show a file as it was for seconds
-JOIN_SECONDS = 600.0  # from the first process to the last one of a launch
+HEARD_SECONDS = 5.0  # that a refusal of rank 0 stays for the others to read
 _AGAIN = "Run all of them again; with --resume what is done is not done again."
-
-Fields = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,118 +98,58 @@ def _place(output: Path, rank: int) -> Path:
     return output.with_name(f".{output.name}.rank-{rank}")
 
 
-class _Sign:
-    """A small file that says who a rank is and how far it is, written anew as a sign of life."""
-
-    def __init__(self, path: Path, **fields: object) -> None:
-        self.path = path
-        self._fields: dict[str, object] = {**fields, "pid": os.getpid(), "machine": _machine()}
-        self._beats = 0
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._live, daemon=True)
-        self.say()
-        self._thread.start()
-
-    def say(self, **fields: object) -> None:
-        """Adds to what the file says.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        with self._lock:
-            self._fields |= fields
-            self._beats += 1
-            text = json.dumps({**self._fields, "beats": self._beats})
-            fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            try:
-                fresh.write_text(text)
-                fresh.replace(self.path)
-            except OSError as error:
-                raise OutputError(
-                    f"cannot be written: {error.strerror}", where=self.path
-                ) from error
-
-    def _live(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(OutputError):  # if it lasts, the others say that this is lost
-                self.say()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-class _Watch:
-    """What another rank's file says, and whether that rank still lives."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.fields: Fields = {}
-        self._since = time.monotonic()
-
-    def look(self) -> Fields:
-        """What the file says now; what it said last when it cannot be read."""
-        with contextlib.suppress(ConvertError):
-            now = load_json(self.path)
-            if now != self.fields:
-                self.fields, self._since = now, time.monotonic()
-        return self.fields
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether its process is gone, or has not shown itself for long."""
-        fields = self.look()
-        if time.monotonic() - self._since > LOST_SECONDS:
-            return True
-        pid = fields.get("pid")
-        return fields.get("machine") == _machine() and isinstance(pid, int) and not _is_running(pid)
-
-
-def _machine() -> str:
-    """The same for processes that can see one another by number."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    return uuid.uuid4().hex
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
-
-
 class Leader:
     """Rank 0 among the others: `gather` them, work, `wait` for them.
 
-    `plan` is the fingerprint of what is to be written, which all must agree on.
+    `plan` is the fingerprint of what is to be written, which all must agree on; `note` is told
+    what is waited for when that takes long.
     """
 
-    def __init__(self, output: Path, ranks: Ranks, plan: str) -> None:
-        self._output, self._ranks, self._plan = output, ranks, plan
+    def __init__(self, output: Path, ranks: Ranks, plan: str, note: Note) -> None:
+        self._output, self._ranks, self._plan, self._note = output, ranks, plan, note
         self._token = uuid.uuid4().hex
-        self._others = {rank: _Watch(_place(output, rank)) for rank in range(1, ranks.size)}
+        self._others = {rank: Watch(_place(output, rank)) for rank in range(1, ranks.size)}
+        self._has_gathered = False
 
     @contextlib.contextmanager
-    def gather(self, folder: Path) -> Iterator[None]:
-        """Waits until all others are here and know `folder`; afterwards nothing is left of it.
+    def heard(self) -> Iterator[None]:
+        """A refusal within is told to the others, who would wait for rank 0 in vain."""
+        try:
+            yield
+        except ConvertError as error:
+            with contextlib.suppress(OutputError):  # then they wait as for one that was killed
+                self._decline(error)
+            raise
+
+    def _decline(self, error: ConvertError) -> None:
+        theirs = Watch(_place(self._output, 0))
+        of_another_launch = theirs.look() and not theirs.is_lost
+        if self._has_gathered or not self._others or of_another_launch:
+            return
+        if not self._output.parent.is_dir():
+            return
+        sign = Sign(theirs.path, plan=self._plan, refused=str(error))
+        try:
+            time.sleep(HEARD_SECONDS)
+        finally:
+            sign.stop()
+            sign.path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def gather(self) -> Iterator[None]:
+        """Waits until all others are here; afterwards nothing is left of it.
 
         Raises:
-            OutputError: one does not come.
+            OutputError: one does not come, or has refused.
             MisuseError: one has another plan.
         """
         sign = None
+        self._has_gathered = True
         try:
             if self._others:
-                sign = _Sign(
-                    _place(self._output, 0), token=self._token, plan=self._plan, folder=str(folder)
-                )
+                sign = Sign(_place(self._output, 0), token=self._token, plan=self._plan)
                 self._invite(sign)
+                sign.say(closed=True)
             yield
         finally:
             if sign is not None:
@@ -223,14 +158,15 @@ class Leader:
 
     def _clear(self) -> None:
         """Removes the signs of all ranks, also of those that are dead."""
-        start = _place(self._output, 0).name.removesuffix("0")
+        start = re.escape(_place(self._output, 0).name.removesuffix("0"))
+        ours = re.compile(rf"{start}\d+(\.\d+|\.lock)?", re.DOTALL)
         with contextlib.suppress(OSError):  # they are small, and the next run removes them
             for path in self._output.parent.iterdir():
-                if path.name.startswith(start):
+                if ours.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
                     path.unlink(missing_ok=True)
 
-    def _invite(self, sign: _Sign) -> None:
-        until = time.monotonic() + JOIN_SECONDS
+    def _invite(self, sign: Sign) -> None:
+        wait = Wait(self._output, self._note)
         invited: dict[str, object] = {}
         while True:
             said = {rank: watch.look() for rank, watch in self._others.items()}
@@ -241,20 +177,16 @@ class Leader:
             absent = [rank for rank, fields in said.items() if fields.get("token") != self._token]
             if not absent:
                 return self._require_agreement(said)
-            if time.monotonic() > until:
-                raise OutputError(
-                    f"rank {absent[0]} of {self._ranks.size} did not come within "
-                    f"{JOIN_SECONDS:.0f} s",
-                    where=self._output,
-                    hint="Does every process see this folder? Unset RANK and WORLD_SIZE (or what "
-                    "your launcher sets) to run alone.",
-                )
-            time.sleep(0.05)
+            for rank in absent:
+                if self._others[rank].has_died:
+                    raise self._lost(rank)
+            wait.a_moment(f"rank {absent[0]} of {self._ranks.size}")
 
-    def _require_agreement(self, said: Mapping[int, Fields]) -> None:
+    def _require_agreement(self, said: Mapping[int, Mapping[str, object]]) -> None:
         for rank, fields in said.items():
             if fields.get("plan") != self._plan:
                 raise _disagreement(rank, self._output)
+            self._others[rank].follow(self._token)
 
     def wait(self) -> None:
         """Waits until all others have written their files.
@@ -273,17 +205,20 @@ class Leader:
         """
         return all([self._is_done(rank, watch) for rank, watch in self._others.items()])
 
-    def _is_done(self, rank: int, watch: _Watch) -> bool:
+    def _is_done(self, rank: int, watch: Watch) -> bool:
         said = watch.look()
         if said.get("state") == "done":
             return True
         if said.get("state") == "failed":
             raise OutputError(f"rank {rank} failed: {said.get('message')}", where=self._output)
         if watch.is_lost:
-            raise OutputError(
-                f"rank {rank} of {self._ranks.size} is lost", where=self._output, hint=_AGAIN
-            )
+            raise self._lost(rank)
         return False
+
+    def _lost(self, rank: int) -> OutputError:
+        return OutputError(
+            f"rank {rank} of {self._ranks.size} is lost", where=self._output, hint=_AGAIN
+        )
 
 
 def _disagreement(rank: int, output: Path) -> MisuseError:
@@ -296,55 +231,77 @@ def _disagreement(rank: int, output: Path) -> MisuseError:
 
 
 class Follower:
-    """A rank other than 0: `join` rank 0, write, `finish`."""
+    """A rank other than 0: `join` rank 0, write."""
 
-    def __init__(self, output: Path, ranks: Ranks, plan: str) -> None:
-        self._output, self._ranks, self._plan = output, ranks, plan
+    def __init__(self, output: Path, ranks: Ranks, plan: str, note: Note) -> None:
+        self._output, self._ranks, self._plan, self._note = output, ranks, plan, note
         self._nonce = uuid.uuid4().hex
-        self._leader = _Watch(_place(output, 0))
+        self._leader = Watch(_place(output, 0))
 
     @contextlib.contextmanager
-    def join(self) -> Iterator[Path]:
-        """The folder to write into, made by rank 0, which is told how it ended.
+    def join(self) -> Iterator[None]:
+        """Entered when rank 0 has made the folder to write into; rank 0 is told how it ended.
 
         Raises:
-            OutputError: rank 0 does not come.
+            OutputError: rank 0 does not come, or refuses; another launch writes this output.
         """
-        self._until(lambda: self._output.parent.is_dir(), time.monotonic() + JOIN_SECONDS)
-        sign = _Sign(_place(self._output, self._ranks.rank), nonce=self._nonce, plan=self._plan)
-        try:
-            rank = str(self._ranks.rank)
+        self._until(self._output.parent.is_dir)
+        place = _place(self._output, self._ranks.rank)
+        with only_one(place.with_name(f"{place.name}.lock"), self._output):
+            self._require_no_other_launch()
+            sign = Sign(place, nonce=self._nonce, plan=self._plan)
+            try:
+                self._until(self._is_invited)
+                self._leader.follow(self._leader.fields.get("token"))
+                sign.say(token=self._leader.fields.get("token"))
+                if self._leader.fields.get("plan") != self._plan:
+                    raise _disagreement(self._ranks.rank, self._output)
+                yield
+                sign.say(state="done")
+            except BaseException as error:
+                known = str(error) if isinstance(error, ConvertError) else "interrupted"
+                token = self._leader.fields.get("token")
+                with contextlib.suppress(OutputError):
+                    sign.say(state="failed", message=known, token=token)
+                raise
+            finally:
+                sign.stop()
+                if not self._is_read():
+                    sign.path.unlink(missing_ok=True)
 
-            def is_invited() -> bool:
-                nonces = self._leader.look().get("nonces")
-                return isinstance(nonces, Mapping) and nonces.get(rank) == self._nonce
+    def _is_read(self) -> bool:
+        """Whether rank 0 is there to read the sign of this one, and to remove it."""
+        has_token = self._leader.fields.get("token") is not None
+        return has_token and self._leader.path.exists() and not self._leader.is_lost
 
-            self._until(is_invited, time.monotonic() + JOIN_SECONDS)
-            sign.say(token=self._leader.fields.get("token"))
-            if self._leader.fields.get("plan") != self._plan:
-                raise _disagreement(self._ranks.rank, self._output)
-            yield Path(str(self._leader.fields.get("folder")))
-            sign.say(state="done")
-        except ConvertError as error:
-            with contextlib.suppress(OutputError):
-                sign.say(state="failed", message=str(error))
-            raise
-        finally:
-            sign.stop()
-            if not self._leader.path.exists():  # else it reads and removes the sign
-                sign.path.unlink(missing_ok=True)
+    def _is_invited(self) -> bool:
+        said = self._leader.look()
+        if "refused" in said and said.get("plan") == self._plan and not self._leader.is_lost:
+            raise OutputError(f"rank 0 refused: {said['refused']}")
+        if self._leader.has_died:
+            raise self._stopped()
+        nonces = said.get("nonces")
+        return isinstance(nonces, Mapping) and nonces.get(str(self._ranks.rank)) == self._nonce
 
-    def _until(self, condition: Callable[[], bool], end: float) -> None:
-        while not condition():
-            if time.monotonic() > end:
-                raise OutputError(
-                    f"rank 0 of {self._ranks.size} did not come within {JOIN_SECONDS:.0f} s",
-                    where=self._output,
-                    hint="Does every process see this folder?",
-                )
+    def _require_no_other_launch(self) -> None:
+        """Raises `OutputError` when rank 0 of another launch has all its ranks already."""
+        until = time.monotonic() + BUSY_SECONDS
+        while self._leader.look().get("closed") and self._leader.path.exists():
+            if self._leader.is_lost:
+                return
+            if time.monotonic() > until:
+                raise busy(self._output)
             time.sleep(0.05)
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        wait = Wait(self._output, self._note)
+        while not condition():
+            wait.a_moment(f"rank 0 of {self._ranks.size}")
 
     def require_leader(self) -> None:
         """Raises `OutputError` when rank 0 has gone: then nothing will be published."""
         if not self._leader.path.exists() or self._leader.is_lost:
-            raise OutputError("rank 0 has stopped", where=self._output, hint=_AGAIN)
+            raise self._stopped()
+
+    def _stopped(self) -> OutputError:
+        return OutputError("rank 0 has stopped", where=self._output, hint=_AGAIN)

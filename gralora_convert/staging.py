@@ -296,8 +296,12 @@ class Staging:
 
     @property
     def _is_kept(self) -> bool:
-        """Whether the unfinished folder is left for a run that goes on from there."""
-        return self._keep and self._leftover == self.folder and not self._is_published()
+        """Whether the unfinished folder, if anything is in it, is left for a run that goes on."""
+        if not self._keep or self._leftover != self.folder or self._is_published():
+            return False
+        with contextlib.suppress(OSError):
+            return any(self.folder.iterdir())
+        return False
 
     def _remark(self, leftover: Path) -> str:
         if self._is_kept:

@@ -1,4 +1,7 @@
-"""JSON as untrusted files hold it: every ambiguity that a lenient parser hides is a `JsonError`."""
+"""JSON as untrusted files hold it: every ambiguity that a lenient parser hides is a `JsonError`.
+
+And JSON that no parser refuses.
+"""
 
 import json
 import math
@@ -8,7 +11,7 @@ from pathlib import Path
 from gralora_convert.errors import UnreadableError
 from gralora_convert.files import open_regular, reading
 
-__all__ = ["JsonError", "load_json", "parse_json"]
+__all__ = ["JsonError", "dump_json", "load_json", "parse_json"]
 
 MAX_JSON_BYTES = 32_000_000  # the largest public index has 10 MB
 MAX_DEPTH = 127  # of serde_json, which reads the same files in other tools
@@ -139,3 +142,25 @@ def load_json(path: Path, *, allow_non_finite: bool = False) -> dict[str, object
     if len(data) > MAX_JSON_BYTES:
         raise UnreadableError(f"is larger than {MAX_JSON_BYTES} bytes", where=path)
     return parse_json(data, where=path, allow_non_finite=allow_non_finite)
+
+
+def dump_json(value: object) -> str:
+    """`value` as JSON for people and parsers.
+
+    NaN and infinities, which JSON has not, become null. A name of a file may be no Unicode; what is
+    no character of it becomes U+FFFD, because parsers refuse half a surrogate pair.
+
+    >>> print(dump_json({"kept": float("nan")}))
+    {
+      "kept": null
+    }
+    """
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError:
+        value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+        text = json.dumps(value, indent=2)
+    if not _SURROGATE.search(text.encode()) or _is_unicode(value):
+        return text
+    shown = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return json.dumps(json.loads(shown.decode("utf-8", "replace")), indent=2)

@@ -4,6 +4,7 @@ Whatever is piped or redirected is plain text with one fact per line. `NO_COLOR`
 and `TERM=dumb` mean no colours on a terminal either.
 """
 
+import io
 import os
 import re
 import shutil
@@ -11,18 +12,32 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
 from gralora_convert.report import Finding
 
-__all__ = ["Choice", "bar", "is_quiet", "quiet_option", "show", "show_notes"]
+__all__ = ["Choice", "bar", "is_quiet", "open_streams", "quiet_option", "show", "show_notes"]
 
 SEVERITIES = {"error": "red", "warning": "yellow", "note": "cyan"}
 _FINDING = re.compile(r"(?P<severity>error|warning|note)(?P<code>\[[\w-]+\])?: ")
 _FIELD = re.compile(r"  (?P<name>\S[^ ]*(?: [^ ]+)*)  +|(?P<none> {2,})")
 _QUIET = "gralora_convert.quiet"
+
+
+def open_streams() -> None:
+    """Gives streams that the shell has closed (`>&-`) to nobody: else Python has none, and the
+    next file opened, one of the output, would get the number that libraries print to."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be text in any encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def show(text: str, *, err: bool = False) -> None:

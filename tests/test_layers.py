@@ -16,7 +16,7 @@ LAYERS = {
     "foundation": {"codes", "errors", "groups", "report", "serving", "version"},
     "disk": {
         "adapter", "cards", "checkpoint", "config", "files", "hub", "journal", "keys", "pages",
-        "pickles", "places", "plan", "provenance", "ranks", "rules", "shapes", "staging",
+        "pickles", "places", "plan", "provenance", "ranks", "rules", "shapes", "signs", "staging",
         "strictjson", "targets", "tensors", "unpickling", "writing",
     },
     "mathematics": {

@@ -1,10 +1,12 @@
 """Runs that break off and go on, and runs of several processes: the bytes are those of one run."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from gralora_convert import ranks as ranks_module
-from gralora_convert import writing
+from gralora_convert import signs, writing
 from gralora_convert.errors import MisuseError, OutputError
 from gralora_convert.journal import Journal
 from gralora_convert.merging import merge
 from gralora_convert.plan import Computed, Part, Plan
-from gralora_convert.ranks import Ranks
+from gralora_convert.ranks import Follower, Leader, Ranks
 from tests.builders import SHAPES, random_delta, write_adapter, write_base
 from tests.command import run, run_ok
 from tests.faults import tree
@@ -313,7 +315,7 @@ def test_a_rank_that_refuses_is_heard(inputs: list[str], tmp_path: Path) -> None
 def test_a_rank_alone_gives_up(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks_module, "JOIN_SECONDS", 0.2)
+    monkeypatch.setattr(signs, "JOIN_SECONDS", 0.2)
     for rank, who in ((0, "rank 1"), (1, "rank 0")):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -326,10 +328,10 @@ def test_a_rank_alone_gives_up(
 
 def test_a_rank_that_shows_no_life_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On another machine nobody can be asked whether the process runs."""
-    monkeypatch.setattr(ranks_module, "LOST_SECONDS", 0.3)
+    monkeypatch.setattr(signs, "LOST_SECONDS", 0.3)
     path = tmp_path / ".out.rank-1"
     path.write_text('{"pid": 1, "machine": "elsewhere"}')
-    watch = ranks_module._Watch(path)
+    watch = signs.Watch(path)
     assert not watch.is_lost
     path.write_text('{"pid": 1, "machine": "elsewhere", "beats": 2}')
     assert not watch.is_lost
@@ -391,3 +393,160 @@ def test_merging_again_has_to_be_asked_for(inputs: list[str], tmp_path: Path) ->
     merged = receipt["merged_adapters"]
     assert isinstance(merged, list)
     assert len(merged) == 2
+
+
+def test_an_output_that_exists_is_refused_by_every_rank_at_once(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_text("x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(ranks_module, "HEARD_SECONDS", 0.0)
+        assert "exists and is not empty" in run(*inputs, "-o", tmp_path / "out").stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+def follower(output: Path, note: signs.Note = lambda sentence: None) -> Follower:
+    return Follower(output, Ranks(1, 2), "plan", note)
+
+
+def leader(output: Path) -> Leader:
+    return Leader(output, Ranks(0, 2), "plan", lambda sentence: None)
+
+
+def test_a_refusal_of_rank_0_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "HEARD_SECONDS", 0.5)
+
+    def refuse() -> None:
+        with contextlib.suppress(OutputError), leader(tmp_path / "out").heard():
+            raise OutputError("no space")
+
+    thread = threading.Thread(target=refuse)
+    thread.start()
+    with (
+        pytest.raises(OutputError, match="rank 0 refused: no space"),
+        follower(tmp_path / "out").join(),
+    ):
+        pass
+    thread.join()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_before_the_work_is_heard(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with contextlib.suppress(KeyboardInterrupt), follower(tmp_path / "out").join():
+            raise KeyboardInterrupt
+
+    thread = threading.Thread(target=interrupted)
+    thread.start()
+    zero = leader(tmp_path / "out")
+    with pytest.raises(OutputError, match="rank 1 failed: interrupted"), zero.gather():
+        zero.wait()
+    thread.join()
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_of_two_launches_do_not_share_a_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signs, "BUSY_SECONDS", 0.2)
+    lock = tmp_path / ".out.rank-1.lock"
+    with signs.only_one(lock, tmp_path / "out"):
+        with (
+            pytest.raises(OutputError, match="another run is writing this output"),
+            follower(tmp_path / "out").join(),
+        ):
+            pass
+        assert lock.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_launch_that_has_its_ranks_takes_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks_module, "BUSY_SECONDS", 0.2)
+    first = signs.Sign(tmp_path / ".out.rank-0", token="t", plan="plan", closed=True)
+    with (
+        pytest.raises(OutputError, match="another run is writing this output"),
+        follower(tmp_path / "out").join(),
+    ):
+        pass
+    first.stop()
+
+
+def test_a_process_that_nobody_has_waited_for_is_dead() -> None:
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not signs._is_running(process.pid)
+    assert signs._is_running(os.getpid())
+
+
+def test_one_that_was_seen_and_died_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signs, "BUSY_SECONDS", 0.1)
+    here = {"machine": signs._machine(), "nonce": "n"}
+    place = tmp_path / ".out.rank-1"
+    place.write_text(json.dumps({**here, "pid": os.getpid()}))
+    watch = signs.Watch(place)
+    assert not watch.has_died
+    place.write_text(json.dumps({**here, "pid": 2**22 + 1}))  # above every pid of Linux
+    assert not watch.has_died
+    time.sleep(0.2)
+    assert watch.has_died
+    stale = signs.Watch(place)
+    assert not stale.has_died
+    time.sleep(0.2)
+    assert not stale.has_died
+
+
+def test_hostile_signs_lead_nowhere(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("x")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    names = (".out.rank-1", f".out.rank-1.{os.getpid()}", ".out.rank-1.lock", ".out.rank-0")
+    for name in names:
+        (folder / name).symlink_to(precious)
+    (folder / ".out.rank-1.partial").mkdir()  # of an output that is called so
+    zero, one = leader(folder / "out"), follower(folder / "out")
+
+    def join() -> None:
+        with one.join():
+            pass
+
+    thread = threading.Thread(target=join)
+    thread.start()
+    with zero.gather():
+        zero.wait()
+    thread.join()
+    assert precious.read_text() == "x"
+    assert [path.name for path in folder.iterdir()] == [".out.rank-1.partial"]
+
+
+def test_who_waits_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signs, "NOTE_SECONDS", 0.1)
+    monkeypatch.setattr(signs, "JOIN_SECONDS", 0.3)
+    said: list[str] = []
+    with (
+        pytest.raises(OutputError, match="rank 0 of 2 did not come"),
+        follower(tmp_path / "out", said.append).join(),
+    ):
+        pass
+    assert len(said) == 1
+    assert "waiting for rank 0 of 2" in said[0]
+    assert "Unset RANK and WORLD_SIZE" in said[0]
+
+
+def test_where_nothing_was_done_nothing_is_kept(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "gralora_convert.staging.Staging.free_bytes", staticmethod(lambda output: 0)
+    )
+    outcome = run(*inputs, "-o", tmp_path / "out", "--resume")
+    assert outcome.status == 2
+    assert "is kept" not in outcome.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

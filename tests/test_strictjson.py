@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gralora_convert import strictjson
 from gralora_convert.errors import ConvertError, UnreadableError
-from gralora_convert.strictjson import JsonError, load_json, parse_json
+from gralora_convert.strictjson import JsonError, dump_json, load_json, parse_json
 
 SURROGATE = "holds half of a surrogate pair, which is no character"
 # what is in the file: (the reason, words of the message)
@@ -223,3 +223,21 @@ def test_an_endless_file_is_not_read_to_its_end(
     with pytest.raises(ConvertError, match="larger than 1000000 bytes"):
         load_json(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
+
+
+@pytest.mark.parametrize("value", [{"a": "\U0001f600 \u00e9 \\udcff", "b": [1, None, 2.5]}, {}])
+def test_what_is_written_is_what_json_writes(value: dict[str, object]) -> None:
+    assert dump_json(value) == json.dumps(value, indent=2)
+
+
+def test_a_name_that_is_no_text_is_written_as_json_that_is_read() -> None:
+    text = dump_json({"path": "a\udcff/\U0001f600", "\udc80": 1})
+    read = parse_json(text.encode(), where="receipt")
+    assert len(read) == 2
+    assert str(read["path"]).startswith("a\ufffd")
+    assert str(read["path"]).endswith("/\U0001f600")
+
+
+def test_what_is_no_number_is_written_as_null() -> None:
+    text = dump_json({"kept": math.nan, "rows": [{"worst": -math.inf}, 1.5]})
+    assert parse_json(text.encode(), where="") == {"kept": None, "rows": [{"worst": None}, 1.5]}

@@ -5,6 +5,7 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -155,3 +156,48 @@ def test_the_version() -> None:
     from gralora_convert.version import __version__
 
     assert run_ok("--version").stdout.strip().endswith(__version__)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status"),
+    [(">&-", 0), (">&- 2>&- <&-", 0), (">/dev/full", 2), ("2>/dev/full", 0), ("| true", 2)],
+)
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_streams_that_are_closed_or_full(redirection: str, status: int, style: str) -> None:
+    """Whoever reads the status learns the truth: 1 would mean that the adapter has errors."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    waits = "import time; time.sleep(0.2); " if "true" in redirection else ""
+    code = f"{waits}from gralora_convert.cli import run; run()"
+    line = f"'{sys.executable}' -c '{code}' validate {LLAMA} --base {BASE} --format {style}"
+    outcome = subprocess.run(
+        ["bash", "-c", f"{line} {redirection}; exit ${{PIPESTATUS[0]}}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == status
+    assert "Traceback" not in outcome.stderr
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    adapter = shutil.copytree(ROOT / LLAMA, tmp_path / os.fsdecode(b"a\xff"))
+    outcome = subprocess.run(
+        [sys.executable, "-m", "gralora_convert", "merge", adapter, "--base", ROOT / BASE,
+         "-o", os.fsencode(tmp_path) + b"/o\xff\n"],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    assert b"o\\udcff\\n (" in outcome.stdout
+    merged = next(path for path in tmp_path.iterdir() if path.name.startswith("o"))
+    assert run_ok("validate", merged).stdout.endswith("valid\n")
+
+
+def test_no_memory_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `ulimit -v`: no bug, nothing to report."""
+
+    def fail(path: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("gralora_convert.inspection.inspect", fail)
+    outcome = run("inspect", ROOT / LLAMA, "--json")
+    assert outcome.status == 2
+    assert outcome.json["error"]["kind"] == "memory"  # type: ignore[index]
