@@ -481,7 +481,7 @@ def test_what_is_nowhere_and_no_hub_id(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", pytest.fail)
     if not name:
-        refused(name, "holds no weights")
+        refused(name, "has an empty name")
         return
     refused(name, "there is no such file or folder")
     refused(Path("name"), "there is no such file or folder")
