@@ -23,7 +23,6 @@ from gralora_convert.errors import (
     ConvertError,
     MisuseError,
     OutOfMemoryError,
-    is_out_of_memory,
     printable,
     sentences,
 )
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(error, as_json=_wants_json(given))
         status = EXIT_REFUSED
     except Exception as error:
-        if is_out_of_memory(error):
+        if OutOfMemoryError.is_meant_by(error):
             _refuse(OutOfMemoryError(), as_json=_wants_json(given))
             sys.exit(EXIT_REFUSED)
         traceback.print_exc()

@@ -244,6 +244,7 @@ REFUSALS: Mapping[str, str] = {
     "output": "the output exists, cannot be written, or does not fit on the disk",
     "input-changed": "an input changed while it was read",
     "check-failed": "what was written failed its own check and was not published",
+    "memory": "there is not enough memory, of the machine or of the device",
     "system": "the operating system refused a file",
 }
 

@@ -22,7 +22,6 @@ __all__ = [
     "OutputError",
     "UnreadableError",
     "UnsupportedError",
-    "is_out_of_memory",
 ]
 
 
@@ -155,11 +154,13 @@ class OutOfMemoryError(ConvertError):
             hint="Nothing was published. Free some, or ask for fewer --jobs.",
         )
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is how Python or torch says that there is no memory (torch 2.13,
-    c10/core/impl/alloc_cpu.cpp: a plain RuntimeError)."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and ("can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError")
-    )
+    @staticmethod
+    def is_meant_by(error: BaseException) -> bool:
+        """Whether `error` is how Python or torch says so (torch 2.13, c10/core/impl/alloc_cpu.cpp:
+        a plain RuntimeError)."""
+        return isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError)
+            and (
+                "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
+            )
+        )
