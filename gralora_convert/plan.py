@@ -233,8 +233,8 @@ class Plan:
         if verify:
             self._require_as_planned(folder)
         receipt = self.receipt() | self.contents()
-        clear_journals(folder)
         receipt["outputs"] = self._outputs(folder, digests)
+        clear_journals(folder)
         write_text(folder / RECEIPT_NAME, (dump_json(receipt) + "\n").encode())
         return receipt
 
@@ -292,8 +292,8 @@ class _Work:
         Raises:
             CheckFailedError: one of their files is not complete.
         """
-        mine = self.files
-        others = [file for file in self.plan.files if file not in mine]
+        mine = {file.name for file in self.files}
+        others = [file for file in self.plan.files if file.name not in mine]
         done = read_journals(folder, self.fingerprint) if others else Done()
         for file in others:
             if done.parts.get(file.name, 0) < len(file.parts):
