@@ -148,11 +148,14 @@ class OutOfMemoryError(ConvertError):
 
     kind = "memory"
 
-    def __init__(self) -> None:
-        super().__init__(
-            "there is not enough memory",
-            hint="Nothing was published. Free some, or ask for fewer --jobs.",
-        )
+    def __init__(
+        self,
+        message: str = "there is not enough memory",
+        *,
+        where: object = "",
+        hint: str = "Nothing was published. Free some, or ask for fewer --jobs.",
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
 
     @staticmethod
     def is_meant_by(error: BaseException) -> bool:
