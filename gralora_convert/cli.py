@@ -226,7 +226,7 @@ class _Run:
             show_notes(plan.notes)
         if resume and is_speaker and (left := plan.resumable_bytes(self.output)):
             show_notes([f"goes on: {left:,} bytes are there already"])
-        tensors = sum(part.nbytes for file in plan.files for part in file.parts)
+        tensors = sum(file.data_nbytes for file in plan.files)
         with bar(tensors, self.progress if is_speaker else False) as advance:
             receipt = plan.write(
                 self.output,

@@ -44,10 +44,12 @@ class Stack:
     ) -> None:
         size = (delta.out_features, delta.in_features)
         self.shape: tuple[int, int] = size[::-1] if transposed else size
-        self.dtype, self._transposed, self._scaling = dtype, transposed, delta.scaling
-        self._blocks = delta.k if isinstance(delta, Gralora) else 1
-        self._delta = delta
-        self._general = _general_part(delta)
+        self.dtype, self._scaling = dtype, delta.scaling
+        # views [u, v, row, t] and [u, v, t, column]; of the general part (row, h) and (h, column)
+        self._left4, self._right4 = _views(delta, transposed)
+        self._general = _general_views(delta, transposed)
+        self._blocks, self._height = self._left4.shape[0], self._left4.shape[2]
+        self._terms = terms(delta)
         self._held: dict[int, tuple[Tensor | None, Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -61,13 +63,13 @@ class Stack:
         _check_tile(self.shape, tile, start)
         if tile.dtype != self.dtype:
             raise ValueError(f"the tile has dtype {tile.dtype}, {self.dtype} was needed")
-        height = self.shape[0] // self._blocks
+        height = self._height
         for u in range(start // height, math.ceil(stop / height)):
             first, last = max(start, u * height), min(stop, (u + 1) * height)
             blocks = tile[first - start : last - start].view(last - first, self._blocks, -1)
             left, right = self._block_row(u)
             if left is None:
-                left = self._left(first, last)
+                left = self._left(u, first, last)
             else:
                 left = left[:, first - u * height : last - u * height]
             # v, row, column
@@ -79,50 +81,46 @@ class Stack:
             if u not in self._held:
                 while len(self._held) > 1:  # workers are in two block rows at most, in order
                     del self._held[min(self._held)]
-                height = self.shape[0] // self._blocks
-                is_small = height * self._blocks * terms(self._delta) <= HELD
-                left = self._left(u * height, (u + 1) * height) if is_small else None
-                self._held[u] = left, self._right(u * height)
+                rows = u * self._height, (u + 1) * self._height
+                is_small = self._height * self._blocks * self._terms <= HELD
+                self._held[u] = self._left(u, *rows) if is_small else None, self._right(u)
             return self._held[u]
 
-    def _left(self, first: int, last: int) -> Tensor:
-        """Left factors of rows [first, last) of one block row: (v, row, q)."""
-        ((left, _),) = self._factors(first, last)
-        left = left.to(self.dtype).transpose(0, 1)
+    def _left(self, u: int, first: int, last: int) -> Tensor:
+        """Left factors of rows [first, last), all in block row u: (v, row, q)."""
+        left = self._left4[u, :, first - u * self._height : last - u * self._height].to(self.dtype)
         if self._general is None:
             return left.contiguous()
-        ((general, _),) = _lora_blocks(self._general, first, last, self._transposed)
-        heights = general.to(self.dtype).transpose(0, 1).expand(self._blocks, -1, -1)
+        heights = self._general[0][first:last].to(self.dtype).expand(self._blocks, -1, -1)
         return torch.cat([left, heights], dim=2)
 
-    def _right(self, row: int) -> Tensor:
-        """Right factors of the block row that `row` is in: (v, q, column)."""
-        ((_, right),) = self._factors(row, row + 1)
-        right = right.to(self.dtype).transpose(1, 2)  # v, t, column
+    def _right(self, u: int) -> Tensor:
+        """Right factors of block row u: (v, q, column)."""
+        right = self._right4[u].to(self.dtype)
         if self._general is None:
             return right.contiguous()
-        ((_, general),) = _lora_blocks(self._general, row, row + 1, self._transposed)
-        widths = general[0].T.to(self.dtype).view(self._general.r, self._blocks, -1)
-        return torch.cat([right, widths.transpose(0, 1)], dim=1)
-
-    def _factors(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        if isinstance(self._delta, Lora):
-            return _lora_blocks(self._delta, first, last, self._transposed)
-        return row_blocks(self._delta, first, last, transposed=self._transposed)
+        general = self._general[1].to(self.dtype)
+        widths = general.reshape(len(general), self._blocks, -1).transpose(0, 1)  # v, h, column
+        return torch.cat([right, widths], dim=1)
 
 
-def _general_part(delta: Gralora | Lora) -> Lora | None:
+def _views(delta: Gralora | Lora, transposed: bool) -> tuple[Tensor, Tensor]:
+    """The factors by block row u and block column v; apart from `row_blocks`, which checks them."""
+    if isinstance(delta, Lora):
+        left, right = (delta.A.T, delta.B.T) if transposed else (delta.B, delta.A)
+        return left[None, None], right[None, None]
+    k, s = delta.k, delta.s
+    a4, b4 = delta.A.view(k, -1, k, s), delta.B.view(k, k, s, -1)  # n, i, j, t and j, n, t, o
+    if transposed:  # u = n, v = j
+        return a4.permute(0, 2, 1, 3), b4.permute(1, 0, 2, 3)
+    return b4.permute(0, 1, 3, 2), a4.permute(2, 0, 3, 1)  # u = j, v = n
+
+
+def _general_views(delta: Gralora | Lora, transposed: bool) -> tuple[Tensor, Tensor] | None:
     if isinstance(delta, Lora) or delta.general_A is None or delta.general_B is None:
         return None
-    return Lora(delta.general_A, delta.general_B, delta.scaling)
-
-
-def _lora_blocks(
-    delta: Lora, start: int, stop: int, transposed: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """As `row_blocks`, for a LoRA: one block row with one block."""
-    left, right = (delta.A.T, delta.B) if transposed else (delta.B, delta.A.T)
-    yield left[start:stop, None], right[None]
+    A, B = delta.general_A, delta.general_B
+    return (A.T, B.T) if transposed else (B, A)
 
 
 def _check_tile(shape: tuple[int, int], tile: Tensor, start: int) -> None:

@@ -210,6 +210,7 @@ def _locked(path: Path) -> int | None:
 
 
 def busy(output: Path) -> OutputError:
+    """What is said to a run whose output another run is writing."""
     return OutputError(
         "another run is writing this output",
         where=output,

@@ -96,7 +96,7 @@ class OutputFile:
 
     @property
     def nbytes(self) -> int:
-        return len(self.header) + sum(part.nbytes for part in self.parts)
+        return len(self.header) + self.data_nbytes
 
     @property
     def data_nbytes(self) -> int:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -312,3 +313,24 @@ def test_the_library_returns_a_plan(pair: tuple[Path, Path, Tensors], tmp_path: 
     receipt = plan.write(tmp_path / "out", progress=written.append)
     assert sum(written) == sum(part.nbytes for file in plan.files for part in file.parts)
     assert receipt["command"] == "merge"
+
+
+def test_the_check_of_a_merge_shares_no_indexing_with_its_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in the blocks of either side is a difference, whichever side makes it."""
+    from gralora_convert import products
+
+    write_base(tmp_path / "base")
+    deltas = {name: random_delta(*shape, hybrid_r=2) for name, shape in SHAPES.items()}
+    write_adapter(tmp_path / "adapter", deltas)
+    arguments = ["merge", tmp_path / "adapter", "--base", tmp_path / "base", "-o", tmp_path / "out"]
+    row_blocks = products.row_blocks
+
+    def reversed_columns(*given: Any, **options: Any) -> Any:
+        return ((left.flip(1), right) for left, right in row_blocks(*given, **options))
+
+    monkeypatch.setattr(products, "row_blocks", reversed_columns)
+    outcome = run(*arguments)
+    assert outcome.status == 2
+    assert "differs from base + delta" in outcome.stderr
