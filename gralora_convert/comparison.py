@@ -320,25 +320,25 @@ class _Probe:
 def difference(
     one: TensorSpec, other: TensorSpec, progress: Progress, rows: tuple[int, int] | None = None
 ) -> float:
-    """0 when `other` is `one` (in its own dtype), else the largest difference in units of half the
-    last place of `other`'s dtype, at least 2; WRONG where that means nothing. Of all rows, or of
-    `rows`."""
+    """0 when `other` is `one`, bit for bit, or in another dtype `one` rounded to it; else the
+    largest difference in units of half the last place of `other`'s dtype, at least 2; WRONG where
+    that means nothing. Of all rows, or of `rows`."""
     if one.shape != other.shape:
         return WRONG
-    worst = 0.0
+    worst, is_cast = 0.0, one.dtype != other.dtype
     width = one.numel // one.shape[0] if rows else 1
     begin, end = (rows[0] * width, rows[1] * width) if rows else (0, one.numel)
     for start in range(begin, end, TILE_ELEMENTS):
         stop = min(start + TILE_ELEMENTS, end)
         progress((stop - start) * other.nbytes // max(other.numel, 1))
-        if one.dtype == other.dtype and _bytes(one, start, stop) == _bytes(other, start, stop):
+        if not is_cast and _bytes(one, start, stop) == _bytes(other, start, stop):
             continue
         if one.dtype not in FLOATING or other.dtype not in FLOATING:
             return WRONG
         dtype = torch_dtype(other.dtype)
         expected = _elements(one, start, stop).to(dtype).double()
         found = _elements(other, start, stop).double()
-        if torch.equal(expected, found):
+        if is_cast and torch.allclose(expected, found, rtol=0, atol=0, equal_nan=True):
             continue
         bound = tolerance(found, expected, magnitude=torch.zeros(()), terms=0, dtype=dtype)
         worst = max(worst, min(worst_ratio(found, expected, bound), WRONG), 2.0)

@@ -277,3 +277,23 @@ def test_the_whole_model_tells_a_wrong_merge_from_a_right_one(name: str, tmp_pat
     assert wrong.status == 1
     assert isinstance(wrong.json["model"], dict)
     assert wrong.json["model"]["ok"] is False
+
+
+def test_an_untouched_tensor_is_the_same_bit_for_bit_or_cast(tmp_path: Path) -> None:
+    """A zero of another sign is another bit; what was no number stays none in another dtype."""
+    tensors = write_base(tmp_path / "base")
+    deltas = {"layers.0.up": random_delta(32, 24)}
+    write_adapter(tmp_path / "adapter", deltas)
+    tensors["norm.weight"][:3] = torch.tensor([0.0, float("nan"), float("inf")])
+    write_model(tmp_path / "base", tensors)
+    command = [tmp_path / "adapter", "--base", tmp_path / "base"]
+    run_ok("merge", *command, "-o", tmp_path / "cast", "--dtype", "bfloat16")
+    run_ok("verify", *command, "--merged", tmp_path / "cast", "--level", "weights")
+    run_ok("merge", *command, "-o", tmp_path / "kept")
+    run_ok("verify", *command, "--merged", tmp_path / "kept", "--level", "weights")
+    merged = load_file(tmp_path / "kept/model.safetensors")
+    merged["norm.weight"][0] = -0.0
+    write_model(tmp_path / "kept", merged)
+    outcome = run("verify", *command, "--merged", tmp_path / "kept", "--level", "weights")
+    assert outcome.status == 1
+    assert "norm.weight: was changed, but no adapter touches it" in outcome.stdout
