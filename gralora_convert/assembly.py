@@ -20,7 +20,7 @@ from gralora_convert.keys import Role, key_of
 from gralora_convert.layer import forward_path
 from gralora_convert.plan import Computed, Part
 from gralora_convert.serving import serving_lines
-from gralora_convert.tensors import DTYPE_BITS, TensorSpec
+from gralora_convert.tensors import TensorSpec, bytes_of, nbytes_of
 from gralora_convert.tiles import taken
 
 __all__ = [
@@ -180,7 +180,7 @@ class Workshop:
         self._uses.append(len(sizes))
         parts: list[Part] = []
         for role, size in sizes.items():
-            nbytes = math.prod(size) * DTYPE_BITS[dtype] // 8
+            nbytes = nbytes_of(dtype, size)
             produce = partial(self._bytes_of, place, role)
             source = Computed(nbytes, produce, 0 if parts else memory)
             parts.append(Part(key_of(module, role, method), dtype, size, nbytes, source))
@@ -200,7 +200,7 @@ class Workshop:
             self._uses[place] -= 1
             if self._uses[place] == 0:
                 del self._made[place]
-        return memoryview(tensor.contiguous().view(torch.uint8).numpy().data).cast("B")
+        return bytes_of(tensor)
 
     def _make_next(self, place: int) -> None:
         with self._lock:

@@ -18,6 +18,7 @@ from gralora_convert.delta import (
     Lora,
     direct_sum,
     gralora_to_lora,
+    is_finite,
     kaiming,
 )
 
@@ -261,7 +262,7 @@ def energies(delta: Gralora | Lora) -> Tensor:
 
 def finite(matrix: Tensor) -> Tensor:
     """The matrix itself; raises ValueError if it has a nan or an infinity."""
-    if not matrix.isfinite().all():
+    if not is_finite(matrix):
         raise ValueError("the delta has values that are not finite")
     return matrix
 

@@ -22,6 +22,7 @@ from gralora_convert.tensors import (
     DTYPE_BITS,
     FLOATING,
     TensorSpec,
+    bytes_of,
     read_bytes,
     read_into,
     torch_dtype,
@@ -353,8 +354,7 @@ def _bytes(spec: TensorSpec, start: int, stop: int) -> bytearray:
 
 def _elements(spec: TensorSpec, start: int, stop: int) -> Tensor:
     values = torch.empty(stop - start, dtype=torch_dtype(spec.dtype))
-    buffer = memoryview(values.view(torch.uint8).numpy().data).cast("B")
-    read_into(spec, start * values.itemsize, buffer)
+    read_into(spec, start * values.itemsize, bytes_of(values))
     return values
 
 

@@ -63,7 +63,7 @@ from gralora_convert.keys import key_of
 from gralora_convert.plan import Computed, OutputFile, Part, Plan
 from gralora_convert.serving import serving_notes
 from gralora_convert.source import Source
-from gralora_convert.tensors import torch_dtype, written_dtype
+from gralora_convert.tensors import bytes_of, torch_dtype, written_dtype
 from gralora_convert.version import __version__
 from gralora_convert.writing import one_arithmetic_thread
 
@@ -330,7 +330,7 @@ class _Conversion:
         size = self.adapter.roles[module]["lora_bias"].numel
 
         def produce(tile: int) -> memoryview:
-            return memoryview(self.source.bias(module).numpy().data).cast("B")
+            return bytes_of(self.source.bias(module))
 
         source = Computed(4 * size, produce, 4 * size)
         return Part(key_of(module, "bias"), "F32", (size,), 4 * size, source)

@@ -34,7 +34,7 @@ from gralora_convert.blocks import Method
 from gralora_convert.cards import CARD_NAME, adapter_card
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig
-from gralora_convert.delta import Dense, Gralora, Lora, require_device
+from gralora_convert.delta import Dense, Gralora, Lora, is_finite, require_device
 from gralora_convert.errors import InvalidAdapterError, MisuseError, UnsupportedError
 from gralora_convert.factorize import Fit, smallest_rank, spectra, to_gralora, to_hybrid, to_lora
 from gralora_convert.keys import key_of
@@ -70,7 +70,7 @@ class _Module:
     def delta(self, device: str) -> Dense:
         difference = read_parameter(self.parts, self.after).to(device).double()
         difference -= read_parameter(self.parts, self.before).to(device)
-        if not difference.isfinite().all():
+        if not is_finite(difference):
             raise InvalidAdapterError(
                 "the difference of the two weights is not finite", where=self.name,
                 hint="Leave it out with --exclude.",

@@ -22,7 +22,7 @@ from gralora_convert.placement import place
 from gralora_convert.plan import Computed, Copied, OutputFile, Part, Plan, index_json
 from gralora_convert.rounding import Survival
 from gralora_convert.strictjson import load_json
-from gralora_convert.tensors import DTYPE_BITS, FLOATING, TensorSpec, written_dtype
+from gralora_convert.tensors import FLOATING, TensorSpec, nbytes_of, written_dtype
 from gralora_convert.tiles import (
     CastTensor,
     Contribution,
@@ -67,7 +67,7 @@ def merge(
         weights: one per adapter, default 1.0; a negative one takes the update away.
         dtype: `keep`, `float32`, `bfloat16` or `float16`, of all floating tensors written.
         shard_size: `keep` for the base's own files, else the largest file, such as `5GB`.
-        verify: recompute one row in 64 in float64 while it is hot, and refuse to publish what
+        verify: recompute one row in 64 while it is hot, and refuse to publish what
             differs by more than one rounding.
         again: merge also what the base's receipt says it holds already.
 
@@ -267,12 +267,12 @@ class _Merge:
         if name in merged:
             tensor = merged[name]
             shape, dtype = tensor.spec.shape, tensor.dtype
-            return Part(final, dtype, shape, _nbytes(dtype, shape), tensor.source())
+            return Part(final, dtype, shape, nbytes_of(dtype, shape), tensor.source())
         found = replaced.get(name)
         if found is not None and found[0].start is not None and spec is not None:
             patches = [_patch(replacement) for replacement in found]
             patched = PatchedTensor(spec, self._written(spec.dtype), patches)
-            nbytes = _nbytes(patched.dtype, spec.shape)
+            nbytes = nbytes_of(patched.dtype, spec.shape)
             return Part(final, patched.dtype, spec.shape, nbytes, patched.source())
         stored = spec if found is None else found[0].source
         assert stored is not None
@@ -285,7 +285,7 @@ class _Merge:
         else:
             same = dtype == stored.dtype
             source = Copied(stored) if same else CastTensor(stored, dtype).source()
-        return Part(final, dtype, stored.shape, _nbytes(dtype, stored.shape), source)
+        return Part(final, dtype, stored.shape, nbytes_of(dtype, stored.shape), source)
 
     def _final_name(self, name: str) -> str:
         """A bare base that gets a head is written with its architecture's prefix."""
@@ -445,13 +445,6 @@ def _row(name: str, tensor: MergedTensor, *, checked: bool) -> dict[str, object]
         "dtype": tensor.dtype,
     }
     return row | ({"worst": tensor.worst, **tensor.survival.as_json()} if checked else {})
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    bits = DTYPE_BITS[dtype]
-    for size in shape:
-        bits *= size
-    return bits // 8
 
 
 def _layout(

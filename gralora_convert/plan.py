@@ -129,7 +129,10 @@ class Plan:
         """Bytes of tensors that a broken run to `output` has left and `resume` need not make."""
         if not self.resumable:
             return 0
-        done = read_journals(Staging(Path(output)).folder, self.fingerprint())
+        return self._done_bytes(Staging(Path(output)).folder, self.fingerprint())
+
+    def _done_bytes(self, folder: Path, fingerprint: str) -> int:
+        done = read_journals(folder, fingerprint)
         return sum(
             part.nbytes
             for file in self.files
@@ -194,10 +197,10 @@ class Plan:
                 work.write_tensors(staging.folder, follower.require_leader)
             return {}
         leader = Leader(staging.output, ranks, plan, note)
-        left = self.resumable_bytes(output) if resume else 0
+        left = self._done_bytes(staging.folder, plan) if resume else 0
         with (
             leader.heard(),
-            staging.open(self.nbytes - left, self._left if resume else None) as folder,
+            staging.open(self.nbytes - left, work.begun if resume else None) as folder,
             leader.gather(),
         ):
             work.write_tensors(folder, leader.require_others)
@@ -213,11 +216,6 @@ class Plan:
             raise MisuseError(f"{jobs!r} jobs were asked for, a whole number from 1 on is needed")
         if not self.resumable and (resume or ranks.size > 1):
             raise MisuseError(f"{self.command} runs in one process and in one go")
-
-    def _left(self, folder: Path) -> set[str]:
-        """The files in `folder` that a broken run of this plan has begun, and its journals."""
-        plan = self.fingerprint()
-        return {*read_journals(folder, plan).parts, *journal_names(folder, plan)}
 
     def _protected(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys((*self.protected, *(file.path for file in self.inputs))))
@@ -269,6 +267,11 @@ class _Work:
     def files(self) -> list[OutputFile]:
         shares = self.ranks.share([file.nbytes for file in self.plan.files])
         return [self.plan.files[place] for place in shares]
+
+    def begun(self, folder: Path) -> set[str]:
+        """The files in `folder` that a broken run of this plan has begun, and its journals."""
+        names = journal_names(folder, self.fingerprint)
+        return {*read_journals(folder, self.fingerprint).parts, *names}
 
     def write_tensors(self, folder: Path, tick: Callable[[], object]) -> None:
         """Makes what the journals do not have yet; `tick` may stop it by raising."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from gralora_convert.delta import Gralora, Lora
 from gralora_convert.errors import MisuseError, UnsupportedError
 from gralora_convert.keys import Role, key_of
 from gralora_convert.plan import Computed, OutputFile, Part, Plan
-from gralora_convert.tensors import DTYPE_OF_TORCH
+from gralora_convert.tensors import DTYPE_OF_TORCH, bytes_of
 from gralora_convert.version import __version__
 
 __all__ = ["config_of", "folder_of"]
@@ -62,14 +61,9 @@ def _values(values: Mapping[str, torch.Tensor], deltas: Mapping[str, object]) ->
 
 
 def _part(key: str, value: torch.Tensor) -> Part:
-    source = Computed(max(1, value.nbytes), partial(_bytes, value), value.nbytes)
+    source = Computed(max(1, value.nbytes), lambda tile: bytes_of(value), value.nbytes)
     dtype = DTYPE_OF_TORCH[str(value.dtype).removeprefix("torch.")]
     return Part(key, dtype, tuple(value.shape), value.nbytes, source)
-
-
-def _bytes(value: torch.Tensor, tile: int) -> memoryview:
-    plain = value.detach().cpu().contiguous()
-    return memoryview(plain.view(-1).view(torch.uint8).numpy().data).cast("B")
 
 
 def config_of(

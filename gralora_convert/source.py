@@ -19,6 +19,7 @@ from gralora_convert.delta import (
     Dense,
     Gralora,
     Lora,
+    is_finite,
     to_device,
 )
 from gralora_convert.errors import InvalidAdapterError, UnsupportedError
@@ -126,7 +127,7 @@ class Source:
         """
         found = self._delta(module)
         tensors = (value for value in vars(found).values() if isinstance(value, torch.Tensor))
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        if self.base is not None and not all(map(is_finite, tensors)):  # factors were looked at
             raise InvalidAdapterError(
                 "has values that are not finite", where=module,
                 hint="`gralora-convert validate` says where.",

@@ -38,7 +38,9 @@ __all__ = [
     "TensorFile",
     "TensorFileError",
     "TensorSpec",
+    "bytes_of",
     "encode_header",
+    "nbytes_of",
     "open_regular",
     "read_array",
     "read_bytes",
@@ -371,6 +373,29 @@ def read_rows(spec: TensorSpec, start: int, stop: int) -> "torch.Tensor":
     size = spec.nbytes // spec.shape[0]
     data = read_bytes(spec, start * size, stop * size)
     return torch.frombuffer(data, dtype=torch_dtype(spec.dtype)).reshape(-1, *spec.shape[1:])
+
+
+def bytes_of(tensor: "torch.Tensor") -> memoryview:
+    """The bytes of a tensor in the order of its elements: its own memory where it is contiguous
+    and on the CPU, else a copy of it.
+
+    >>> import torch
+    >>> bytes(bytes_of(torch.tensor([1, 2], dtype=torch.int16)))
+    b'\\x01\\x00\\x02\\x00'
+    """
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data).cast("B")
+
+
+def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of `dtype` (in the spelling of safetensors) and `shape`.
+
+    >>> nbytes_of("BF16", (3, 2))
+    12
+    """
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 def read_torch(spec: TensorSpec) -> "torch.Tensor":

@@ -18,7 +18,7 @@ import torch
 from gralora_convert.delta import Gralora, Lora, is_finite, require_device, terms
 from gralora_convert.errors import CheckFailedError, InvalidAdapterError, UnsupportedError
 from gralora_convert.files import open_regular, pread_exact
-from gralora_convert.plan import Computed, Copied
+from gralora_convert.plan import Account, Computed, Copied
 from gralora_convert.products import Stack, rows
 from gralora_convert.rounding import (
     Survival,
@@ -31,6 +31,7 @@ from gralora_convert.tensors import (
     DTYPE_BITS,
     FLOATING,
     TensorSpec,
+    bytes_of,
     read_into,
     read_torch,
     torch_dtype,
@@ -39,7 +40,7 @@ from gralora_convert.tensors import (
 __all__ = ["CastTensor", "Contribution", "MergedTensor", "Patch", "PatchedTensor", "taken"]
 
 TILE_BYTES = 2 * 1024 * 1024  # of sums: small enough to stay in the second-level cache
-CHECKED_SHARE = 64  # one row in so many is recomputed in float64 while it is hot
+CHECKED_SHARE = 64  # one row in so many is recomputed while it is hot
 PARTS = 4  # a tensor is checked in at least so many places
 
 
@@ -137,12 +138,29 @@ class _Tiles:
         self.stored, self.written = torch_dtype(spec.dtype), torch_dtype(dtype)
         wide = torch.float64 in (self.stored, self.written)
         self.sums = torch.float64 if wide else torch.float32
-        # float32 is exact enough to judge a rounding to 16 bits (`tolerance` allows for it)
+        # of checked rows; float32 is exact enough for a rounding to 16 bits (`tolerance` allows)
         short = self.written.itemsize == 2 and not wide
         self.checks = torch.float32 if short else torch.float64
         row_bytes = self.columns * self.sums.itemsize
         self.tile_rows = max(1, min(self.rows, TILE_BYTES // max(row_bytes, 1)))
         self.count = math.ceil(self.rows / self.tile_rows)
+
+    def source(self) -> Computed:
+        size = self.tile_rows * self.row_bytes
+        return Computed(size, self.produce, self.memory, self.account)
+
+    def produce(self, tile: int) -> memoryview:
+        """The bytes of one tile, in this worker's buffer."""
+        raise NotImplementedError
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the tiles keep alive together."""
+        return 0
+
+    @property
+    def account(self) -> Account | None:
+        return None
 
     @property
     def row_bytes(self) -> int:
@@ -156,7 +174,7 @@ class _Tiles:
         """Rows `start:stop` as stored, in this worker's buffer."""
         stored = _buffers.get("stored", (stop - start, self.columns), self.stored)
         width = self.columns * self.stored.itemsize
-        _buffers.read(self.spec, start * width, _bytes(stored))
+        _buffers.read(self.spec, start * width, bytes_of(stored))
         return stored
 
     def round(
@@ -199,24 +217,18 @@ class _Tiles:
 class CastTensor(_Tiles):
     """A tensor of the base in another dtype."""
 
-    def source(self) -> Computed:
-        return Computed(self.tile_rows * self.row_bytes, self.produce)
-
     def produce(self, tile: int) -> memoryview:
         stored = self.read(*self.span(tile))
-        return _bytes(self.round(stored, lambda: stored, keep_infinite=True))
+        return bytes_of(self.round(stored, lambda: stored, keep_infinite=True))
 
 
 class TrainedTensor(_Tiles):
     """A full tensor of an adapter (a head, a bias), in the dtype that is written."""
 
-    def source(self) -> Computed:
-        return Computed(self.tile_rows * self.row_bytes, self.produce)
-
     def produce(self, tile: int) -> memoryview:
         stored = self.read(*self.span(tile))
         _require_finite(stored, self.spec)
-        return _bytes(self.round(stored, lambda: stored))
+        return bytes_of(self.round(stored, lambda: stored))
 
 
 def taken(spec: TensorSpec, dtype: str) -> Copied | Computed:
@@ -254,9 +266,9 @@ class PatchedTensor(_Tiles):
         super().__init__(spec, dtype)
         self.patches = tuple(patches)
 
-    def source(self) -> Computed:
-        memory = sum(patch.source.nbytes for patch in self.patches)
-        return Computed(self.tile_rows * self.row_bytes, self.produce, memory)
+    @property
+    def memory(self) -> int:
+        return sum(patch.source.nbytes for patch in self.patches)
 
     def produce(self, tile: int) -> memoryview:
         start, stop = self.span(tile)
@@ -273,7 +285,7 @@ class PatchedTensor(_Tiles):
                 begin = first - patch.start + patch.source_start
                 values = values[begin : begin + last - first]
             rows[first - start : last - start] = values
-        return _bytes(self.round(rows, lambda: rows))
+        return bytes_of(self.round(rows, lambda: rows))
 
 
 class MergedTensor(_Tiles):
@@ -309,13 +321,13 @@ class MergedTensor(_Tiles):
         """What rounding kept of the update, over the rows that were checked."""
         return sum((self._kept[row] for row in sorted(self._kept)), Survival())
 
-    def source(self) -> Computed:
-        return Computed(
-            self.tile_rows * self.row_bytes,
-            self.produce,
-            sum(contribution.memory for contribution in self.contributions),
-            account=self,
-        )
+    @property
+    def memory(self) -> int:
+        return sum(contribution.memory for contribution in self.contributions)
+
+    @property
+    def account(self) -> Account:
+        return self
 
     def save(self) -> dict[str, object]:
         """What making the tiles has found out."""
@@ -345,7 +357,7 @@ class MergedTensor(_Tiles):
         finally:
             for shared in self._shared:
                 shared.release()
-        return _bytes(written)
+        return bytes_of(written)
 
     def _updates(self, start: int, stop: int) -> list[_Update]:
         return [
@@ -399,7 +411,7 @@ class MergedTensor(_Tiles):
         start: int,
         updates: Sequence[_Update],
     ) -> None:
-        """Compares checked rows (from row `start` of the tensor) with base + delta in float64."""
+        """Compares checked rows (from row `start` of the tensor) with base + delta, in `checks`."""
         stop = start + len(before)
         delta = torch.zeros_like(before)
         magnitude = before.abs()
@@ -427,11 +439,6 @@ class MergedTensor(_Tiles):
         with self._lock:
             self.worst = max(self.worst, worst)
             self._kept[start] = kept
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -423,3 +423,13 @@ def test_what_is_not_finite_is_seen_among_any_values(dtype: torch.dtype) -> None
         assert is_finite(values)
         for bad in (float("inf"), -float("inf"), float("nan"), -float("nan")):
             assert not is_finite(torch.cat([values, torch.tensor([bad], dtype=dtype)]))
+
+
+def test_columns_cut_from_a_matrix_are_judged_too() -> None:
+    matrix = torch.ones(5, 4)
+    matrix[2, 1] = float("nan")
+    assert [is_finite(matrix[:, i : i + 1]) for i in range(4)] == [True, False, True, True]
+    column = torch.tensor([1.0, float("nan")]).as_strided((2, 1), (1, 7))  # of any last stride
+    assert column.is_contiguous()
+    assert not is_finite(column)
+    assert not is_finite(matrix.T)
