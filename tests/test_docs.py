@@ -4,17 +4,22 @@ and module is in them."""
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import pytest
+import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 
 import gralora_convert as gc
 from gralora_convert.cli import commands
 from tests.command import run, run_ok
+from tests.models import ARCHITECTURES, load, save_base, train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,6 +62,54 @@ def test_commands_run_and_print_what_is_shown(page: Path, copy: Path) -> None:
             _require_shown(_plain(text).splitlines(), printed)
         elif language == "python":
             exec(compile(text, str(page), "exec"), {})
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the documents call ./model, ./adapter, ./tuned, ./pissa and ./dora."""
+    base = save_base(ARCHITECTURES["llama"], tmp_path / "model")
+    train(base, ARCHITECTURES["llama"], tmp_path / "adapter")
+    tuned = load(base, "AutoModelForCausalLM")
+    with torch.no_grad():
+        for layer in tuned.model.layers:
+            layer.mlp.up_proj.weight.add_(0.1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    for name, options in (("pissa", {"init_lora_weights": "pissa"}), ("dora", {"use_dora": True})):
+        config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+        adapted = get_peft_model(load(base, "AutoModelForCausalLM"), config)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        adapted.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def of_users() -> list[str]:
+    """Commands of ours in blocks that name the reader's own files, or start several processes;
+    those that need another tool's output or several machines are left out."""
+    lines = [
+        line
+        for page in PAGES
+        for _, language, text in blocks(page)
+        if language == "sh" and "mergekit" not in text and "HOST" not in text
+        for line in text.replace("\\\n", " ").splitlines()
+        if "gralora" in line and "_COMPLETE" not in line
+    ]
+    assert len(lines) >= 4
+    return lines
+
+
+@pytest.mark.parametrize("line", of_users())
+@pytest.mark.usefixtures("inputs")
+def test_commands_on_the_readers_own_files_run(line: str) -> None:
+    program, *arguments = shlex.split(line)
+    if program == "gralora-convert":
+        run_ok(*arguments)
+        return
+    assert program == "torchrun"
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", *arguments], check=True)
 
 
 def _require_shown(shown: list[str], printed: list[str]) -> None:
