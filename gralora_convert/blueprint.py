@@ -26,14 +26,16 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-__all__ = ["Blueprint", "TieFlag"]
+__all__ = ["Blueprint", "TieFlag", "foreign_errors"]
 
-# What transformers may raise for a config that it cannot build, or a conversion that needs more
-# than rows.
-_UNBUILDABLE: tuple[type[Exception], ...] = (
-    ValueError, OSError, ImportError, KeyError, AttributeError, TypeError, RuntimeError,
-    AssertionError, IndexError, NotImplementedError, ZeroDivisionError, *config_errors(),
-)  # fmt: skip
+
+def foreign_errors() -> tuple[type[Exception], ...]:
+    """What transformers may raise for a folder or config that it cannot read, build or convert:
+    whatever its code stumbles over."""
+    return (
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
+        RuntimeError, TypeError, ValueError, *config_errors(),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class Blueprint:
         getter = getattr(self.model, "get_output_embeddings", None)
         try:
             found = getter() if getter is not None else None
-        except _UNBUILDABLE:
+        except foreign_errors():
             return None
         return found if isinstance(found, torch.nn.Module) else None
 
@@ -260,7 +262,7 @@ class Blueprint:
             position += shape[0]
         try:
             made = converter.convert(first, model=self.model, config=self.model.config)
-        except _UNBUILDABLE:
+        except foreign_errors():
             return {}
         found = {}
         for name, value in made.items():
@@ -289,7 +291,7 @@ class Blueprint:
             reverse = [entry.reverse_transform() for entry in reversed(renamings)]
             for entry in reverse:
                 parameter, _ = entry.rename_source_key(parameter)
-        except _UNBUILDABLE:
+        except foreign_errors():
             return None
         return parameter
 
@@ -332,7 +334,7 @@ def _models(
         config = transformers.AutoConfig.from_pretrained(
             base.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except _UNBUILDABLE:
+    except foreign_errors():
         return
     custom = [n for n in getattr(config, "auto_map", None) or {} if n.startswith("AutoModel")]
     for name in dict.fromkeys([*class_names, *custom, "AutoModel"]):
@@ -345,7 +347,7 @@ def _models(
                     model = maker.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[attr-defined]
                 else:
                     model = maker(config)
-        except _UNBUILDABLE:
+        except foreign_errors():
             continue
         yield model
 
@@ -366,7 +368,7 @@ def _embeddings(module: torch.nn.Module, dot: str) -> Iterator[str]:
     """Names of the weights of a model's input and output embeddings."""
     names = {id(part): name for name, part in module.named_modules()}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(*_UNBUILDABLE):
+        with contextlib.suppress(*foreign_errors()):
             part = getattr(module, getter)()
             if id(part) in names:
                 yield f"{dot}{names[id(part)]}.weight"

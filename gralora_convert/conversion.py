@@ -347,13 +347,14 @@ class _Conversion:
         targets = old.target_modules
         if excluded or targets is None or targets == "all-linear":
             targets = list(self.adapter.modules)  # the tensors are the truth
-        # LoRA's config refuses a pattern without layers, where it has no effect
-        pattern = old.layers_pattern if old.layers_to_transform else None
+        # LoRA's config refuses what has no effect: layers beside a regex, a pattern without layers
+        layers = None if isinstance(targets, str) else old.layers_to_transform
+        pattern = old.layers_pattern if layers else None
         if shape.kind == "lora":
             return LoraConfig(
                 r=shape.r, lora_alpha=shape.alpha, lora_dropout=dropout, target_modules=targets,
                 fan_in_fan_out=old.fan_in_fan_out, bias=bias, modules_to_save=old.modules_to_save,
-                layers_to_transform=old.layers_to_transform, layers_pattern=pattern,
+                layers_to_transform=layers, layers_pattern=pattern,
                 task_type=old.task_type, base_model_name_or_path=old.base_model_name_or_path,
                 revision=old.revision, inference_mode=True, auto_mapping=old.auto_mapping,
                 peft_version=PEFT_VERSION,
@@ -362,7 +363,7 @@ class _Conversion:
             r=shape.r, hybrid_r=shape.hybrid_r, alpha=shape.alpha, gralora_k=shape.k,
             gralora_dropout=dropout, target_modules=targets, fan_in_fan_out=old.fan_in_fan_out,
             bias=bias, modules_to_save=old.modules_to_save,
-            layers_to_transform=old.layers_to_transform, layers_pattern=pattern,
+            layers_to_transform=layers, layers_pattern=pattern,
             task_type=old.task_type, base_model_name_or_path=old.base_model_name_or_path,
             revision=old.revision, inference_mode=True, auto_mapping=old.auto_mapping,
             peft_version=PEFT_VERSION,

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from gralora_convert.adapter import Adapter
+from gralora_convert.blueprint import foreign_errors
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.delta import terms
 from gralora_convert.errors import ConvertError, MisuseError
 from gralora_convert.forward import GraloraLinear, attach
-from gralora_convert.hub import config_errors
 from gralora_convert.modalities import Inputs, inputs_for
 from gralora_convert.products import rows
 from gralora_convert.rounding import admissible, magnitude_rows
@@ -167,20 +167,6 @@ _FAILURES = (
 )
 
 
-# What transformers raises for a folder that it cannot load.
-_UNLOADABLE: tuple[type[Exception], ...] = (
-    AttributeError,
-    ImportError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    ZeroDivisionError,
-    *config_errors(),
-)
-
-
 class _CannotRunError(Exception):
     """Why a whole model cannot be run; weights and modules still decide."""
 
@@ -305,7 +291,7 @@ class _Runner:
                 ignore_mismatched_sizes=source is not like,
                 **options,
             )
-        except _UNLOADABLE as error:
+        except foreign_errors() as error:
             raise _CannotRunError(
                 f"transformers cannot load {source.source}: {_first_line(error)}"
             ) from error
@@ -405,7 +391,7 @@ def _tokenised(merged: Checkpoint, text: str, trust_remote_code: bool) -> Inputs
         tokenizer = AutoTokenizer.from_pretrained(
             merged.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except _UNLOADABLE as error:
+    except foreign_errors() as error:
         raise MisuseError(
             f"--text needs a tokenizer, and none can be loaded: {_first_line(error)}",
             where=merged.path,

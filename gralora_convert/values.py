@@ -3,6 +3,7 @@ saved whole, embeddings. Values are absolute: they replace, they are never added
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import ne
 from typing import TYPE_CHECKING
 
 from gralora_convert.adapter import Adapter
@@ -129,23 +130,30 @@ class Values:
         self.trained[parameter] = (Replacement(spec, name),)
 
     def _check_new(self, parameter: str, spec: TensorSpec) -> None:
-        """What a tensor of a new head shows beside the others of its layer."""
+        """What a tensor of a new head shows beside the others of its layer, and in the model."""
         module, _, leaf = parameter.rpartition(".")
         weight = self.adapter.saved.get(f"{module}.weight")
+        model = self.architecture.blueprint
         if leaf == "bias" and weight is not None and len(weight.shape) == 2:
             if spec.shape not in ((weight.shape[0],), (weight.shape[1],)):  # Conv1D: (in, out)
                 self._say(error(
                     "modules-to-save-shape", parameter,
                     f"has shape {spec.shape}, ({weight.shape[0]},) was needed beside its weight",
                 ))  # fmt: skip
-        elif leaf not in ("weight", "bias"):
-            model = self.architecture.blueprint
-            if model is not None and model.has(module) and parameter not in model.state:
+        elif model is not None and parameter in model.state:
+            own = tuple(model.state[parameter].shape)
+            if len(own) != len(spec.shape) or sum(map(ne, own, spec.shape)) > 1:  # but for labels
                 self._say(error(
-                    "tensor-unclaimed", parameter,
-                    f"is no parameter of {type(model.model).__name__}, whose {module} has no "
-                    f"{leaf!r}",
+                    "modules-to-save-shape", parameter,
+                    f"has shape {spec.shape}, one like {own} was needed by "
+                    f"{type(model.model).__name__}", "Another base?",
                 ))  # fmt: skip
+        elif leaf not in ("weight", "bias") and model is not None and model.has(module):
+            self._say(error(
+                "tensor-unclaimed", parameter,
+                f"is no parameter of {type(model.model).__name__}, whose {module} has no "
+                f"{leaf!r}",
+            ))  # fmt: skip
 
     def _place_frozen(self, parameter: str, spec: TensorSpec) -> None:
         """A base weight that PEFT saved without training it, and loads over the base."""

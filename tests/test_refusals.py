@@ -107,6 +107,29 @@ def test_a_base_config_of_wrong_types_is_no_crash(tmp_path: Path) -> None:
     assert run("validate", tmp_path / "adapter", *arguments).status == 1
 
 
+def test_a_base_config_with_numbers_beyond_torch_is_no_crash(tmp_path: Path) -> None:
+    base = save_base(ARCHITECTURES["llama"], tmp_path / "base")
+    tuned = save_base(ARCHITECTURES["llama"], tmp_path / "tuned")
+    held = load_file(tuned / "model.safetensors")
+    held["model.layers.0.mlp.up_proj.weight"] += 1
+    save_file(held, tuned / "model.safetensors", metadata={"format": "pt"})
+    for folder in (base, tuned):
+        change(
+            folder / "config.json", rope_parameters={"rope_theta": 2**64, "rope_type": "default"}
+        )
+    outcome = run("extract", "--base", base, "--tuned", tuned, "--to", "lora", "--r", 4,
+                  "-o", tmp_path / "out")  # fmt: skip
+    assert outcome.status in (0, 2), outcome.stderr
+
+
+def test_layers_beside_a_pattern_of_modules_are_left_out_of_a_lora(tmp_path: Path) -> None:
+    write_adapter(
+        tmp_path / "adapter", DELTAS, target_modules=r"layers\..*", layers_to_transform=[0]
+    )
+    run_ok("convert", tmp_path / "adapter", "--to", "lora", "-o", tmp_path / "out")
+    assert LoraConfig.from_pretrained(tmp_path / "out").layers_to_transform is None
+
+
 def test_a_negative_zero_in_a_config_stays_what_transformers_takes(tmp_path: Path) -> None:
     base = save_base(ARCHITECTURES["llama-tied"], tmp_path / "base")
     train(base, ARCHITECTURES["llama-tied"], tmp_path / "adapter")
@@ -134,6 +157,14 @@ def _column(held: dict[str, torch.Tensor], head: str) -> None:
     held[f"{head}.bias"] = held[f"{head}.bias"][:, None].contiguous()
 
 
+def _deep(held: dict[str, torch.Tensor], head: str) -> None:
+    held[f"{head}.weight"] = held[f"{head}.weight"][:, :, None].contiguous()
+
+
+def _narrow(held: dict[str, torch.Tensor], head: str) -> None:
+    held[f"{head}.weight"] = held[f"{head}.weight"][:, :-1].contiguous()
+
+
 def _stranger(held: dict[str, torch.Tensor], head: str) -> None:
     held[f"{head}.default"] = torch.ones(3)
 
@@ -143,6 +174,11 @@ def _stranger(held: dict[str, torch.Tensor], head: str) -> None:
     [
         (_without_bias, "classifier.bias: [head-incomplete]"),
         (_column, "classifier.bias: [modules-to-save-shape] has shape (3, 1)"),
+        (
+            _deep,
+            "classifier.weight: [modules-to-save-shape] has shape (3, 16, 1), one like (2,",
+        ),
+        (_narrow, "classifier.weight: [modules-to-save-shape] has shape (3, 15), one like (2, 16)"),
         (_stranger, "classifier.default: [tensor-unclaimed]"),
         (None, "neither task_type nor auto_mapping says"),
     ],
