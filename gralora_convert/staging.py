@@ -113,7 +113,7 @@ class Staging:
         if not os.path.lexists(self.output):
             return
         try:
-            entries = {entry.name for entry in self.output.iterdir()}
+            entries = _names_in(self.output)
         except FileNotFoundError:
             return  # another run is about to replace it
         except NotADirectoryError as error:
@@ -337,6 +337,18 @@ def _resolved(output: Path) -> Path:
     if not resolved.name:
         raise MisuseError("is not a folder that can be replaced", where=resolved)
     return resolved
+
+
+def _names_in(folder: Path) -> set[str]:
+    """What is in `folder`, all of it: never what is left of one that another run is replacing."""
+    descriptor = os.open(folder, _FOLDER)
+    try:
+        names = set(os.listdir(descriptor))
+        if not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+        return names
+    finally:
+        os.close(descriptor)
 
 
 def _holds_a_model(names: set[str]) -> bool:
