@@ -18,7 +18,7 @@ from gralora_convert.errors import (
     UnreadableError,
     UnsupportedError,
 )
-from gralora_convert.files import measured
+from gralora_convert.files import is_file, is_folder, is_there, measured
 from gralora_convert.hub import fetch, parse_name
 from gralora_convert.keys import Role
 from gralora_convert.places import Places
@@ -109,7 +109,7 @@ class Adapter:
     def base_source(self) -> str | None:
         """The base model that the config names, with its revision where that is of the Hub."""
         name, revision = self.config.base_model_name_or_path, self.config.revision
-        if not name or not revision or Path(name).exists() or "@" in name:
+        if not name or not revision or is_there(name) or "@" in name:
             return name
         return f"{name}@{revision}" if parse_name(name) else name
 
@@ -267,9 +267,9 @@ def _folder(source: str | Path) -> Path:
             "an adapter has an empty name", hint="Is a variable of a script unset?"
         )
     path = Path(source)
-    if path.name in (CONFIG_NAME, *WEIGHTS) and os.path.isfile(path):  # noqa: PTH113 (any length)
+    if path.name in (CONFIG_NAME, *WEIGHTS) and is_file(path):
         return path.parent
-    if os.path.isdir(path):  # noqa: PTH112
+    if is_folder(path):
         return path
     if isinstance(source, str) and not os.path.lexists(path):
         name = parse_name(source)

@@ -10,6 +10,7 @@ from torch import Tensor
 from gralora_convert.adapter import Adapter
 from gralora_convert.blocks import block_norms, energies
 from gralora_convert.checkpoint import Checkpoint
+from gralora_convert.files import is_folder
 from gralora_convert.placement import place
 from gralora_convert.tensors import read_torch
 from gralora_convert.writing import one_arithmetic_thread
@@ -71,7 +72,7 @@ def dissect(
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
     opened.require_plain()
     named = opened.config.base_model_name_or_path
-    if base is None and named and Path(named).is_dir():
+    if base is None and named and is_folder(named):
         base = named
     norms = {} if base is None else _base_norms(opened, base)
     parts = []

@@ -14,7 +14,7 @@ from pathlib import Path
 from gralora_convert.adapter import Adapter
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.errors import printable
-from gralora_convert.files import open_regular, reading
+from gralora_convert.files import is_file, open_regular, reading
 from gralora_convert.hub import parse_name
 
 __all__ = ["CARD_NAME", "adapter_card", "merged_card"]
@@ -81,7 +81,7 @@ def adapter_card(kind: str, base: str | None, source: Path | None = None) -> byt
 def _own_card(folder: Path) -> bytes | None:
     """The card in a folder; a link is followed only into the blobs of the Hub's cache."""
     path = folder / CARD_NAME
-    if not path.is_file() or (path.is_symlink() and path.resolve().parent.name != "blobs"):
+    if not is_file(path) or (path.is_symlink() and path.resolve().parent.name != "blobs"):
         return None
     with open_regular(path) as file, reading(path):
         return file.read()

@@ -14,6 +14,7 @@ from gralora_convert.adapter import Adapter, scan_adapter
 from gralora_convert.checkpoint import RECEIPT_NAME, Checkpoint
 from gralora_convert.config import CONFIG_NAME
 from gralora_convert.errors import ConvertError
+from gralora_convert.files import is_folder
 from gralora_convert.keys import parse_key
 from gralora_convert.placement import bias_missing, place
 from gralora_convert.provenance import adapter_receipt_findings, checkpoint_receipt_findings
@@ -82,7 +83,7 @@ def _fit_findings(
     trust_remote_code: bool,
 ) -> Iterator[Finding]:
     named = adapter.config.base_model_name_or_path
-    if base is None and named and Path(named).is_dir():
+    if base is None and named and is_folder(named):
         try:
             base = Checkpoint.open(named)
         except ConvertError as problem:

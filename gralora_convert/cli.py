@@ -26,6 +26,7 @@ from gralora_convert.errors import (
     printable,
     sentences,
 )
+from gralora_convert.files import is_file
 from gralora_convert.strictjson import dump_json
 from gralora_convert.terminal import Choice, bar, open_streams, quiet_option, show, show_notes
 from gralora_convert.version import __version__
@@ -109,8 +110,8 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
             hint = f"Try '{error.ctx.command_path} --help'."
         line = sentences(message, hint)
     else:
-        kind, where, hint = "system", str(getattr(error, "filename", "") or ""), ""
-        message = str(getattr(error, "strerror", "") or error)
+        kind, where, hint = "system", printable(getattr(error, "filename", "") or ""), ""
+        message = printable(getattr(error, "strerror", "") or error)
         line = f"{where}: {message}" if where else message
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         click.echo(message, err=True)
@@ -417,7 +418,7 @@ def _folders(names: Sequence[str]) -> list[str]:
     """Each adapter once, where several were given by their files (as pre-commit does)."""
     if len(names) == 1:
         return list(names)
-    return list(dict.fromkeys(str(Path(n).parent) if Path(n).is_file() else n for n in names))
+    return list(dict.fromkeys(str(Path(n).parent) if is_file(n) else n for n in names))
 
 
 def _report_json(report: "Report") -> dict[str, object]:

@@ -12,8 +12,8 @@ from typing import BinaryIO
 from gralora_convert.errors import ChangedInputError, UnreadableError
 
 __all__ = [
-    "Measure", "Stamp", "file_stamp", "measured", "open_regular", "pread_exact", "reading",
-    "require_stamp",
+    "Measure", "Stamp", "file_stamp", "is_file", "is_folder", "is_there", "measured",
+    "open_regular", "pread_exact", "reading", "require_stamp",
 ]  # fmt: skip
 
 Stamp = tuple[int, int, int]
@@ -23,6 +23,21 @@ _AGAIN = "Run again when nothing writes to it."
 def file_stamp(status: os.stat_result) -> Stamp:
     """What differs when another file took the name, or when the file was written to."""
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def is_there(name: str | Path) -> bool:
+    """Whether a name that a stranger may have written is one of a file or folder; never raises."""
+    return os.path.exists(name)  # noqa: PTH110 - Path.exists raises for what is too long a name
+
+
+def is_folder(name: str | Path) -> bool:
+    """Whether a name that a stranger may have written is that of a folder; never raises."""
+    return os.path.isdir(name)  # noqa: PTH112 - so does Path.is_dir
+
+
+def is_file(name: str | Path) -> bool:
+    """Whether a name that a stranger may have written is that of a file; never raises."""
+    return os.path.isfile(name)  # noqa: PTH113 - so does Path.is_file
 
 
 def require_stamp(path: Path, stamp: Stamp) -> None:

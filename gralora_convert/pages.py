@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gralora_convert.errors import printable
+from gralora_convert.files import is_there
 from gralora_convert.groups import Group
 from gralora_convert.hub import is_cached
 from gralora_convert.report import Report
@@ -154,11 +155,7 @@ def _kind(facts: Json) -> str:
 def _base(base: object) -> str:
     if not isinstance(base, str) or not base:
         return "not named; give --base"
-    try:
-        here = Path(base).exists()
-    except (OSError, ValueError):
-        here = False
-    if here:
+    if is_there(base):
         return f"{base} (here)"
     return f"{base} ({'in the cache of the Hub' if is_cached(base) else 'not here'})"
 

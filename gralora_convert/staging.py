@@ -343,7 +343,7 @@ def _names_in(folder: Path) -> set[str]:
     """What is in `folder`, all of it: never what is left of one that another run is replacing."""
     descriptor = os.open(folder, _FOLDER)
     try:
-        names = set(os.listdir(descriptor))
+        names = set(os.listdir(descriptor))  # noqa: PTH208 - of this folder, whatever its name is now
         if not os.path.samestat(os.fstat(descriptor), folder.stat()):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         return names

@@ -96,6 +96,23 @@ def test_a_config_beside_the_adapter_that_is_no_object_is_named(name: str, tmp_p
     assert f"{name}: holds a JSON list" in said
 
 
+@pytest.mark.parametrize("name", ["x" * 10**6, "/" + "y" * 5000, "a/\0b"])
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_base_whose_name_can_be_none_of_a_file_stops_nothing_that_needs_no_base(
+    revision: str | None, name: str, tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", DELTAS)
+    change(adapter / "adapter_config.json", base_model_name_or_path=name, revision=revision)
+    for command in (
+        ["validate", adapter],
+        ["inspect", adapter, "--plot", tmp_path / "plot.svg"],
+        ["convert", adapter, "--to", "lora", "-o", tmp_path / "out"],
+    ):
+        printed = run_ok(*command)
+        assert max(map(len, (printed.stdout + printed.stderr).splitlines())) < 5000
+    assert len(refusal("merge", adapter, "-o", tmp_path / "merged")) < 5000
+
+
 def test_a_base_config_of_wrong_types_is_no_crash(tmp_path: Path) -> None:
     """The square weight needs the model, which transformers cannot build of this config."""
     tensors = {"sq.weight": torch.randn(8, 8), "up.weight": torch.randn(16, 8)}
