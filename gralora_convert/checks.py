@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gralora_convert.adapter import Adapter, scan_adapter
+from gralora_convert.bits import INFINITY, largest_magnitude
 from gralora_convert.checkpoint import RECEIPT_NAME, Checkpoint
 from gralora_convert.config import CONFIG_NAME
 from gralora_convert.errors import ConvertError
@@ -20,7 +21,7 @@ from gralora_convert.placement import bias_missing, place
 from gralora_convert.provenance import adapter_receipt_findings, checkpoint_receipt_findings
 from gralora_convert.report import Finding, Report, error, note, warning
 from gralora_convert.targets import is_saved
-from gralora_convert.tensors import FLOATING, TensorFile, TensorSpec, read_into
+from gralora_convert.tensors import DTYPE_BITS, FLOATING, TensorFile, TensorSpec, read_into
 
 __all__ = ["validate"]
 
@@ -161,25 +162,14 @@ def _value_findings(file: TensorFile) -> Iterator[Finding]:
 
 def _look(spec: TensorSpec) -> tuple[bool, bool]:
     """Whether all values are finite, and whether all are zero; a few MiB in memory at a time."""
-    import numpy
-
-    # the exponent bits of each format; all of them set means NaN or infinity
-    integer, exponent = {
-        "F64": ("<u8", 0x7FF0000000000000),
-        "F32": ("<u4", 0x7F800000),
-        "F16": ("<u2", 0x7C00),
-        "BF16": ("<u2", 0x7F80),
-    }[spec.dtype]
-    mask = numpy.array(exponent, dtype=integer)
-    sign_free = numpy.array((1 << (8 * mask.itemsize - 1)) - 1, dtype=integer)
+    width = DTYPE_BITS[spec.dtype] // 8
     buffer = bytearray(min(CHUNK_BYTES, spec.nbytes))
     zero = True
     for start in range(0, spec.nbytes, CHUNK_BYTES):
         part = memoryview(buffer)[: min(CHUNK_BYTES, spec.nbytes - start)]
         read_into(spec, start, part)
-        bits = numpy.frombuffer(part, integer)
-        largest = (bits & sign_free).max()  # magnitudes order as unsigned integers
-        if largest >= mask:
+        largest = largest_magnitude(part, width)
+        if largest >= INFINITY[spec.dtype]:
             return False, False
         zero = zero and largest == 0
     return True, bool(zero)

@@ -15,6 +15,7 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor
 
+from gralora_convert.bits import INFINITY, largest_magnitude
 from gralora_convert.errors import MisuseError
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Dense",
     "Gralora",
     "Lora",
+    "are_finite",
     "direct_sum",
     "gralora_to_hybrid",
     "gralora_to_lora",
@@ -172,9 +174,9 @@ class Dense:
 
 
 Delta = Gralora | Lora | Dense
-_INFINITY = {  # its bits
-    torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000,
-    torch.float64: 0x7FF0000000000000,
+_INFINITY = {
+    torch.float64: INFINITY["F64"], torch.float32: INFINITY["F32"],
+    torch.float16: INFINITY["F16"], torch.bfloat16: INFINITY["BF16"],
 }  # fmt: skip
 Factored = TypeVar("Factored", Gralora, Lora)
 
@@ -230,26 +232,25 @@ def require_device(name: str) -> torch.device:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite.
-
-    Contiguous tensors on the CPU are judged by their bits, many times faster than by
-    torch.isfinite: read as signed numbers, the bits of positive values are in order; as unsigned
-    ones, those of negative values lie above and are in order. What is not finite comes last.
+    """Whether all values are finite; contiguous tensors on the CPU are judged by `are_finite`.
 
     >>> is_finite(torch.tensor([1.0, -2.0])), is_finite(torch.tensor([1.0, float("nan")]))
     (True, False)
-
-    IEEE 754 binary formats.
     """
-    infinity = _INFINITY.get(tensor.dtype)
-    if infinity is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return bool(tensor.isfinite().all())
-    if tensor.numel() == 0:
-        return True
-    width = tensor.dtype.itemsize
-    bits = tensor.detach().view(-1).view(torch.uint8).numpy()  # one column may have any stride
-    signed, unsigned = bits.view(f"<i{width}").max(), bits.view(f"<u{width}").max()
-    return int(signed) < infinity and int(unsigned) < infinity + (1 << 8 * width - 1)
+    if tensor.dtype in _INFINITY and tensor.device.type == "cpu" and tensor.is_contiguous():
+        bits = tensor.detach().view(-1).view(torch.uint8)  # one column may have any stride
+        return are_finite(bits.numpy().data, tensor.dtype)
+    return bool(tensor.isfinite().all())
+
+
+def are_finite(data: memoryview, dtype: torch.dtype) -> bool:
+    """Whether the values of a floating dtype of 16 bits or more, given by their bytes, are finite:
+    many times faster than torch.isfinite.
+
+    >>> are_finite(memoryview(bytes.fromhex("803f 807f")), torch.bfloat16)  # 1 and infinity
+    False
+    """
+    return largest_magnitude(data, dtype.itemsize) < _INFINITY[dtype]
 
 
 @overload

@@ -11,11 +11,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from gralora_convert.delta import Gralora, Lora, is_finite, require_device, terms
+from gralora_convert.delta import Gralora, Lora, are_finite, is_finite, require_device, terms
 from gralora_convert.errors import CheckFailedError, InvalidAdapterError, UnsupportedError
 from gralora_convert.files import open_regular, pread_exact
 from gralora_convert.plan import Account, Computed, Copied
@@ -39,7 +39,9 @@ from gralora_convert.tensors import (
 
 __all__ = ["CastTensor", "Contribution", "MergedTensor", "Patch", "PatchedTensor", "taken"]
 
-TILE_BYTES = 2 * 1024 * 1024  # of sums: small enough to stay in the second-level cache
+# Of sums. What fits a second-level cache is slower: small tiles make workers wait for Python's
+# lock, where most of a small tile's time goes.
+TILE_BYTES = 4 * 1024 * 1024
 CHECKED_SHARE = 64  # one row in so many is recomputed while it is hot
 PARTS = 4  # a tensor is checked in at least so many places
 
@@ -93,11 +95,22 @@ class _Shared:
                 self._value = None
 
 
+class _Buffer(NamedTuple):
+    """A matrix in memory that is used again, and its bytes."""
+
+    tensor: torch.Tensor
+    data: memoryview
+
+
 class _Buffers(threading.local):
-    """Each worker's own memory, by purpose, which only grows, and the file that it reads."""
+    """Each worker's own memory, by purpose, which only grows, and the file that it reads.
+
+    Views are kept, too: whoever makes one lets go of Python's lock, and other workers wake for it.
+    """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._memory: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, int, int], _Buffer] = {}
         self._path: Path | None = None
         self._file: BinaryIO | None = None
 
@@ -110,12 +123,19 @@ class _Buffers(threading.local):
             self._file, self._path = open_regular(spec.file), spec.file
         pread_exact(self._file.fileno(), buffer, spec.offset + start, spec.file)
 
-    def get(self, purpose: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        count = shape[0] * shape[1]
-        buffer = self._buffers.get((purpose, dtype))
-        if buffer is None or buffer.numel() < count:
-            buffer = self._buffers[purpose, dtype] = torch.empty(count, dtype=dtype)
-        return buffer[:count].view(shape)
+    def get(self, purpose: str, rows: int, columns: int, dtype: torch.dtype) -> _Buffer:
+        key = (purpose, dtype, rows, columns)
+        found = self._views.get(key)
+        if found is not None:
+            return found
+        count = rows * columns
+        memory = self._memory.get((purpose, dtype))
+        if memory is None or memory.numel() < count:
+            memory = self._memory[purpose, dtype] = torch.empty(count, dtype=dtype)
+            self._views = {k: v for k, v in self._views.items() if k[:2] != (purpose, dtype)}
+        tensor = memory[:count].view(rows, columns)
+        found = self._views[key] = _Buffer(tensor, bytes_of(tensor))
+        return found
 
 
 _buffers = _Buffers()
@@ -172,10 +192,10 @@ class _Tiles:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows `start:stop` as stored, in this worker's buffer."""
-        stored = _buffers.get("stored", (stop - start, self.columns), self.stored)
+        stored = _buffers.get("stored", stop - start, self.columns, self.stored)
         width = self.columns * self.stored.itemsize
-        _buffers.read(self.spec, start * width, bytes_of(stored))
-        return stored
+        _buffers.read(self.spec, start * width, stored.data)
+        return stored.tensor
 
     def round(
         self,
@@ -183,7 +203,7 @@ class _Tiles:
         stored: Callable[[], torch.Tensor],
         *,
         keep_infinite: bool = False,
-    ) -> torch.Tensor:
+    ) -> _Buffer:
         """The sums in the dtype that is written: the one rounding. `stored` reads them again.
 
         With `keep_infinite`, what was NaN or infinite may stay so (a mask, a buffer).
@@ -192,14 +212,14 @@ class _Tiles:
             CheckFailedError: a sum is no number or exceeds that dtype.
         """
         if self.written == sums.dtype and sums.device.type == "cpu":
-            written = sums
+            written = _Buffer(sums, bytes_of(sums))
         else:
-            shape = (sums.shape[0], self.columns)
-            written = _buffers.get("written", shape, self.written).copy_(sums)
-        if is_finite(written):
+            written = _buffers.get("written", len(sums), self.columns, self.written)
+            written.tensor.copy_(sums)
+        if are_finite(written.data, self.written):
             return written
         was_finite = stored().isfinite()
-        if keep_infinite and torch.equal(was_finite, written.isfinite()):
+        if keep_infinite and torch.equal(was_finite, written.tensor.isfinite()):
             return written
         if bool(was_finite.all()):
             largest = torch.finfo(self.written).max
@@ -219,7 +239,7 @@ class CastTensor(_Tiles):
 
     def produce(self, tile: int) -> memoryview:
         stored = self.read(*self.span(tile))
-        return bytes_of(self.round(stored, lambda: stored, keep_infinite=True))
+        return self.round(stored, lambda: stored, keep_infinite=True).data
 
 
 class TrainedTensor(_Tiles):
@@ -228,7 +248,7 @@ class TrainedTensor(_Tiles):
     def produce(self, tile: int) -> memoryview:
         stored = self.read(*self.span(tile))
         _require_finite(stored, self.spec)
-        return bytes_of(self.round(stored, lambda: stored))
+        return self.round(stored, lambda: stored).data
 
 
 def taken(spec: TensorSpec, dtype: str) -> Copied | Computed:
@@ -285,7 +305,7 @@ class PatchedTensor(_Tiles):
                 begin = first - patch.start + patch.source_start
                 values = values[begin : begin + last - first]
             rows[first - start : last - start] = values
-        return bytes_of(self.round(rows, lambda: rows))
+        return self.round(rows, lambda: rows).data
 
 
 class MergedTensor(_Tiles):
@@ -350,14 +370,16 @@ class MergedTensor(_Tiles):
             unchanged = None if self.changed else stored.clone()
             sums = self._sum(stored, start, stop, updates)
             written = self.round(sums, lambda: self.read(start, stop))
-            if unchanged is not None and not torch.equal(unchanged.to(self.written), written):
+            if unchanged is not None and not torch.equal(
+                unchanged.to(self.written), written.tensor
+            ):
                 self.changed = True
             for sample, rows_before in zip(checked, before, strict=True):
-                self._check_rows(rows_before, written[sample], start + sample.start, updates)
+                self._check_rows(rows_before, written.tensor[sample], start + sample.start, updates)
         finally:
             for shared in self._shared:
                 shared.release()
-        return bytes_of(written)
+        return written.data
 
     def _updates(self, start: int, stop: int) -> list[_Update]:
         return [
@@ -376,7 +398,8 @@ class MergedTensor(_Tiles):
         elif self.stored == self.sums:
             sums = stored
         else:
-            sums = _buffers.get("sums", (stop - start, self.columns), self.sums).copy_(stored)
+            sums = _buffers.get("sums", stop - start, self.columns, self.sums).tensor
+            sums.copy_(stored)
         for update in updates:
             contribution = update.contribution
             first = max(start, contribution.start)
@@ -412,33 +435,49 @@ class MergedTensor(_Tiles):
         updates: Sequence[_Update],
     ) -> None:
         """Compares checked rows (from row `start` of the tensor) with base + delta, in `checks`."""
-        stop = start + len(before)
-        delta = torch.zeros_like(before)
-        magnitude = before.abs()
-        products = 0
+        delta = self._rows(rows, start, len(before), updates)
+        after, exact = written.to(self.checks), before + delta
+        products = sum(terms(update.delta) for update in updates)
+
+        def worst(magnitude: torch.Tensor) -> float:
+            magnitude += before.abs()
+            bound = tolerance(after, exact, magnitude=magnitude, terms=products, dtype=self.written)
+            return worst_ratio(after, exact, bound)
+
+        # |delta| is at most the magnitude of its products, at hand, and nearly always enough
+        ratio = worst(delta.abs())
+        if ratio > 1:
+            ratio = worst(self._rows(magnitude_rows, start, len(before), updates))
+        kept = survival(before, after, delta)
+        with self._lock:
+            self.worst = max(self.worst, ratio)
+            self._kept[start] = kept
+
+    def _rows(
+        self, of: Callable[..., torch.Tensor], start: int, count: int, updates: Sequence[_Update]
+    ) -> torch.Tensor:
+        """The sum over updates of `of(delta, first, last, dtype)`, `rows` or `magnitude_rows`, in
+        the tensor's rows from `start` on."""
+        stop, parts = start + count, []
         for update in updates:
-            contribution, value = update.contribution, update.delta
+            contribution = update.contribution
             first = max(start, contribution.start)
             last = min(stop, contribution.start + contribution.count)
             if first >= last:
                 continue
             begin = first - contribution.start + contribution.delta_start
-            place = slice(first - start, last - start)
-            span = (begin, begin + last - first)
-            weight = contribution.weight
-            turned = contribution.transposed
-            part = rows(value, *span, self.checks, transposed=turned)
-            bound = magnitude_rows(value, *span, self.checks, transposed=turned)
-            delta[place] += part.cpu().mul_(weight)
-            magnitude[place] += bound.cpu().mul_(abs(weight))
-            products += terms(value)
-        after = written.to(self.checks)
-        exact = before + delta
-        bound = tolerance(after, exact, magnitude=magnitude, terms=products, dtype=self.written)
-        worst, kept = worst_ratio(after, exact, bound), survival(before, after, delta)
-        with self._lock:
-            self.worst = max(self.worst, worst)
-            self._kept[start] = kept
+            span, turned = (begin, begin + last - first), contribution.transposed
+            part = of(update.delta, *span, self.checks, transposed=turned).cpu()
+            weight = contribution.weight if of is rows else abs(contribution.weight)
+            if weight != 1:
+                part.mul_(weight)
+            parts.append((first - start, last - start, part))
+        if len(parts) == 1 and len(parts[0][2]) == count:
+            return parts[0][2]
+        total = torch.zeros(count, self.columns, dtype=self.checks)
+        for first, last, part in parts:
+            total[first:last] += part
+        return total
 
 
 def _name(dtype: torch.dtype) -> str:

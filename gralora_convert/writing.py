@@ -29,7 +29,7 @@ __all__ = [
 
 COPY_CHUNK = 32 * 1024 * 1024  # bytes per task: small enough for two workers to share one tensor
 FLUSH_BYTES = 64 * 1024 * 1024  # flushed at a time, so that the disk writes while tiles are made
-TICK_SECONDS = 0.5
+TICK_SECONDS = 0.2  # what is left to flush when the last tile is made is waited for
 
 
 class Account(Protocol):

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "gralora_convert"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 LAYERS = {
-    "foundation": {"codes", "errors", "groups", "report", "serving", "version"},
+    "foundation": {"bits", "codes", "errors", "groups", "report", "serving", "version"},
     "disk": {
         "adapter", "cards", "checkpoint", "config", "files", "hub", "journal", "keys", "pages",
         "pickles", "places", "plan", "provenance", "ranks", "rules", "shapes", "signs", "staging",
