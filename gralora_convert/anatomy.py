@@ -13,7 +13,7 @@ from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.files import is_folder
 from gralora_convert.placement import place
 from gralora_convert.tensors import read_torch
-from gralora_convert.writing import one_arithmetic_thread
+from gralora_convert.workers import one_arithmetic_thread
 
 __all__ = ["Anatomy", "Part", "dissect"]
 

@@ -5,17 +5,15 @@ stdout is the result, stderr is progress and notes. Exit status: 0 done / yes, 1
 """
 
 import contextlib
-import functools
 import gc
 import itertools
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
@@ -27,20 +25,38 @@ from gralora_convert.errors import (
     sentences,
 )
 from gralora_convert.files import is_file
-from gralora_convert.strictjson import dump_json
-from gralora_convert.terminal import Choice, bar, open_streams, quiet_option, show, show_notes
+from gralora_convert.options import (
+    PATH,
+    Run,
+    Wanted,
+    base_option,
+    device_option,
+    examples,
+    json_option,
+    key_map_option,
+    parse_key_map,
+    plot_option,
+    progress_option,
+    shape_options,
+    some_base_option,
+    trust_option,
+    writing_options,
+)  # fmt: skip
+from gralora_convert.terminal import (
+    Choice,
+    bar,
+    open_streams,
+    quiet_option,
+    show,
+    show_json,
+    show_notes,
+)
 from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
-    from gralora_convert.assembly import Kind
     from gralora_convert.blocks import Method
     from gralora_convert.equivalence import Equivalence
-    from gralora_convert.plan import Plan
-    from gralora_convert.ranks import Ranks
     from gralora_convert.report import Finding, Report
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 EXIT_NO, EXIT_REFUSED, EXIT_BUG, EXIT_INTERRUPTED = 1, 2, 70, 130
 
@@ -119,172 +135,10 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
     elif as_json:
         fields = {"kind": kind, "message": message, "where": where, "hint": hint}
         with contextlib.suppress(OSError):  # stdout may be what has failed
-            _echo_json({"error": fields})
+            show_json({"error": fields})
     else:
         with contextlib.suppress(OSError):
             show(f"error: {line}", err=True)
-
-
-def _echo_json(value: object) -> None:
-    click.echo(dump_json(value))
-
-
-def _options(
-    *options: Callable[[Callable[P, T]], Callable[P, T]],
-) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Several options as one decorator, in the order in which the help shows them."""
-    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
-
-
-def _gathered(
-    name: str,
-    into: type[object],
-    *options: Callable[[Callable[..., int]], Callable[..., int]],
-) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Several options as one decorator; the command gets their values as one `into`, the argument
-    `name`. Those that are no field of it stay arguments."""
-    names = [field.name for field in fields(into)]  # type: ignore[arg-type]
-
-    def decorate(command: Callable[..., int]) -> Callable[..., int]:
-        @functools.wraps(command)
-        def gathering(**given: object) -> int:
-            value = into(**{field: given.pop(field) for field in names})
-            return command(**given, **{name: value})
-
-        return _options(*options)(gathering)
-
-    return decorate
-
-
-def _examples(*lines: str) -> str:
-    """The end of a command's help."""
-    return "\n".join(
-        ["\b", "Example:" if len(lines) == 1 else "Examples:", *(f"  {x}" for x in lines)]
-    )
-
-
-def _base_option(meaning: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """`--base`, which has another default where a base is not always needed."""
-    return click.option("--base", type=PATH, metavar="MODEL", help=meaning)
-
-
-DTYPES = ("keep", "float32", "bfloat16", "float16")
-PATH = click.Path()  # no check here: it may be a Hub id; a shell completes names of files
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="One JSON document on stdout.  [default: off]"
-)
-base_option = _base_option(
-    "Base model: folder, file or Hub id.  [default: the adapter's base_model_name_or_path]"
-)
-device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute.")
-trust_option = click.option(
-    "--trust-remote-code", is_flag=True,
-    help="Let transformers run code of the model's folder.  [default: off]",
-)  # fmt: skip
-key_map_option = click.option(
-    "--key-map", multiple=True, metavar="FROM=TO",
-    help="Module FROM of the adapter is TO in the base (a whole name or a leading part).  "
-    "[default: the same names]",
-)  # fmt: skip
-plot_option = click.option(
-    "--plot", type=PATH, metavar="FILE",
-    help="Draw it, as PNG, SVG or PDF by the suffix of FILE.  [default: no picture]",
-)  # fmt: skip
-progress_option = click.option(
-    "--progress/--no-progress", default=None, help="A bar on stderr.  [default: on a terminal]"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What the three writing commands do alike: dry run, progress, the closing lines."""
-
-    output: str
-    dtype: str
-    jobs: int | None
-    dry_run: bool
-    overwrite: bool
-    verify: bool
-    device: str
-    progress: bool | None
-    as_json: bool
-
-    def carry_out(
-        self,
-        plan: "Plan",
-        summary: Callable[[Mapping[str, object], str], str],
-        *,
-        resume: bool = False,
-        digests: bool | None = None,
-        ranks: "Ranks | None" = None,
-    ) -> int:
-        is_speaker = ranks is None or ranks.is_leader
-        if self.dry_run:
-            plan.require_allowed(self.output, overwrite=self.overwrite)
-            if is_speaker:
-                self._print_plan(plan)
-            return 0
-        if is_speaker:
-            show_notes(plan.notes)
-        if resume and is_speaker and (left := plan.resumable_bytes(self.output)):
-            show_notes([f"goes on: {left:,} bytes are there already"])
-        tensors = sum(file.data_nbytes for file in plan.files)
-        with bar(tensors, self.progress if is_speaker else False) as advance:
-            receipt = plan.write(
-                self.output,
-                overwrite=self.overwrite,
-                resume=resume,
-                jobs=self.jobs,
-                verify=self.verify,
-                digests=digests,
-                progress=advance,
-                ranks=ranks,
-                note=lambda sentence: show_notes([sentence]),
-            )
-        if not is_speaker:
-            return 0
-        if self.as_json:
-            _echo_json(receipt)
-        else:
-            show(summary(receipt, printable(self.output)))
-        return 0
-
-    def _print_plan(self, plan: "Plan") -> None:
-        document = plan.as_json(Path(self.output), self.jobs)
-        if self.as_json:
-            _echo_json(document)
-            return
-        for file in plan.files:
-            click.echo(f"{file.name}  {len(file.parts)} tensors, {file.nbytes:,} bytes")
-            for part in file.parts:
-                how = "copy" if type(part.source).__name__ == "Copied" else "compute"
-                click.echo(f"  {how:7}  {part.dtype:5} {list(part.shape)}  {part.name}")
-        for name in sorted({*plan.texts, *plan.sidecars}):
-            click.echo(f"{name}  {'edited' if name in plan.texts else 'copy'}")
-        click.echo(
-            f"total {plan.nbytes:,} bytes, {document['bytes']:,} of them in weight files, "
-            f"{document['computed']} of {document['tensors']} tensors computed; "
-            f"peak memory about {plan.peak_memory(self.jobs) / 1e6:,.0f} MB; "
-            f"{document['free_disk']:,} bytes free on the disk. Nothing was written."
-        )
-        for note in plan.notes:
-            show(f"note: {note}")
-
-
-writing_options = _gathered(
-    "run", _Run,
-    click.option("-o", "--output", type=PATH, required=True, metavar="DIR",
-                 help="New folder; must not exist, or be empty, unless --overwrite."),
-    click.option("--dtype", type=Choice(DTYPES), default="keep", show_default=True,
-                 help="dtype of the tensors written; keep = each tensor's own."),
-    click.option("--jobs", type=click.IntRange(min=1), help="Worker threads.  [default: the CPUs]"),
-    click.option("--dry-run", is_flag=True,
-                 help="Print the plan and write nothing.  [default: off]"),
-    click.option("--overwrite", is_flag=True, help="Replace DIR, atomically.  [default: off]"),
-    click.option("--verify/--no-verify", default=True, show_default=True,
-                 help="Check what was written before publishing it."),
-    device_option, progress_option, quiet_option, json_option,
-)  # fmt: skip
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -294,14 +148,16 @@ def commands() -> None:
 
 
 @commands.command(
-    epilog=_examples(
+    epilog=examples(
         "gralora-convert inspect ./adapter",
         "gralora-convert inspect ./adapter --plot adapter.png",
     )
 )
 @click.argument("path", type=PATH)
 @plot_option
-@_base_option("For --plot: norms against this model's.  [default: the adapter's, if it is here]")
+@some_base_option(
+    "For --plot: norms against this model's.  [default: the adapter's, if it is here]"
+)
 @progress_option
 @quiet_option
 @json_option
@@ -321,7 +177,7 @@ def inspect(
     found = inspect(path)
     nothing = _nothing_to_read(found.report)
     if as_json:
-        _echo_json({**found.document, **({"error": _nothing_read(nothing)} if nothing else {})})
+        show_json({**found.document, **({"error": _nothing_read(nothing)} if nothing else {})})
     else:
         show(found.text)
     if plot is not None and found.report.ok:
@@ -353,7 +209,7 @@ def _plot_adapter(
 
 
 @commands.command(
-    epilog=_examples("gralora-convert validate ./adapter --base ./model --format github")
+    epilog=examples("gralora-convert validate ./adapter --base ./model --format github")
 )
 @click.argument("adapters", type=PATH, metavar="ADAPTER...", nargs=-1, required=True)
 @base_option
@@ -381,7 +237,7 @@ def validate(
     """
     from gralora_convert.checks import validate
 
-    mapping = _key_map(key_map)
+    mapping = parse_key_map(key_map)
     reports = {
         adapter: validate(adapter, base, key_map=mapping, trust_remote_code=trust_remote_code)
         for adapter in _folders(adapters)
@@ -398,7 +254,7 @@ def _print_reports(reports: Mapping[str, "Report"], style: str) -> None:
         case "json":
             documents = {adapter: _report_json(report) for adapter, report in reports.items()}
             everything = {"ok": all(r.ok for r in reports.values()), "adapters": documents}
-            _echo_json(everything if len(documents) > 1 else next(iter(documents.values())))
+            show_json(everything if len(documents) > 1 else next(iter(documents.values())))
         case "github":
             for adapter, report in reports.items():
                 if report.findings:
@@ -440,7 +296,7 @@ def _nothing_read(finding: "Finding") -> dict[str, str]:
 
 
 @commands.command(
-    epilog=_examples(
+    epilog=examples(
         "gralora-convert merge ./adapter --base ./model -o ./merged",
         "torchrun --nproc-per-node 4 -m gralora_convert merge ./adapter --base ./model -o ./merged",
     )
@@ -474,7 +330,7 @@ def merge(
     resume: bool,
     digests: bool | None,
     again: bool,
-    run: _Run,
+    run: Run,
     key_map: Sequence[str],
     trust_remote_code: bool,
 ) -> int:
@@ -495,46 +351,15 @@ def merge(
         device=run.device,
         verify=run.verify,
         again=again,
-        key_map=_key_map(key_map),
+        key_map=parse_key_map(key_map),
         trust_remote_code=trust_remote_code,
     )
     ranks = Ranks.from_environment()
     return run.carry_out(plan, summary, resume=resume, digests=digests, ranks=ranks)
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """The shape of the adapter that is asked for."""
-
-    to: "Kind"
-    k: int | None
-    r: int | None
-    hybrid_r: int | None
-    alpha: float | None
-    max_error: float | None
-
-
-shape_options = _gathered(
-    "wanted", _Wanted,
-    click.option("--to", type=Choice(["gralora", "hybrid", "lora"]), required=True,
-                 help="Kind of the result."),
-    click.option("--k", type=click.IntRange(min=1),
-                 help="Blocks per side.  [default: the source's, or 2]"),
-    click.option("--r", type=click.IntRange(min=1),
-                 help="Rank.  [default: the smallest exact; extract: 32]"),
-    click.option("--hybrid-r", type=click.IntRange(min=0),
-                 help="Rank of the general part.  [default: the source's, or a LoRA's rank; "
-                 "extract: r / 2]"),
-    click.option("--alpha", type=float,
-                 help="Numerator of the scaling.  [default: keep the scaling]"),
-    click.option("--max-error", type=float,
-                 help="Smallest rank with this relative Frobenius error; excludes --r.  "
-                 "[default: off]"),
-)  # fmt: skip
-
-
 @commands.command(
-    epilog=_examples(
+    epilog=examples(
         "gralora-convert convert ./lora --to gralora --k 2 -o ./gralora",
         "gralora-convert convert ./gralora --to lora -o ./servable",
     )
@@ -543,7 +368,7 @@ shape_options = _gathered(
 @shape_options
 @click.option("--allow-inexact", is_flag=True,
               help="Approximate optimally, print the error.  [default: off]")  # fmt: skip
-@_base_option(
+@some_base_option(
     "The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  [default: none]"
 )
 @writing_options
@@ -551,10 +376,10 @@ shape_options = _gathered(
 @trust_option
 def convert(
     adapter: str,
-    wanted: _Wanted,
+    wanted: Wanted,
     allow_inexact: bool,
     base: str | None,
-    run: _Run,
+    run: Run,
     key_map: Sequence[str],
     trust_remote_code: bool,
 ) -> int:
@@ -575,16 +400,14 @@ def convert(
         dtype=run.dtype,
         device=run.device,
         verify=run.verify,
-        key_map=_key_map(key_map),
+        key_map=parse_key_map(key_map),
         trust_remote_code=trust_remote_code,
     )
     return run.carry_out(plan, summary)
 
 
 @commands.command(
-    epilog=_examples(
-        "gralora-convert extract --base ./model --tuned ./tuned --to lora -o ./adapter"
-    )
+    epilog=examples("gralora-convert extract --base ./model --tuned ./tuned --to lora -o ./adapter")
 )
 @click.option("--base", type=PATH, required=True, metavar="MODEL", help="Folder, file or Hub id.")
 @click.option("--tuned", type=PATH, required=True, metavar="MODEL", help="The fine-tuned model.")
@@ -601,11 +424,11 @@ def convert(
 def extract(
     base: str,
     tuned: str,
-    wanted: _Wanted,
+    wanted: Wanted,
     include: Sequence[str],
     exclude: Sequence[str],
     svd: "Method",
-    run: _Run,
+    run: Run,
     trust_remote_code: bool,
 ) -> int:
     """Find the adapter that takes the base to a fine-tuned model, optimally for its rank."""
@@ -632,21 +455,8 @@ def extract(
     return run.carry_out(plan, summary)
 
 
-def _key_map(entries: Sequence[str]) -> dict[str, str]:
-    """`FROM=TO` options as a mapping."""
-    mapping = {}
-    for entry in entries:
-        name, equals, to = entry.partition("=")
-        if not equals or not name or not to:
-            raise MisuseError(
-                f"--key-map {entry!r} is not FROM=TO", hint="Give two names of modules."
-            )
-        mapping[name] = to
-    return mapping
-
-
 @commands.command(
-    epilog=_examples("gralora-convert verify ./adapter --base ./model --merged ./merged")
+    epilog=examples("gralora-convert verify ./adapter --base ./model --merged ./merged")
 )
 @click.argument("adapter", type=PATH)
 @base_option
@@ -701,7 +511,7 @@ def verify(
             slack=slack,
             device=device,
             text=text,
-            key_map=_key_map(key_map),
+            key_map=parse_key_map(key_map),
             trust_remote_code=trust_remote_code,
             progress=advance,
         )
@@ -717,6 +527,6 @@ def _print_equivalence(found: "Equivalence", plot: str | None, as_json: bool) ->
         draw_equivalence(found, plot)
         show_notes([f"drawn: {plot}"])
     if as_json:
-        _echo_json(found.as_json())
+        show_json(found.as_json())
     else:
         show(found.as_text())

@@ -65,7 +65,7 @@ from gralora_convert.serving import serving_notes
 from gralora_convert.source import Source
 from gralora_convert.tensors import bytes_of, torch_dtype, written_dtype
 from gralora_convert.version import __version__
-from gralora_convert.writing import one_arithmetic_thread
+from gralora_convert.workers import one_arithmetic_thread
 
 __all__ = ["convert"]
 

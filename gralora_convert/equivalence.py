@@ -18,7 +18,7 @@ from gralora_convert.errors import MisuseError, is_number
 from gralora_convert.outputs import ModelComparison, compare_models
 from gralora_convert.placement import place
 from gralora_convert.rounding import Survival
-from gralora_convert.writing import one_arithmetic_thread
+from gralora_convert.workers import one_arithmetic_thread
 
 __all__ = ["Equivalence", "Row", "verify"]
 

@@ -46,7 +46,7 @@ from gralora_convert.serving import serving_notes
 from gralora_convert.tensors import FLOATING, WRITTEN, TensorSpec, torch_dtype, written_dtype
 from gralora_convert.values import same_values
 from gralora_convert.version import __version__
-from gralora_convert.writing import one_arithmetic_thread
+from gralora_convert.workers import one_arithmetic_thread
 
 __all__ = ["extract"]
 

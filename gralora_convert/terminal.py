@@ -18,8 +18,18 @@ from typing import Any, TextIO
 import click
 
 from gralora_convert.report import Finding
+from gralora_convert.strictjson import dump_json
 
-__all__ = ["Choice", "bar", "is_quiet", "open_streams", "quiet_option", "show", "show_notes"]
+__all__ = [
+    "Choice",
+    "bar",
+    "is_quiet",
+    "open_streams",
+    "quiet_option",
+    "show",
+    "show_json",
+    "show_notes",
+]
 
 SEVERITIES = {"error": "red", "warning": "yellow", "note": "cyan"}
 _FINDING = re.compile(r"(?P<severity>error|warning|note)(?P<code>\[[\w-]+\])?: ")
@@ -51,6 +61,11 @@ def show(text: str, *, err: bool = False) -> None:
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     shown = lines if plain else [_coloured(line) for line in lines]
     click.echo("\n".join(shown), err=err, color=not plain)
+
+
+def show_json(value: object) -> None:
+    """One JSON document on stdout."""
+    click.echo(dump_json(value))
 
 
 def show_notes(lines: Iterable[str | Finding]) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import itertools
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,15 +20,15 @@ from gralora_convert.errors import OutputError
 from gralora_convert.files import file_stamp, open_regular, pread_exact, reading, require_stamp
 from gralora_convert.journal import Done, Journal
 from gralora_convert.tensors import TensorSpec, encode_header, read_bytes
+from gralora_convert.workers import Task, carry_out
 
 __all__ = [
-    "Account", "Computed", "Copied", "OutputFile", "Part", "copy_file", "one_arithmetic_thread",
+    "Account", "Computed", "Copied", "OutputFile", "Part", "copy_file",
     "write_files", "write_text",
 ]  # fmt: skip
 
 COPY_CHUNK = 32 * 1024 * 1024  # bytes per task: small enough for two workers to share one tensor
 FLUSH_BYTES = 64 * 1024 * 1024  # flushed at a time, so that the disk writes while tiles are made
-TICK_SECONDS = 0.2  # what is left to flush when the last tile is made is waited for
 
 
 class Account(Protocol):
@@ -130,7 +129,7 @@ def write_files(
         targets = _Targets(folder, journal)
         stack.callback(targets.close)
 
-        def tasks() -> Iterator[_Task]:
+        def tasks() -> Iterator[Task]:
             for file in files:
                 first = _first_part(folder, file, known)
                 if first == 0 and file.name in known.parts:
@@ -146,7 +145,7 @@ def write_files(
             tick()
 
         todo = [meanwhile]
-        _run(tasks(), jobs, progress, beside)
+        carry_out(tasks(), jobs, progress, beside)
         targets.flush()
         targets.require_safe()
 
@@ -177,11 +176,8 @@ def _begins_as(path: Path, file: OutputFile) -> bool:
 
 # tasks --------------------------------------------------------------------------------------------
 
-# A task writes some bytes of the output and says how many.
-_Task = Callable[[], int]
 
-
-def _tasks(target: "_Target", first: int, sources: "_Sources") -> Iterator[_Task]:
+def _tasks(target: "_Target", first: int, sources: "_Sources") -> Iterator[Task]:
     """The work of one file from part `first` on, in the order of its bytes; neighbouring copies
     are joined."""
     position = target.starts[first]
@@ -204,7 +200,7 @@ def _tasks(target: "_Target", first: int, sources: "_Sources") -> Iterator[_Task
 
 def _copies(
     run: tuple[Path, int, int, int] | None, target: "_Target", sources: "_Sources"
-) -> Iterator[_Task]:
+) -> Iterator[Task]:
     if run is None:
         return
     path, start, to, length = run
@@ -220,7 +216,7 @@ def _copies(
 
 def _pieces(
     part: Part, source: Copied | Computed, target: "_Target", position: int
-) -> Iterator[_Task]:
+) -> Iterator[Task]:
     """The work of one tensor that is computed, or whose elements are out of order in its file."""
     size = source.tile_bytes if isinstance(source, Computed) else COPY_CHUNK
     for tile, start in enumerate(range(0, part.nbytes, max(size, 1))):
@@ -475,79 +471,3 @@ def _write_failed(path: Path, error: OSError) -> OutputError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT)
         else "Nothing was published.",
     )
-
-
-# threads ------------------------------------------------------------------------------------------
-
-
-def _run(
-    tasks: Iterator[_Task],
-    jobs: int,
-    progress: Callable[[int], None],
-    beside: Callable[[], None],
-) -> None:
-    """Carries out the tasks, taken in order by `jobs` threads, and calls `beside` now and then in
-    this one; the first failure stops all."""
-    lock, stop, idle = threading.Lock(), threading.Event(), threading.Event()
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            with one_arithmetic_thread():
-                while not stop.is_set():
-                    with lock:
-                        task = next(tasks, None)
-                    if task is None:
-                        return
-                    progress(task())
-        except BaseException as error:  # carried to the caller's thread, whatever it is
-            failures.append(error)
-            stop.set()
-        finally:
-            idle.set()
-
-    workers: list[threading.Thread] = []
-    try:
-        while len(workers) < jobs:
-            workers.append(threading.Thread(target=work, daemon=True))
-            try:
-                workers[-1].start()
-            except RuntimeError:  # the system has no more threads: those that run do all the work
-                workers.pop()
-                if not workers:
-                    raise
-                break
-        while any(worker.is_alive() for worker in workers) and not failures:
-            idle.wait(TICK_SECONDS)
-            idle.clear()
-            beside()
-    finally:
-        stop.set()
-        _join(workers)
-    if failures:
-        raise failures[0]
-
-
-def _join(workers: Sequence[threading.Thread]) -> None:
-    """Waits for all, however often the user interrupts: a worker that outlives the files it writes
-    to would write into whatever takes their descriptors."""
-    for worker in workers:
-        while worker.is_alive():
-            with contextlib.suppress(KeyboardInterrupt):
-                worker.join()
-
-
-@contextlib.contextmanager
-def one_arithmetic_thread() -> Iterator[None]:
-    """One torch thread in this one: workers are the parallelism, the bytes of a product do not
-    depend on their number, and no idle thread of a pool spins beside small matrices."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

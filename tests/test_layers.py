@@ -17,7 +17,7 @@ LAYERS = {
     "disk": {
         "adapter", "cards", "checkpoint", "config", "files", "hub", "journal", "keys", "pages",
         "pickles", "places", "plan", "provenance", "ranks", "rules", "shapes", "signs", "staging",
-        "strictjson", "targets", "tensors", "unpickling", "writing",
+        "strictjson", "targets", "tensors", "unpickling", "workers", "writing",
     },
     "mathematics": {
         "blocks", "delta", "diagnosis", "factorize", "layer", "products", "rounding",
@@ -26,14 +26,14 @@ LAYERS = {
     "base": {
         "architecture", "heads", "pieces", "placement", "quantisation", "ties", "values",
     },
-    "output": {"assembly", "tiles"},
+    "output": {"assembly", "layout", "tiles"},
     "models": {
         "audit", "blueprint", "comparison", "forward", "modalities", "outputs", "saving", "source",
     },
     "verbs": {
         "anatomy", "checks", "conversion", "equivalence", "extraction", "inspection", "merging",
     },
-    "surface": {"__init__", "__main__", "cli", "plots", "terminal"},
+    "surface": {"__init__", "__main__", "cli", "options", "plots", "terminal"},
 }  # fmt: skip
 BELOW = {
     "foundation": set[str](),
