@@ -369,8 +369,11 @@ class Architecture:
         return frozenset(found)
 
     def is_uncalled(self, module: str) -> bool:
-        """Whether the model's forward reads the weight of a layer but never calls it, so that an
-        adapter there has no effect (Mamba's `dt_proj`, the attention of WavLM)."""
+        """Whether the model's forward never calls what has the layer's name, so that an adapter
+        there has no effect: it reads the weight (Mamba's `dt_proj`, the attention of WavLM), or
+        calls the layer out of a plain list (the mask head of MaskFormer)."""
+        if "add_module(" in self.source and self.blueprint and self.blueprint.is_listed(module):
+            return True
         parent, _, leaf = module.rpartition(".")
         if all(leaf != layer for _, layer in self._uncalled) or self.blueprint is None:
             return False

@@ -102,6 +102,12 @@ class Blueprint:
         found = self._modules.get(module)
         return () if found is None else tuple(cls.__name__ for cls in type(found).__mro__)
 
+    def is_listed(self, module: str) -> bool:
+        """Whether its parent keeps a module in a plain list, too, where nobody replaces it."""
+        found, parent = self._modules.get(module), self._modules.get(module.rpartition(".")[0])
+        lists = [held for held in vars(parent).values() if isinstance(held, list | tuple)]
+        return found is not None and any(item is found for held in lists for item in held)
+
     def linear(self, *, head: bool) -> list[str]:
         """Names of all nn.Linear and Conv1D; without `head`, but the output embedding (PEFT 0.21.2,
         tuners_utils.py, `_maybe_include_all_linear_layers`)."""

@@ -203,8 +203,9 @@ SECTIONS: Mapping[str, Mapping[str, Meaning]] = {
                                            "convolution, experts).", "Remove its tensors."),
         "target-unsupported": Meaning(E, "A live layer is neither nn.Linear nor Conv1D.",
                                       "Attach to the model that was trained."),
-        "forward-ignores-adapter": Meaning(E, "The model reads this layer's weight and never calls "
-                                           "the layer: its trained adapter had no effect.",
+        "forward-ignores-adapter": Meaning(E, "The model reads this layer's weight, or keeps the "
+                                           "layer in a plain list, and never calls it by name: its "
+                                           "trained adapter had no effect.",
                                            "Remove its tensors."),
         "attention-out-proj": Meaning(E, "nn.MultiheadAttention never calls this layer.",
                                       "Remove its tensors: they had no effect in training."),

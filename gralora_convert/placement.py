@@ -209,8 +209,9 @@ class _Placer:
         if self.architecture.is_uncalled(module) and self._has_effect(module):
             return error(
                 "forward-ignores-adapter", module,
-                "is a layer of which the model reads the weight and which it never calls: the "
-                "adapter there has no effect, and its factors are not zero",
+                "is a layer that the model never calls by this name (it reads the weight, or calls "
+                "what a plain list holds): the adapter there has no effect, and its factors are "
+                "not zero",
                 "The trained function is the base's here; remove these tensors to merge the rest.",
             )  # fmt: skip
         if self.architecture.is_embedding(module):

@@ -382,6 +382,44 @@ def test_a_layer_that_the_model_never_calls_has_no_adapter(tmp_path: Path) -> No
     assert "dt_proj: [forward-ignores-adapter]" in refused.stderr
 
 
+def maskformer() -> PreTrainedModel:
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    config = transformers.MaskFormerConfig(
+        fpn_feature_size=32, mask_feature_size=32,
+        backbone_config=transformers.SwinConfig(
+            image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2,
+            out_features=stages,
+        ),
+        decoder_config=transformers.DetrConfig(
+            d_model=32, decoder_layers=1, encoder_layers=1, decoder_attention_heads=2,
+            encoder_attention_heads=2, decoder_ffn_dim=16, encoder_ffn_dim=16, num_queries=4,
+        ),
+    )  # fmt: skip
+    return transformers.MaskFormerForInstanceSegmentation(config)
+
+
+def test_a_layer_that_is_called_out_of_a_plain_list_has_no_adapter(tmp_path: Path) -> None:
+    """The mask head of MaskFormer calls its first layers, whatever PEFT puts in their place."""
+    auto, pixels = "AutoModelForUniversalSegmentation", torch.randn(1, 3, 64, 64)
+    base = save_base(Architecture(maskformer, []), tmp_path / "base")
+
+    def masks(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(pixel_values=pixels).masks_queries_logits
+        return found
+
+    plain = masks(load(base, auto))
+    ignored = adapt(load(base, auto), tmp_path / "adapter", ["mask_embedder.0.0"])
+    assert torch.equal(masks(ignored), plain)
+    refused = run("merge", tmp_path / "adapter", "--base", base, "-o", tmp_path / "no")
+    assert refused.status == 2
+    assert "mask_embedder.0.0: [forward-ignores-adapter]" in refused.stderr
+    adapted = adapt(load(base, auto), tmp_path / "adapter", r".*transformer_module.*\.fc\d")
+    merged = masks(load(merge(tmp_path), auto))
+    assert close(merged, plain) > 1e-3
+    assert close(merged, masks(adapted)) <= 1e-4
+
+
 CONV1D: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 16, "n_inner": 16, "n_layer": 1, "n_head": 2}),
     "OpenAIGPTLMHeadModel": ("OpenAIGPTConfig", {"n_embd": 16, "n_layer": 1, "n_head": 2}),
