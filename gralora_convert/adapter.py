@@ -25,14 +25,9 @@ from gralora_convert.places import Places
 from gralora_convert.report import Finding, Report, error, note, warning
 from gralora_convert.rules import way_out
 from gralora_convert.shapes import lora_shapes
+from gralora_convert.specs import TensorFile, TensorFileError, TensorSpec
 from gralora_convert.strictjson import JsonError
-from gralora_convert.tensors import (
-    TensorFile,
-    TensorFileError,
-    TensorSpec,
-    read_tensor_file,
-    read_torch,
-)
+from gralora_convert.tensors import read_tensor_file, read_torch
 
 if TYPE_CHECKING:
     from gralora_convert.delta import Gralora, Lora

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.quantisation import nested
-from gralora_convert.tensors import FLOATING
+from gralora_convert.specs import FLOATING, Origin
 
 if TYPE_CHECKING:
     from gralora_convert.blueprint import Blueprint
 
-__all__ = ["Architecture", "Origin", "near_misses"]
+__all__ = ["Architecture", "near_misses"]
 
 # Blocks of these models are Conv1D throughout, their heads nn.Linear (transformers 5.23).
 _CONV1D_FAMILY = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -40,18 +40,6 @@ AUTO_CLASSES: Mapping[str, str] = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """A part of a parameter on disk: rows `[start, start + count)` of `tensor` hold the rows
-    `[delta_start, ...)` of the parameter, or, with `order`, the rows that it lists."""
-
-    tensor: str
-    start: int
-    count: int
-    delta_start: int = 0
-    order: tuple[int, ...] | None = None
 
 
 @cache

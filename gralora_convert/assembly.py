@@ -20,7 +20,8 @@ from gralora_convert.keys import Role, key_of
 from gralora_convert.layer import forward_path
 from gralora_convert.plan import Computed, Part
 from gralora_convert.serving import serving_lines
-from gralora_convert.tensors import TensorSpec, bytes_of, nbytes_of
+from gralora_convert.specs import TensorSpec, nbytes_of
+from gralora_convert.tensors import bytes_of
 from gralora_convert.tiles import taken
 
 __all__ = [

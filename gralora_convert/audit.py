@@ -12,7 +12,8 @@ from gralora_convert.comparison import WRONG, Comparison, Others, Update, differ
 from gralora_convert.delta import Delta, permute_rows, to_device
 from gralora_convert.pieces import Piece, Placement, Replacement, Target
 from gralora_convert.rounding import Survival
-from gralora_convert.tensors import FLOATING, TensorSpec, read_torch, torch_dtype
+from gralora_convert.specs import FLOATING, TensorSpec
+from gralora_convert.tensors import read_torch, torch_dtype
 
 __all__ = ["Audit", "Row"]
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gralora_convert.architecture import Origin
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.hub import config_errors
+from gralora_convert.specs import Origin
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

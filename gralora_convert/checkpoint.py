@@ -16,17 +16,9 @@ from pathlib import Path, PurePosixPath
 from gralora_convert.errors import UnreadableError, UnsupportedError
 from gralora_convert.files import open_regular, reading
 from gralora_convert.hub import fetch, parse_name
+from gralora_convert.specs import DTYPE_BITS, TensorFile, TensorFileError, TensorSpec
 from gralora_convert.strictjson import JsonError, load_json, parse_json
-from gralora_convert.tensors import (
-    DTYPE_BITS,
-    TensorFile,
-    TensorFileError,
-    TensorSpec,
-    read_array,
-    read_bytes,
-    read_tensor_file,
-    read_torch,
-)
+from gralora_convert.tensors import read_array, read_bytes, read_tensor_file, read_torch
 
 __all__ = [
     "DTYPE_BITS",

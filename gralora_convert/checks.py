@@ -20,8 +20,9 @@ from gralora_convert.keys import parse_key
 from gralora_convert.placement import bias_missing, place
 from gralora_convert.provenance import adapter_receipt_findings, checkpoint_receipt_findings
 from gralora_convert.report import Finding, Report, error, note, warning
+from gralora_convert.specs import DTYPE_BITS, FLOATING, TensorFile, TensorSpec
 from gralora_convert.targets import is_saved
-from gralora_convert.tensors import DTYPE_BITS, FLOATING, TensorFile, TensorSpec, read_into
+from gralora_convert.tensors import read_into
 
 __all__ = ["validate"]
 

@@ -18,15 +18,8 @@ from gralora_convert.layer import forward_path
 from gralora_convert.plan import default_jobs
 from gralora_convert.products import rows
 from gralora_convert.rounding import Survival, magnitude_rows, survival, tolerance, worst_ratio
-from gralora_convert.tensors import (
-    DTYPE_BITS,
-    FLOATING,
-    TensorSpec,
-    bytes_of,
-    read_bytes,
-    read_into,
-    torch_dtype,
-)
+from gralora_convert.specs import DTYPE_BITS, FLOATING, TensorSpec
+from gralora_convert.tensors import bytes_of, read_bytes, read_into, torch_dtype
 
 __all__ = ["PROBES", "WRONG", "Comparison", "Found", "Update", "difference"]
 

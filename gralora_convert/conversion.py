@@ -63,7 +63,8 @@ from gralora_convert.keys import key_of
 from gralora_convert.plan import Computed, OutputFile, Part, Plan
 from gralora_convert.serving import serving_notes
 from gralora_convert.source import Source
-from gralora_convert.tensors import bytes_of, torch_dtype, written_dtype
+from gralora_convert.specs import written_dtype
+from gralora_convert.tensors import bytes_of, torch_dtype
 from gralora_convert.version import __version__
 from gralora_convert.workers import one_arithmetic_thread
 

@@ -14,7 +14,7 @@ from typing import assert_never, get_args
 
 import torch
 
-from gralora_convert.architecture import Architecture, Origin, near_misses
+from gralora_convert.architecture import Architecture, near_misses
 from gralora_convert.assembly import (
     Kind,
     Loss,
@@ -43,7 +43,8 @@ from gralora_convert.plan import OutputFile, Part, Plan
 from gralora_convert.quantisation import quantisation
 from gralora_convert.rounding import half_ulp
 from gralora_convert.serving import serving_notes
-from gralora_convert.tensors import FLOATING, WRITTEN, TensorSpec, torch_dtype, written_dtype
+from gralora_convert.specs import FLOATING, WRITTEN, Origin, TensorSpec, written_dtype
+from gralora_convert.tensors import torch_dtype
 from gralora_convert.values import same_values
 from gralora_convert.version import __version__
 from gralora_convert.workers import one_arithmetic_thread

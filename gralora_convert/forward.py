@@ -29,7 +29,8 @@ from gralora_convert.layer import (
 )
 from gralora_convert.report import Finding, Report, error
 from gralora_convert.saving import config_of, folder_of
-from gralora_convert.tensors import TensorSpec, read_torch
+from gralora_convert.specs import TensorSpec
+from gralora_convert.tensors import read_torch
 
 __all__ = ["AdapterLike", "Attachment", "GraloraLinear", "attach", "gralora_product"]
 

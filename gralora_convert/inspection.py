@@ -15,8 +15,9 @@ from gralora_convert.pages import adapter_page, adapters_page, checkpoint_page
 from gralora_convert.quantisation import quantisation
 from gralora_convert.report import Finding, Report, error, note, warning
 from gralora_convert.serving import served_rank
+from gralora_convert.specs import TensorFile, TensorSpec
 from gralora_convert.strictjson import load_json
-from gralora_convert.tensors import TensorFile, TensorSpec, read_bytes
+from gralora_convert.tensors import read_bytes
 
 __all__ = ["Inspection", "inspect"]
 

@@ -22,8 +22,8 @@ from gralora_convert.pieces import Placement, Replacement
 from gralora_convert.placement import place
 from gralora_convert.plan import Computed, Copied, OutputFile, Part, Plan, index_json
 from gralora_convert.rounding import Survival
+from gralora_convert.specs import FLOATING, TensorSpec, nbytes_of, written_dtype
 from gralora_convert.strictjson import load_json
-from gralora_convert.tensors import FLOATING, TensorSpec, nbytes_of, written_dtype
 from gralora_convert.tiles import (
     CastTensor,
     Contribution,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gralora_convert.files import file_stamp, open_regular, reading
-from gralora_convert.tensors import (
+from gralora_convert.specs import (
     DTYPE_BITS,
     MAX_DIMENSIONS,
     TensorFile,

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gralora_convert.architecture import Architecture, Origin
-from gralora_convert.tensors import TensorSpec, read_rows
+from gralora_convert.architecture import Architecture
+from gralora_convert.specs import Origin, TensorSpec
+from gralora_convert.tensors import read_rows
 
 if TYPE_CHECKING:
     import torch

@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from gralora_convert.adapter import Adapter
-from gralora_convert.architecture import Architecture, Origin, near_misses
+from gralora_convert.architecture import Architecture, near_misses
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.config import CONFIG_NAME
 from gralora_convert.heads import head_edits, tie_edits, vocabulary_edits
 from gralora_convert.pieces import Piece, Placement, Replacement, Target
 from gralora_convert.quantisation import ADVICE, quantisation
 from gralora_convert.report import Finding, Report, error, note, warning
+from gralora_convert.specs import FLOATING, Origin, TensorSpec
 from gralora_convert.strictjson import load_json
 from gralora_convert.targets import rule_of, select
-from gralora_convert.tensors import FLOATING, TensorSpec
 from gralora_convert.ties import Claims, Settlement, settle
 from gralora_convert.values import Values, bias_missing, is_zero, stored_shape
 

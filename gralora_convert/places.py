@@ -14,8 +14,8 @@ from gralora_convert.errors import UnsupportedError
 from gralora_convert.keys import Key, Role, parse_key
 from gralora_convert.report import Finding, error, note, warning
 from gralora_convert.rules import way_out
+from gralora_convert.specs import TensorFile, TensorSpec
 from gralora_convert.targets import is_saved, select
-from gralora_convert.tensors import TensorFile, TensorSpec
 
 __all__ = ["Places"]
 

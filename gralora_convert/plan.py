@@ -18,9 +18,10 @@ from gralora_convert.errors import CheckFailedError, MisuseError
 from gralora_convert.files import measured, reading
 from gralora_convert.journal import Done, Journal, clear_journals, journal_names, read_journals
 from gralora_convert.ranks import Follower, Leader, Ranks
+from gralora_convert.specs import TensorFile
 from gralora_convert.staging import Staging
 from gralora_convert.strictjson import dump_json
-from gralora_convert.tensors import TensorFile, read_safetensors
+from gralora_convert.tensors import read_safetensors
 from gralora_convert.version import __version__
 from gralora_convert.writing import (
     Account,

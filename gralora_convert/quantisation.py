@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from gralora_convert.checkpoint import Checkpoint
-from gralora_convert.tensors import FLOATING
+from gralora_convert.specs import FLOATING
 
 __all__ = ["ADVICE", "nested", "quantisation"]
 

@@ -11,7 +11,8 @@ from gralora_convert.delta import Gralora, Lora
 from gralora_convert.errors import MisuseError, UnsupportedError
 from gralora_convert.keys import Role, key_of
 from gralora_convert.plan import Computed, OutputFile, Part, Plan
-from gralora_convert.tensors import DTYPE_OF_TORCH, bytes_of
+from gralora_convert.specs import DTYPE_OF_TORCH
+from gralora_convert.tensors import bytes_of
 from gralora_convert.version import __version__
 
 __all__ = ["config_of", "folder_of"]

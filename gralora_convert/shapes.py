@@ -14,7 +14,7 @@ from gralora_convert.config import CONFIG_NAME, LoraConfig
 from gralora_convert.keys import Method, Role, key_of
 from gralora_convert.report import Finding, error, note, warning
 from gralora_convert.rules import NEEDS_BASE
-from gralora_convert.tensors import FLOATING, TensorSpec
+from gralora_convert.specs import FLOATING, TensorSpec
 
 __all__ = [
     "Sizes",

@@ -5,27 +5,34 @@ Safetensors headers are checked as strictly as the official reader does (format 
 """
 
 import json
-import math
 import mmap
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 from gralora_convert.errors import (
     ChangedInputError,
-    MisuseError,
-    UnreadableError,
     UnsupportedError,
 )
 from gralora_convert.files import (
-    Stamp,
     file_stamp,
     open_regular,
     pread_exact,
     reading,
-    require_stamp,
+)
+from gralora_convert.pickles import read_pickle
+from gralora_convert.specs import (
+    DTYPE_BITS,
+    MAX_DIMENSIONS,
+    TORCH_NAMES,
+    WORD,
+    TensorFile,
+    TensorFileError,
+    TensorSpec,
+    are_sizes,
+    count,
+    refuse_pointer,
 )
 from gralora_convert.strictjson import parse_json
 
@@ -34,98 +41,16 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "DTYPE_BITS",
-    "TensorFile",
-    "TensorFileError",
-    "TensorSpec",
-    "bytes_of",
-    "encode_header",
-    "nbytes_of",
-    "open_regular",
-    "read_array",
-    "read_bytes",
-    "read_into",
-    "read_rows",
-    "read_safetensors",
-    "read_tensor_file",
-    "read_torch",
-    "written_dtype",
-]
+    "bytes_of", "encode_header", "read_array", "read_bytes", "read_into", "read_rows",
+    "read_safetensors", "read_tensor_file", "read_torch", "torch_dtype",
+]  # fmt: skip
 
-# Bits per element, in the spelling of safetensors 0.8.0 (`Dtype`).
-DTYPE_BITS: Mapping[str, int] = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16,
-    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-    "I64": 64, "I32": 32, "I16": 16, "I8": 8,
-    "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64,
-}  # fmt: skip
-FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
-WRITTEN: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_WORD = 2**64
-MAX_DIMENSIONS = 64  # of numpy 2
 MAX_HEADER_BYTES = 100_000_000  # the cap of the official reader
 MAX_TENSORS = 250_000  # of one file; the largest public models have 100 000 in all their files
-_TORCH_NAMES: Mapping[str, str] = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-    "BOOL": "bool", "C64": "complex64",
-}  # fmt: skip
-DTYPE_OF_TORCH: Mapping[str, str] = {name: dtype for dtype, name in _TORCH_NAMES.items()}
 _NUMPY_NAMES: Mapping[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "C64": "<c8",
 }  # fmt: skip
-
-
-class TensorFileError(UnreadableError):
-    """Not a readable tensor file; `reason` is one of unreadable, lfs-pointer, unsafe-pickle,
-    nested, legacy-pickle."""
-
-    def __init__(
-        self, message: str, *, where: object = "", hint: str = "", reason: str = "unreadable"
-    ) -> None:
-        super().__init__(message, where=where, hint=hint)
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One tensor inside a file: its dtype and shape, and where its bytes are; no bytes.
-
-    `strides` (in elements) is set only for a tensor of a `.bin` file that is a view whose elements
-    do not lie in order; `offset` is then that of its first element.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
-    strides: tuple[int, ...] | None = None
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorFile:
-    """What one tensor file holds. `stamp` tells later whether the file has changed since."""
-
-    path: Path
-    tensors: Mapping[str, TensorSpec]
-    metadata: Mapping[str, str] | None
-    pickled: bool
-    stamp: Stamp
-
-    def require_unchanged(self) -> None:
-        """Raises `ChangedInputError` when the file is not the one whose header was read."""
-        require_stamp(self.path, self.stamp)
 
 
 def read_tensor_file(path: Path) -> TensorFile:
@@ -139,8 +64,6 @@ def read_tensor_file(path: Path) -> TensorFile:
     """
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    from gralora_convert.pickles import read_pickle
-
     return read_pickle(path)
 
 
@@ -177,17 +100,6 @@ def read_safetensors(path: Path) -> TensorFile:
     return TensorFile(path, {s.name: s for s in specs}, metadata, False, file_stamp(status))
 
 
-def refuse_pointer(start: bytes, path: Path) -> None:
-    """Raises `TensorFileError` when the file is what git leaves in place of a large file."""
-    if start.startswith(b"version https://git-lfs"):
-        raise TensorFileError(
-            "is a git-lfs pointer, not the weights",
-            where=path,
-            hint="Fetch the file itself: `git lfs pull`.",
-            reason="lfs-pointer",
-        )
-
-
 def _metadata(value: object, path: Path) -> Mapping[str, str] | None:
     if value is None:
         return None
@@ -217,24 +129,6 @@ def _spec(name: str, info: object, path: Path, data_start: int) -> TensorSpec:
         needed = f"{bits // 8} bytes" if bits % 8 == 0 else f"{bits} bits, no whole bytes"
         raise wrong(f"{dtype} of shape {shape} needs {needed}, its offsets span {end - begin}")
     return TensorSpec(name, dtype, tuple(shape), path, data_start + begin, bits // 8)
-
-
-def are_sizes(value: object) -> TypeGuard[Sequence[int]]:
-    """Whether `value` is a list or tuple of numbers that can be sizes; JSON's `true` is none."""
-    return isinstance(value, (list, tuple)) and all(
-        type(v) is int and 0 <= v < _WORD for v in value
-    )
-
-
-def count(sizes: Sequence[int]) -> int | None:
-    """The product of the sizes, or None as soon as it exceeds 64 bits, as the official reader
-    computes it: in order, so that a zero hides only what comes after it."""
-    product = 1
-    for size in sizes:
-        product *= size
-        if product >= _WORD:
-            return None
-    return product
 
 
 def _require_cover(specs: list[TensorSpec], path: Path, position: int, size: int) -> None:
@@ -332,33 +226,19 @@ def read_array(spec: TensorSpec) -> "numpy.ndarray[tuple[int, ...], numpy.dtype[
 
 def _require_holdable(spec: TensorSpec) -> None:
     """Refuses what a header may state of an empty tensor, and no array can have."""
-    if len(spec.shape) > MAX_DIMENSIONS or (count([n or 1 for n in spec.shape]) or _WORD) >= 2**60:
+    if len(spec.shape) > MAX_DIMENSIONS or (count([n or 1 for n in spec.shape]) or WORD) >= 2**60:
         raise UnsupportedError(
             f"tensor {spec.name!r} has shape {spec.shape}, which no array can have", where=spec.file
         )
-
-
-def written_dtype(name: str, kept: str) -> str:
-    """The safetensors spelling of a dtype that a user names; `kept` for `keep`.
-
-    Raises:
-        MisuseError: `name` is neither `keep` nor one of the dtypes that are written.
-
-    >>> written_dtype("bfloat16", "F32"), written_dtype("keep", "F32")
-    ('BF16', 'F32')
-    """
-    if not isinstance(name, str) or name not in ("keep", *WRITTEN):
-        raise MisuseError(f"dtype {name!r} is none of keep, {', '.join(WRITTEN)}")
-    return WRITTEN.get(name, kept)
 
 
 def torch_dtype(dtype: str) -> "torch.dtype":
     """torch's dtype for a safetensors spelling; `UnsupportedError` when it has none."""
     import torch
 
-    if dtype not in _TORCH_NAMES:
+    if dtype not in TORCH_NAMES:
         raise UnsupportedError(f"dtype {dtype} has no counterpart in torch")
-    found = getattr(torch, _TORCH_NAMES[dtype])
+    found = getattr(torch, TORCH_NAMES[dtype])
     assert isinstance(found, torch.dtype)
     return found
 
@@ -387,15 +267,6 @@ def bytes_of(tensor: "torch.Tensor") -> memoryview:
 
     flat = tensor.detach().cpu().contiguous().view(-1)
     return memoryview(flat.view(torch.uint8).numpy().data).cast("B")
-
-
-def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor of `dtype` (in the spelling of safetensors) and `shape`.
-
-    >>> nbytes_of("BF16", (3, 2))
-    12
-    """
-    return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 def read_torch(spec: TensorSpec) -> "torch.Tensor":

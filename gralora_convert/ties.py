@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from gralora_convert.architecture import Architecture
 from gralora_convert.pieces import Replacement, Target
 from gralora_convert.report import Finding, error, note
-from gralora_convert.tensors import TensorSpec
+from gralora_convert.specs import TensorSpec
 from gralora_convert.values import same_values
 
 __all__ = ["Claims", "Settlement", "settle"]

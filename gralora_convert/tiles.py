@@ -27,15 +27,8 @@ from gralora_convert.rounding import (
     tolerance,
     worst_ratio,
 )
-from gralora_convert.tensors import (
-    DTYPE_BITS,
-    FLOATING,
-    TensorSpec,
-    bytes_of,
-    read_into,
-    read_torch,
-    torch_dtype,
-)
+from gralora_convert.specs import DTYPE_BITS, FLOATING, TensorSpec
+from gralora_convert.tensors import bytes_of, read_into, read_torch, torch_dtype
 
 __all__ = ["CastTensor", "Contribution", "MergedTensor", "Patch", "PatchedTensor", "taken"]
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gralora_convert.tensors import DTYPE_OF_TORCH
+from gralora_convert.specs import DTYPE_OF_TORCH
 
 __all__ = ["DamagedPickleError", "PickledTensor", "UnsafePickleError", "unpickle"]
 

@@ -7,12 +7,13 @@ from operator import ne
 from typing import TYPE_CHECKING
 
 from gralora_convert.adapter import Adapter
-from gralora_convert.architecture import Architecture, Origin
+from gralora_convert.architecture import Architecture
 from gralora_convert.config import CONFIG_NAME
 from gralora_convert.pieces import Replacement
 from gralora_convert.report import Finding, error, note, warning
+from gralora_convert.specs import FLOATING, Origin, TensorSpec
 from gralora_convert.targets import is_saved
-from gralora_convert.tensors import FLOATING, TensorSpec, read_bytes
+from gralora_convert.tensors import read_bytes
 
 if TYPE_CHECKING:
     import numpy

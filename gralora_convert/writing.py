@@ -19,7 +19,8 @@ from typing import Protocol, Self
 from gralora_convert.errors import OutputError
 from gralora_convert.files import file_stamp, open_regular, pread_exact, reading, require_stamp
 from gralora_convert.journal import Done, Journal
-from gralora_convert.tensors import TensorSpec, encode_header, read_bytes
+from gralora_convert.specs import TensorSpec
+from gralora_convert.tensors import encode_header, read_bytes
 from gralora_convert.workers import Task, carry_out
 
 __all__ = [

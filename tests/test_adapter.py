@@ -21,7 +21,7 @@ from gralora_convert.adapter import Adapter, Scan, scan_adapter
 from gralora_convert.config import CONFIG_NAME, GraloraConfig, LoraConfig
 from gralora_convert.errors import InvalidAdapterError, UnreadableError, UnsupportedError
 from gralora_convert.merging import merge
-from gralora_convert.tensors import DTYPE_BITS
+from gralora_convert.specs import DTYPE_BITS
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 ADAPTERS = sorted(path.parent for path in FIXTURES.glob("peft-*/**/adapter_config.json"))

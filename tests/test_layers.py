@@ -16,8 +16,8 @@ LAYERS = {
     "foundation": {"bits", "codes", "errors", "groups", "report", "serving", "version"},
     "disk": {
         "adapter", "cards", "checkpoint", "config", "files", "hub", "journal", "keys", "pages",
-        "pickles", "places", "plan", "provenance", "ranks", "rules", "shapes", "signs", "staging",
-        "strictjson", "targets", "tensors", "unpickling", "workers", "writing",
+        "pickles", "places", "plan", "provenance", "ranks", "rules", "shapes", "signs", "specs",
+        "staging", "strictjson", "targets", "tensors", "unpickling", "workers", "writing",
     },
     "mathematics": {
         "blocks", "delta", "diagnosis", "factorize", "layer", "products", "rounding",

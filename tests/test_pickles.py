@@ -18,14 +18,8 @@ from hypothesis import strategies as st
 
 from gralora_convert.errors import ConvertError, UnreadableError
 from gralora_convert.pickles import read_pickle
-from gralora_convert.tensors import (
-    DTYPE_OF_TORCH,
-    TensorFileError,
-    read_array,
-    read_bytes,
-    read_tensor_file,
-    read_torch,
-)
+from gralora_convert.specs import DTYPE_OF_TORCH, TensorFileError
+from gralora_convert.tensors import read_array, read_bytes, read_tensor_file, read_torch
 
 Tensors = Mapping[str, torch.Tensor]
 

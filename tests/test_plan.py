@@ -31,8 +31,9 @@ from gralora_convert.errors import (
     UnreadableError,
 )
 from gralora_convert.plan import Computed, Copied, OutputFile, Part, Plan, index_json
+from gralora_convert.specs import TensorFile, TensorSpec
 from gralora_convert.staging import Staging
-from gralora_convert.tensors import TensorFile, TensorSpec, encode_header, read_tensor_file
+from gralora_convert.tensors import encode_header, read_tensor_file
 from tests.builders import SHAPES, random_delta, write_adapter, write_base
 
 MiB = 1024 * 1024

@@ -23,12 +23,9 @@ from gralora_convert.errors import (
     UnreadableError,
     UnsupportedError,
 )
+from gralora_convert.specs import DTYPE_BITS, DTYPE_OF_TORCH, TensorFileError, TensorSpec
 from gralora_convert.strictjson import JsonError
 from gralora_convert.tensors import (
-    DTYPE_BITS,
-    DTYPE_OF_TORCH,
-    TensorFileError,
-    TensorSpec,
     encode_header,
     read_array,
     read_bytes,
