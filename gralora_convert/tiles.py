@@ -55,6 +55,14 @@ class Contribution:
     blocks: int
     memory: int
 
+    def within(self, start: int, stop: int) -> tuple[slice, int] | None:
+        """Which of the rows `start:stop` of the tensor it adds to, counted from `start`, and the
+        first delta row there; None where it adds to none of them."""
+        first, last = max(start, self.start), min(stop, self.start + self.count)
+        if first >= last:
+            return None
+        return slice(first - start, last - start), first - self.start + self.delta_start
+
 
 @dataclass(frozen=True, slots=True)
 class _Update:
@@ -356,7 +364,7 @@ class MergedTensor(_Tiles):
     def produce(self, tile: int) -> memoryview:
         start, stop = self.span(tile)
         stored = self.read(start, stop)
-        updates = self._updates(start, stop)
+        updates = [s.get() for s in self._shared if s.contribution.within(start, stop)]
         checked = self._checked.get(tile, ())
         try:
             before = [stored[sample].to(self.checks, copy=True) for sample in checked]
@@ -374,14 +382,6 @@ class MergedTensor(_Tiles):
                 shared.release()
         return written.data
 
-    def _updates(self, start: int, stop: int) -> list[_Update]:
-        return [
-            shared.get()
-            for shared in self._shared
-            if shared.contribution.start < stop
-            and start < shared.contribution.start + shared.contribution.count
-        ]
-
     def _sum(
         self, stored: torch.Tensor, start: int, stop: int, updates: Sequence[_Update]
     ) -> torch.Tensor:
@@ -394,14 +394,9 @@ class MergedTensor(_Tiles):
             sums = _buffers.get("sums", stop - start, self.columns, self.sums).tensor
             sums.copy_(stored)
         for update in updates:
-            contribution = update.contribution
-            first = max(start, contribution.start)
-            last = min(stop, contribution.start + contribution.count)
-            update.stack.add_rows_(
-                sums[first - start : last - start],
-                first - contribution.start + contribution.delta_start,
-                weight=contribution.weight,
-            )
+            if met := update.contribution.within(start, stop):
+                place, first = met
+                update.stack.add_rows_(sums[place], first, weight=update.contribution.weight)
         return sums
 
     def _samples(self, groups: int) -> dict[int, list[slice]]:
@@ -428,7 +423,9 @@ class MergedTensor(_Tiles):
         updates: Sequence[_Update],
     ) -> None:
         """Compares checked rows (from row `start` of the tensor) with base + delta, in `checks`."""
-        delta = self._rows(rows, start, len(before), updates)
+        stop = start + len(before)
+        updates = [update for update in updates if update.contribution.within(start, stop)]
+        delta = self._rows(rows, start, stop, updates)
         after, exact = written.to(self.checks), before + delta
         products = sum(terms(update.delta) for update in updates)
 
@@ -440,36 +437,32 @@ class MergedTensor(_Tiles):
         # |delta| is at most the magnitude of its products, at hand, and nearly always enough
         ratio = worst(delta.abs())
         if ratio > 1:
-            ratio = worst(self._rows(magnitude_rows, start, len(before), updates))
+            ratio = worst(self._rows(magnitude_rows, start, stop, updates))
         kept = survival(before, after, delta)
         with self._lock:
             self.worst = max(self.worst, ratio)
             self._kept[start] = kept
 
     def _rows(
-        self, of: Callable[..., torch.Tensor], start: int, count: int, updates: Sequence[_Update]
+        self, of: Callable[..., torch.Tensor], start: int, stop: int, updates: Sequence[_Update]
     ) -> torch.Tensor:
-        """The sum over updates of `of(delta, first, last, dtype)`, `rows` or `magnitude_rows`, in
-        the tensor's rows from `start` on."""
-        stop, parts = start + count, []
+        """Rows `start:stop` of the sum over updates of `of`: of `rows` or of `magnitude_rows`."""
+        parts = []
         for update in updates:
-            contribution = update.contribution
-            first = max(start, contribution.start)
-            last = min(stop, contribution.start + contribution.count)
-            if first >= last:
-                continue
-            begin = first - contribution.start + contribution.delta_start
-            span, turned = (begin, begin + last - first), contribution.transposed
+            met = update.contribution.within(start, stop)
+            assert met is not None
+            place, first = met
+            span, turned = (first, first + place.stop - place.start), update.contribution.transposed
             part = of(update.delta, *span, self.checks, transposed=turned).cpu()
-            weight = contribution.weight if of is rows else abs(contribution.weight)
+            weight = update.contribution.weight
             if weight != 1:
-                part.mul_(weight)
-            parts.append((first - start, last - start, part))
-        if len(parts) == 1 and len(parts[0][2]) == count:
-            return parts[0][2]
-        total = torch.zeros(count, self.columns, dtype=self.checks)
-        for first, last, part in parts:
-            total[first:last] += part
+                part.mul_(weight if of is rows else abs(weight))
+            parts.append((place, part))
+        if len(parts) == 1 and len(parts[0][1]) == stop - start:
+            return parts[0][1]
+        total = torch.zeros(stop - start, self.columns, dtype=self.checks)
+        for place, part in parts:
+            total[place] += part
         return total
 
 
