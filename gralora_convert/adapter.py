@@ -30,6 +30,8 @@ from gralora_convert.strictjson import JsonError
 from gralora_convert.tensors import read_tensor_file, read_torch
 
 if TYPE_CHECKING:
+    import torch
+
     from gralora_convert.delta import Gralora, Lora
 
 __all__ = ["Adapter", "Scan", "scan_adapter"]
@@ -191,7 +193,7 @@ class Adapter:
 
     def _bounded(self, module: str, delta: "D") -> "D":
         """The delta, if its squares can be summed in float64: factors of float64 may exceed it."""
-        largest = abs(delta.scaling) * float(delta.A.abs().max()) * float(delta.B.abs().max())
+        largest = abs(delta.scaling) * _largest(delta.A) * _largest(delta.B)
         if not largest < LARGEST_UPDATE:
             raise UnsupportedError(
                 f"the product of its factors is up to {largest:.3g}, less than "
@@ -279,6 +281,12 @@ def _folder(source: str | Path) -> Path:
 def _is_adapter(folder: Path) -> bool:
     """Whether a folder of the Hub's cache holds both files of an adapter."""
     return (folder / CONFIG_NAME).exists() and any((folder / name).exists() for name in WEIGHTS)
+
+
+def _largest(factor: "torch.Tensor") -> float:
+    """The largest magnitude that a factor holds, or, of float32, could hold."""
+    low, high = factor.aminmax() if factor.itemsize == 8 else (0.0, 3.4028234663852886e38)
+    return max(-float(low), float(high))
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
