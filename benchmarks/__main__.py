@@ -25,6 +25,9 @@ import os; os.sync()
 """
 
 
+TOOL = [sys.executable, "-m", "gralora_convert"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -33,10 +36,9 @@ def main() -> None:
     folder: Path = options.folder
     runs = 1 if options.quick else 3
     out = folder / "out"
-    tool = [sys.executable, "-m", "gralora_convert", "merge"]
 
     def merge(adapter: Path, base: Path, *more: str) -> list[str]:
-        return [*tool, str(adapter), "--base", str(base), "-o", str(out), *more]
+        return [*TOOL, "merge", str(adapter), "--base", str(base), "-o", str(out), *more]
 
     adapters = {
         "r=64 k=4 hybrid 8": make_adapter(
@@ -54,6 +56,7 @@ def main() -> None:
             copy = f"cp -r {base} {out} && sync"
             commands = {
                 "cp -r, sync": ["sh", "-c", copy],
+                "start Python and torch": [sys.executable, "-c", "import torch"],
                 "merge": merge(adapter, base),
                 "merge --no-verify": merge(adapter, base, "--no-verify"),
             }
@@ -79,11 +82,10 @@ def main() -> None:
     }
     table("threads", commands, out, runs)
     start = {
-        "--help": [sys.executable, "-m", "gralora_convert", "--help"],
-        "validate, 154 modules": [
-            sys.executable, "-m", "gralora_convert", "validate", str(one_adapter),
-        ],
-    }  # fmt: skip
+        "--help": [*TOOL, "--help"],
+        "inspect, 154 modules": [*TOOL, "inspect", str(one_adapter)],
+        "validate, 154 modules": [*TOOL, "validate", str(one_adapter)],
+    }
     table("start-up", start, out, runs)
 
 

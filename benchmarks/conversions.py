@@ -1,12 +1,11 @@
 """Conversions of an adapter of a 1.1 B-parameter model, beside PEFT's:
 
-    python -m benchmarks.conversions FOLDER [--runs 3]
+    python -m benchmarks.conversions FOLDER [--runs 3] [--whole]
 
 Builds its inputs in FOLDER (about 2 GB; kept for the next run) and prints tables of medians as
 `python -m benchmarks` does. The adapter has 154 modules, r = 64, k = 4. PEFT's `save_as_lora` takes
 the SVD of every dense update; it is run on one of the 22 layers (7 of the 154 modules) from a model
-in memory, beside ours on the same layer: it works module by module, so that the whole takes about
-22 times as long.
+in memory, beside ours on the same layer; with `--whole` on all of them, which takes minutes.
 """
 
 import argparse
@@ -55,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=3, help="of each command on 154 modules")
+    parser.add_argument("--whole", action="store_true", help="PEFT on all 154 modules")
     options = parser.parse_args()
     folder: Path = options.folder
     runs, out = options.runs, folder / "out"
@@ -69,6 +69,10 @@ def main() -> None:
         "LoRA, r = 64, --jobs 1": convert(adapter, "lora", out, *truncated, "--jobs", "1"),
     }
     table("154 modules, from GraLoRA r = 64 k = 4", commands, out, runs)
+    if options.whole:
+        base = make_base(folder / "one", 22)
+        commands = {"ours": commands["LoRA, r = 64"], "PEFT": peft(base, adapter, out)}
+        table("154 modules, to LoRA r = 64, against PEFT", commands, out, 1)
     one_layer(folder, out)
 
 
@@ -78,10 +82,8 @@ def one_layer(folder: Path, out: Path) -> None:
     base = make_base(folder / "1-layer", 1)
     commands = {
         "LoRA, r = 64": convert(few, "lora", out, "--r", str(RANK), "--allow-inexact"),
-        "PEFT save_as_lora, rank 64": [
-            sys.executable, "-c", PEFT, str(base), str(few), str(out), str(RANK),
-        ],
-    }  # fmt: skip
+        "PEFT save_as_lora, rank 64": peft(base, few, out),
+    }
     table("1 of 22 layers, 7 modules, against PEFT", commands, out, 1)
     pair = ["--base", str(base), "--tuned", str(make_tuned(folder / "1-tuned", base))]
     commands = {
@@ -89,6 +91,10 @@ def one_layer(folder: Path, out: Path) -> None:
         for to in ("lora", "gralora", "hybrid")
     }
     table("extract, 1 layer, 7 modules, r = 32", commands, out, 1)
+
+
+def peft(base: Path, adapter: Path, out: Path) -> list[str]:
+    return [sys.executable, "-c", PEFT, str(base), str(adapter), str(out), str(RANK)]
 
 
 def convert(adapter: Path, to: str, out: Path, *more: str) -> list[str]:

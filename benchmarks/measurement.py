@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def measure(command: Sequence[str]) -> Run:
     return Run(wall, usage.ru_utime + usage.ru_stime, peak[0])
 
 
-def table(title: str, commands: dict[str, list[str]], output: Path, runs: int) -> None:
+def table(title: str, commands: Mapping[str, Sequence[str]], output: Path, runs: int) -> None:
     """Runs the commands in turn and prints their medians, with ratios to the first."""
     found: dict[str, list[Run]] = {name: [] for name in commands}
     for _ in range(runs):

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from gralora_convert.errors import UnsupportedError
+
 __all__ = ["PREFIX", "Key", "Method", "Role", "key_of", "parse_key"]
 
 Role = Literal[
@@ -75,18 +77,29 @@ class Key:
 def key_of(module: str, role: Role, method: Method = "gralora") -> str:
     """The key under which PEFT saves a tensor.
 
+    Raises:
+        UnsupportedError: who reads that key would take it for something else, as PEFT would.
+
     >>> key_of("layers.0.q_proj", "general_A")
     'base_model.model.layers.0.q_proj.gralora_A_general.weight'
     """
     match role:
         case "parameter":
-            return f"{PREFIX}{module}"
+            key = f"{PREFIX}{module}"
         case "bias":
-            return f"{PREFIX}{module}.base_layer.bias"
+            key = f"{PREFIX}{module}.base_layer.bias"
         case "base_weight":
-            return f"{PREFIX}{module}.base_layer.weight"
+            key = f"{PREFIX}{module}.base_layer.weight"
         case _:
-            return ".".join((PREFIX + module, *_WRITTEN[method, role]))
+            key = ".".join((PREFIX + module, *_WRITTEN[method, role]))
+    read = parse_key(key)
+    if (read.name, read.role) != (module, role):
+        raise UnsupportedError(
+            f"no adapter can hold its {role}: the key would be taken for the {read.role} of "
+            f"{read.name}", where=module,
+            hint="Rename the module in the model.",
+        )  # fmt: skip
+    return key
 
 
 def parse_key(key: str) -> Key:

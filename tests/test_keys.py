@@ -1,5 +1,6 @@
 """Keys: what PEFT writes, every other spelling, names that look like keys, and the way back."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from gralora_convert.errors import UnsupportedError
 from gralora_convert.keys import PREFIX, Method, Role, key_of, parse_key
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -126,6 +128,28 @@ def test_full_tensors_keep_their_path(path: str) -> None:
 )
 def test_keys_inside_a_saved_modules_wrapper(path: str, copy_of: tuple[str, ...]) -> None:
     assert parse_key(PREFIX + path).copy_of == copy_of
+
+
+ANY_ROLE = st.sampled_from(["A", "B", "general_A", "bias", "base_weight", "parameter"])
+ODD_WORD = st.sampled_from(
+    ["lora_A", "gralora_B", "weight", "bias", "base_layer", "modules_to_save", "head", "0"]
+)
+
+
+@given(st.lists(ODD_WORD, min_size=1, max_size=4), ANY_ROLE)
+def test_a_key_is_written_only_if_it_reads_back(words: list[str], role: Role) -> None:
+    module = ".".join(words)
+    key = None
+    with contextlib.suppress(UnsupportedError):
+        key = key_of(module, role)
+    if key is not None:
+        assert (parse_key(key).name, parse_key(key).role) == (module, role)
+
+
+@pytest.mark.parametrize("name", ["mlp.lora_A.bias", "mlp.gralora_B", "head.base_layer.weight"])
+def test_a_parameter_with_the_name_of_a_factor_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="no adapter can hold its parameter"):
+        key_of(name, "parameter")
 
 
 @given(st.text() | st.lists(words | st.just(""), max_size=6).map(".".join))
