@@ -58,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     folder: Path = options.folder
     runs, out = options.runs, folder / "out"
-    adapter = make_adapter(folder / "adapter-64", llama_modules(22), r=RANK, k=BLOCKS)
+    adapter = make_adapter(folder / "gralora-64", llama_modules(22), r=RANK, k=BLOCKS)
     truncated = ("--r", str(RANK), "--allow-inexact")
     commands = {
         "LoRA, exact (r = 256)": convert(adapter, "lora", out),
@@ -78,7 +78,7 @@ def main() -> None:
 
 def one_layer(folder: Path, out: Path) -> None:
     """The tables of what takes PEFT long, or works on dense weights."""
-    few = make_adapter(folder / "adapter-1-layer", llama_modules(1), r=RANK, k=BLOCKS)
+    few = make_adapter(folder / "gralora-64-1-layer", llama_modules(1), r=RANK, k=BLOCKS)
     base = make_base(folder / "1-layer", 1)
     commands = {
         "LoRA, r = 64": convert(few, "lora", out, "--r", str(RANK), "--allow-inexact"),
