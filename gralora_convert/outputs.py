@@ -155,18 +155,6 @@ def _memory(merged: Checkpoint, dtype: torch.dtype) -> int:
     return sum(dtype.itemsize * spec.numel + 2 * spec.nbytes for spec in specs) * 5 // 4
 
 
-# What models raise on inputs that they do not take.
-_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-
 class _CannotRunError(Exception):
     """Why a whole model cannot be run; weights and modules still decide."""
 
@@ -360,7 +348,7 @@ def _outputs(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
     with torch.no_grad():
         try:
             result = model(**{name: _like(value, model) for name, value in inputs.items()})
-        except _FAILURES as error:
+        except foreign_errors() as error:
             raise _CannotRunError(
                 f"it does not take {', '.join(inputs)} alone: {_first_line(error)}"
             ) from error

@@ -295,10 +295,9 @@ class _File:
         """Copies in the kernel where the file systems allow it (a reflink where they can), else
         through memory, which also finds out which side has failed."""
         while count:
-            try:
+            done = 0  # as some file systems answer instead of an error
+            with contextlib.suppress(OSError), self._lock:
                 done = os.copy_file_range(source, self._descriptor, count, start, to)
-            except OSError:
-                done = 0  # some file systems answer 0 instead of an error
             if done == 0:
                 self._copy_through_memory(source, start, to, count, path)
                 return
