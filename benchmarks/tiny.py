@@ -39,6 +39,21 @@ INDEXES = (
     "cross_attention_layers", "window_block_indexes", "full_attention_layer_idxs",
     "hybrid_layer_ids",
 )  # fmt: skip
+RESNET = {
+    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16],
+    "depths": [1, 1, 1, 1], "layer_type": "basic",
+}  # fmt: skip
+
+
+def _resnet(*stages: int) -> dict[str, Any]:
+    """In place of a backbone of timm."""
+    backbone = {**RESNET, "out_features": [f"stage{stage}" for stage in stages]}
+    return {
+        "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None,
+        "backbone_config": backbone,
+    }  # fmt: skip
+
+
 OWN: Mapping[str, Mapping[str, Any]] = {  # what single types need beside
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"num_heads": 8},
@@ -46,8 +61,21 @@ OWN: Mapping[str, Mapping[str, Any]] = {  # what single types need beside
     "dots3_note": {"num_key_value_heads": 4},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "chameleon": {"vocabulary_map": {"IMGIMGBS0Z": 3, "<image>": 4}},
-    "conditional_detr": {"use_timm_backbone": False, "use_pretrained_backbone": False},
-    "dots1": {"n_group": 1, "topk_group": 1},
+    "detr": _resnet(4),
+    "conditional_detr": _resnet(4),
+    "dab-detr": _resnet(4),
+    "table-transformer": _resnet(4),
+    "deformable_detr": _resnet(2, 3, 4),
+    "dots1": {"n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.5, 0.0],
+        "laurel_rank": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "intermediate_size": [48, 48],
+    },
+    "luke": {"entity_vocab_size": 64, "entity_emb_size": 32},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
     "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "bamba": {"attn_layer_indices": [1]},
@@ -71,8 +99,7 @@ def _names(default: Mapping[str, Any], leave: frozenset[str]) -> dict[str, Any]:
             values[name] = [0]
         elif name == "depths" and is_list:
             values[name] = [1] * len(value)
-    own: Mapping[str, Any] = OWN.get(default.get("model_type", ""), {})
-    return {**values, **own}
+    return values
 
 
 def configs(model_type: str) -> Iterator[Any]:
@@ -84,15 +111,17 @@ def configs(model_type: str) -> Iterator[Any]:
         for name, inner in vars(config).items():
             if isinstance(inner, transformers.PretrainedConfig):
                 values[name] = {"model_type": inner.model_type, **shrink(inner, leave)}
-        return values
+        return {**values, **OWN.get(config.model_type, {})}
 
     default = cls()
     every = frozenset(SIZES) - LAYERS - {"vocab_size"}
     for leave in itertools.chain([()], DOUBTFUL, [every, frozenset(SIZES) - LAYERS]):
         try:
-            yield cls(**shrink(default, frozenset(leave)))
+            config = cls(**shrink(default, frozenset(leave)))
         except Exception:
             continue
+        config.architectures = config.architectures or []  # some auto classes choose by them
+        yield config
 
 
 def build(auto: str, model_type: str) -> Any:
