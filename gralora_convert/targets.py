@@ -146,7 +146,7 @@ def is_saved(config: Selection, parameter: str) -> str | None:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether `pattern` matches `name` from its start.
+    r"""Whether `pattern` matches `name` from its start.
 
     Raises:
         UnsupportedError: a pattern that is none, or takes too long on this name.
