@@ -1,5 +1,7 @@
 """The level `model`: whole models of any modality, run on inputs made from their config."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,3 +192,59 @@ def test_a_model_that_cannot_be_run_leaves_the_weights_to_decide(tmp_path: Path)
     )
     assert "the model was not run" in outcome.stderr
     assert outcome.stdout.endswith("same function\n")
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
+    "a shape": ({"num_attention_heads": 8}, 1, ("o_proj.weight is (16, 16) on disk, (16, 32)",
+                "num_attention_heads is 8, 4 in the base")),
+    "another function": ({"hidden_act": "gelu"}, 1, ('hidden_act is "gelu", "silu" in the base',)),
+    "no function": ({"hidden_act": "zzz"}, 1, ("transformers cannot load",)),
+    "layers without weights": ({"num_hidden_layers": 3}, 1, ("is not on disk",)),
+    "a head without weights": (
+        {"architectures": ["LlamaForSequenceClassification"]}, 1, ("score.weight is not on disk",),
+    ),
+    "rotations far away": (
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0}}, 1,
+        ("outputs agree", 'rope_type is "dynamic", "default" in the base'),
+    ),
+    "another type": ({"model_type": "mistral"}, 1, ('model_type is "mistral", "llama"',)),
+    "no known type": ({"model_type": "zzz"}, 1, ("does not recognize",)),
+    "an unread class": ({"architectures": ["UnheardOf"]}, 0, ("ran as the base's Llama",)),
+    "a smaller class": ({"architectures": ["LlamaModel"]}, 0, ("ran as the base's Llama",)),
+    "a token": ({"eos_token_id": 5}, 0, ("eos_token_id is 5, 2 in the base; the outputs agree",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config_that_says_otherwise_is_named(kind: str, tmp_path: Path) -> None:
+    """A merged model that transformers cannot load, or fills at random, is not the same."""
+    changes, status, words = CONFIGS[kind]
+    architecture = ARCHITECTURES["llama"]
+    base, merged = save_base(architecture, tmp_path / "base"), tmp_path / "merged"
+    train(base, architecture, tmp_path / "adapter")
+    run_ok("merge", tmp_path / "adapter", "--base", base, "-o", merged)
+    arguments = ["verify", tmp_path / "adapter", "--base", base, "--merged", merged]
+    assert run_ok(*arguments).stderr == ""
+    path = merged / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    outcome = run(*arguments)
+    assert outcome.status == status
+    assert "weights: equal" in outcome.stdout
+    for word in words:
+        assert word in outcome.stdout + outcome.stderr
+    assert run(*arguments, "--level", "modules").status == 0
+    model = run(*arguments, "--json").json["model"]
+    assert isinstance(model, dict)
+    assert model["ok"] is (status == 0)
+
+
+def test_an_adapter_beside_the_merged_weights_is_told(tmp_path: Path) -> None:
+    """transformers with PEFT would put it onto them, a second time."""
+    architecture = ARCHITECTURES["llama"]
+    base, merged = save_base(architecture, tmp_path / "base"), tmp_path / "merged"
+    train(base, architecture, tmp_path / "adapter")
+    run_ok("merge", tmp_path / "adapter", "--base", base, "-o", merged)
+    shutil.copytree(tmp_path / "adapter", merged, dirs_exist_ok=True)
+    outcome = run("verify", tmp_path / "adapter", "--base", base, "--merged", merged)
+    assert outcome.status == 1
+    assert "holds an adapter_config.json" in outcome.stderr
