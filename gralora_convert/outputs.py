@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from gralora_convert.forward import GraloraLinear, attach
 from gralora_convert.modalities import Inputs, inputs_for
 from gralora_convert.products import rows
 from gralora_convert.rounding import admissible, magnitude_rows
-from gralora_convert.settings import Setting, different_settings, other_type, written_settings
+from gralora_convert.settings import Setting, different_settings, written_settings
 from gralora_convert.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelComparison", "compare_models"]
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
+SPARE_PARAMETERS = 1 << 24  # of a new head, or a part that was never trained
 CHUNK_ELEMENTS = 1 << 20  # of a weight that are looked at together
 # A right merge takes the other number at fewer places than a draw does, which does at every second
 # possible one. So its response is no larger in the mean square, and 8 times as large at most once
@@ -58,7 +59,7 @@ class ModelComparison:
     `kl` is the mean KL divergence of the merged model's distribution from the adapter's, in nats,
     `kl_of_adapter` that of the base's, for scale; both None for outputs that are no logits.
     `yardstick` is the largest change of outputs from one right merge to another, drawn at random.
-    `failure` is why the merged model could not be run at all, though the base could.
+    `failure` is why the merged model could not be run as the base was.
     `settings` is what the merged `config.json` says otherwise than the base's.
     """
 
@@ -117,7 +118,7 @@ class ModelComparison:
 
     def as_text(self) -> str:
         if self.failure:
-            return f"model: the base runs, the merged model does NOT: {self.failure}"
+            return f"model: the merged folder is NOT a model like the base: {self.failure}"
         verdict = "agree" if self.agrees else "do NOT agree"
         text = (
             f"model: outputs {verdict} on {self.tokens} positions, from {', '.join(self.inputs)}; "
@@ -149,6 +150,10 @@ def compare_models(
     """
     if not merged.path.is_dir() or not merged.config:
         return None, ("the model was not run: the merged checkpoint has no config.json",)
+    types = base.model_type, merged.model_type
+    if None not in types and types[0] != types[1]:
+        failure = f"its config.json has model_type {types[1]!r}, that of the base {types[0]!r}"
+        return _failed(failure, written_settings(base, merged), (), slack, torch.float32), ()
     free, needed = available_memory(), _memory(merged, torch.float32)
     if needed > free:
         return None, (
@@ -169,6 +174,20 @@ def compare_models(
             else:
                 return found, _class_notes(merged, base, name)
     return None, (f"the model was not run: {reasons[0]}",)
+
+
+def _failed(
+    failure: str,
+    settings: tuple[Setting, ...],
+    inputs: tuple[str, ...],
+    slack: float,
+    dtype: torch.dtype,
+) -> ModelComparison:
+    """The verdict on a merged model that cannot be run as the base can."""
+    far = float("inf")
+    return ModelComparison(
+        far, 0.0, 0.0, far, 0.0, None, None, None, 0, inputs, slack, dtype, settings, failure
+    )
 
 
 def _class_of(checkpoint: Checkpoint) -> str:
@@ -260,8 +279,7 @@ class _Runner:
         inputs, failure = tuple(first.inputs), ""
         try:
             loaded = self._load(self.merged)
-            found = different_settings(first.config, loaded.model.config.to_dict())
-            settings = (*other_type(self.base, self.merged), *found)
+            settings = different_settings(first.config, loaded.model.config.to_dict())
             failure = loaded.undecided(first.undecided)
             second = _outputs(loaded.model, first.inputs)
         except _CannotRunError as failed:
@@ -272,11 +290,7 @@ class _Runner:
         if not failure and first.adapter.shape != second.shape:
             failure = f"its outputs are {_size(second)}, {_size(first.adapter)} were needed"
         if failure:
-            far = float("inf")
-            return ModelComparison(
-                far, 0.0, 0.0, far, 0.0, None, None, None, 0, inputs, slack, self.dtype, settings,
-                failure,
-            )  # fmt: skip
+            return _failed(failure, settings, inputs, slack, self.dtype)
         is_logits = second.shape[-1] > 1
         has_scale = is_logits and first.base.shape == second.shape
         same = first.adapter.argmax(-1) == second.argmax(-1)
@@ -357,7 +371,8 @@ class _Runner:
         if isinstance(labels, Mapping) and source is not self.merged:
             options["num_labels"] = len(labels)
         try:
-            transformers.AutoConfig.from_pretrained(source.folder, **trust)
+            config = transformers.AutoConfig.from_pretrained(source.folder, **trust)
+            _require_size(source, cls, config)
             torch.manual_seed(0)  # a head that the source lacks is drawn at random, then replaced
             model, info = cls.from_pretrained(
                 source.folder, dtype=self.dtype, ignore_mismatched_sizes=True,
@@ -371,6 +386,23 @@ class _Runner:
             name: (tuple(disk), tuple(live)) for name, disk, live in info["mismatched_keys"]
         }
         return _Loaded(model.to(self.device).eval(), frozenset(info["missing_keys"]), mismatched)
+
+
+def _require_size(source: Checkpoint, cls: Any, config: object) -> None:
+    """Refuses a config that describes far more parameters than are there: transformers would make
+    room for all of them."""
+    try:
+        with torch.device("meta"):
+            model = cls(config) if hasattr(cls, "config_class") else cls.from_config(config)
+    except foreign_errors():
+        return  # loading says more
+    described = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(spec.numel for spec in source.tensors.values())
+    if described > 2 * held + SPARE_PARAMETERS:
+        raise _CannotRunError(
+            f"the config.json of {source.source} describes {described:,} parameters, "
+            f"{held:,} are on disk"
+        )
 
 
 @dataclass(frozen=True, slots=True)

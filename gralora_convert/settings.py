@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.errors import printable
 
-__all__ = ["Setting", "different_settings", "other_type", "written_settings"]
+__all__ = ["Setting", "different_settings", "written_settings"]
 
 # Names and labels, what a merge may change, and what the tensors on disk decide.
 _FREE = frozenset({
@@ -16,7 +16,7 @@ _FREE = frozenset({
     "tie_word_embeddings", "torch_dtype", "transformers_version", "vocab_size",
 })  # fmt: skip
 # Rotations, windows and chunks: what they do to far positions, near ones need not show.
-_FAR = re.compile(r"rope|rotary|sliding|window|chunk|\blayer_types|^model_type")
+_FAR = re.compile(r"rope|rotary|sliding|window|chunk|\blayer_types")
 _SHOWN = 60  # characters of a value
 
 
@@ -55,12 +55,6 @@ def different_settings(
         for name in dict.fromkeys((*one, *other))
         if one.get(name) != other.get(name)
     )
-
-
-def other_type(base: Checkpoint, merged: Checkpoint) -> tuple[Setting, ...]:
-    """`model_type`, by which the Auto classes choose: models that run as one class hide it."""
-    types = (base.model_type, merged.model_type)
-    return () if None in types or types[0] == types[1] else (Setting("model_type", *types),)
 
 
 def written_settings(base: Checkpoint, merged: Checkpoint) -> tuple[Setting, ...]:

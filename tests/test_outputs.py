@@ -199,6 +199,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
                 "num_attention_heads is 8, 4 in the base")),
     "another function": ({"hidden_act": "gelu"}, 1, ('hidden_act is "gelu", "silu" in the base',)),
     "no function": ({"hidden_act": "zzz"}, 1, ("transformers cannot load",)),
+    "too much": ({"hidden_size": 1 << 20}, 1, ("describes", "are on disk")),
     "layers without weights": ({"num_hidden_layers": 3}, 1, ("is not on disk",)),
     "a head without weights": (
         {"architectures": ["LlamaForSequenceClassification"]}, 1, ("score.weight is not on disk",),
@@ -207,8 +208,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
         {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0}}, 1,
         ("outputs agree", 'rope_type is "dynamic", "default" in the base'),
     ),
-    "another type": ({"model_type": "mistral"}, 1, ('model_type is "mistral", "llama"',)),
-    "no known type": ({"model_type": "zzz"}, 1, ("does not recognize",)),
+    "another type": ({"model_type": "mistral"}, 1, ("model_type 'mistral', that of the base",)),
+    "no known type": ({"model_type": "zzz"}, 1, ("model_type 'zzz'",)),
     "an unread class": ({"architectures": ["UnheardOf"]}, 0, ("ran as the base's Llama",)),
     "a smaller class": ({"architectures": ["LlamaModel"]}, 0, ("ran as the base's Llama",)),
     "a token": ({"eos_token_id": 5}, 0, ("eos_token_id is 5, 2 in the base; the outputs agree",)),
@@ -236,6 +237,16 @@ def test_a_config_that_says_otherwise_is_named(kind: str, tmp_path: Path) -> Non
     model = run(*arguments, "--json").json["model"]
     assert isinstance(model, dict)
     assert model["ok"] is (status == 0)
+
+
+def test_the_merge_of_another_architecture_is_not_loaded_as_the_base() -> None:
+    """Sizes that a config of another type does not name would be those of a model of billions."""
+    outcome = run(
+        "verify", "fixtures/peft-0.21.2/llama-k4", "--base", "fixtures/bases/llama",
+        "--merged", "fixtures/bases/gpt2",
+    )  # fmt: skip
+    assert outcome.status == 1
+    assert "has model_type 'gpt2', that of the base 'llama'" in outcome.stdout
 
 
 def test_an_adapter_beside_the_merged_weights_is_told(tmp_path: Path) -> None:
