@@ -113,7 +113,8 @@ def _interrupt(*_: object) -> None:
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:
-    return "--json" in arguments or ("--format", "json") in itertools.pairwise(arguments)
+    named = {"--json", "--format=json"}.intersection(arguments)
+    return bool(named) or ("--format", "json") in itertools.pairwise(arguments)
 
 
 def _refuse(error: Exception, *, as_json: bool) -> None:

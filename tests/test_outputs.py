@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from tests.builders import random_delta, write_adapter, write_model
 from tests.command import run, run_ok
 from tests.merges import setting
-from tests.models import ARCHITECTURES, save_base, train
+from tests.models import ARCHITECTURES, load, save_base, train
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -247,6 +248,43 @@ def test_the_merge_of_another_architecture_is_not_loaded_as_the_base() -> None:
     )  # fmt: skip
     assert outcome.status == 1
     assert "has model_type 'gpt2', that of the base 'llama'" in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("task", "auto"),
+    [
+        ("SEQ_CLS", "AutoModelForSequenceClassification"),
+        ("TOKEN_CLS", "AutoModelForTokenClassification"),
+        ("FEATURE_EXTRACTION", "AutoModel"),
+        ("CAUSAL_LM", "AutoModelForCausalLM"),
+    ],
+)
+def test_a_head_that_the_trained_function_does_not_use_may_be_left_out(
+    task: str, auto: str, tmp_path: Path
+) -> None:
+    """As transformers does when it loads a language model as a classifier and saves it."""
+    architecture = replace(ARCHITECTURES["llama"], task_type=task, auto=auto)
+    base, merged = save_base(architecture, tmp_path / "base"), tmp_path / "merged"
+    options = {} if task != "SEQ_CLS" else {"modules_to_save": ["score"]}
+    model = load(base, auto, **({"num_labels": 3} if task.endswith("CLS") else {}))
+    config = GraloraConfig(r=8, alpha=16, target_modules=["q_proj"], task_type=task, **options)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "gralora" in name:
+            parameter.data.normal_(0, 0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(merged)
+    arguments = ["verify", tmp_path / "adapter", "--base", base, "--merged", merged]
+    run_ok(*arguments, "--level", "weights")
+    assert "model: outputs agree" in run_ok(*arguments).stdout
+    path = merged / "model.safetensors"
+    assert ("lm_head.weight" in load_file(path)) is (task == "CAUSAL_LM")
+    tensors = load_file(path)
+    used = "lm_head.weight" if task == "CAUSAL_LM" else next(n for n in tensors if "norm" in n)
+    save_file({n: t for n, t in tensors.items() if n != used}, path, metadata={"format": "pt"})
+    outcome = run(*arguments)
+    assert outcome.status == 1
+    assert "is missing" in outcome.stdout
 
 
 def test_an_adapter_beside_the_merged_weights_is_told(tmp_path: Path) -> None:
