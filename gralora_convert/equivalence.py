@@ -227,7 +227,7 @@ def verify(
     if level == "model":
         comparison, more = compare_models(
             opened, source, result, slack=slack, device=device, text=text,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, edits=placement.edits,
         )  # fmt: skip
         notes += more
         if comparison is not None and comparison.ok:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,8 +143,10 @@ def compare_models(
     device: str = "cpu",
     text: str | None = None,
     trust_remote_code: bool = False,
+    edits: Mapping[str, object] = MappingProxyType({}),
 ) -> tuple[ModelComparison | None, tuple[str, ...]]:
-    """The comparison, or None and a note that says why it was left out.
+    """The comparison, or None and a note that says why it was left out. `edits` are what a right
+    merge changes in the base's config, as the size of its vocabulary.
 
     One model is in memory at a time; in float64 where it fits and the model computes in it, else
     in float32.
@@ -161,11 +164,14 @@ def compare_models(
             f"{free / 1e9:.1f} GB are available; weights and modules were compared",
         )
     wide = device == "cpu" and _memory(merged, torch.float64) <= free
+    vocabulary = _vocabulary(edits)
     reasons: list[str] = []
     # A class of the merged config that has no place for the adapter is no reason not to look.
     for name in dict.fromkeys(_class_of(checkpoint) for checkpoint in (merged, base)):
         for dtype in (torch.float64, torch.float32) if wide else (torch.float32,):
-            runner = _Runner(adapter, base, merged, device, dtype, trust_remote_code, name)
+            runner = _Runner(
+                adapter, base, merged, device, dtype, trust_remote_code, name, vocabulary
+            )
             try:
                 with _quiet():
                     found = runner.compared(text, slack)
@@ -188,6 +194,13 @@ def _failed(
     return ModelComparison(
         far, 0.0, 0.0, far, 0.0, None, None, None, 0, inputs, slack, dtype, settings, failure
     )
+
+
+def _vocabulary(edits: Mapping[str, object]) -> int | None:
+    """The rows of embeddings that the adapter brings, where the base has another number."""
+    inner = (_vocabulary(value) for value in edits.values() if isinstance(value, Mapping))
+    found = edits.get("vocab_size") or next((rows for rows in inner if rows), None)
+    return found if isinstance(found, int) else None
 
 
 def _class_of(checkpoint: Checkpoint) -> str:
@@ -272,6 +285,7 @@ class _Runner:
     dtype: torch.dtype
     trust_remote_code: bool
     class_name: str
+    vocabulary: int | None
 
     def compared(self, text: str | None, slack: float) -> ModelComparison:
         given = None if text is None else _tokenised(self.merged, text, self.trust_remote_code)
@@ -292,7 +306,7 @@ class _Runner:
         if failure:
             return _failed(failure, settings, inputs, slack, self.dtype)
         is_logits = second.shape[-1] > 1
-        has_scale = is_logits and first.base.shape == second.shape
+        has_scale = is_logits and self.vocabulary is None and first.base.shape == second.shape
         same = first.adapter.argmax(-1) == second.argmax(-1)
         return ModelComparison(
             _farthest(first.adapter, second),
@@ -313,6 +327,8 @@ class _Runner:
     def _reference(self, given: Inputs | None) -> _Reference:
         loaded = self._load(self.base)
         model = loaded.model
+        if self.vocabulary is not None:
+            model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
         inputs, plain = _first_that_runs(model, self.merged, given)
         try:
             attached = attach(_holder(model, self.adapter), self.adapter)
@@ -331,8 +347,9 @@ class _Runner:
                 for number, choice in enumerate(choices):
                     choice.take(number, side)
                 others.append(_outputs(model, inputs))
-        own = _class_of(self.base) == self.class_name
-        undecided = loaded.missing if own else frozenset[str]()
+        inside = f"{model.base_model_prefix}."
+        own = _class_of(self.base) == self.class_name or not hasattr(model, inside[:-1])
+        undecided = frozenset(name for name in loaded.missing if own or name.startswith(inside))
         config = model.config.to_dict()
         return _Reference(inputs, plain, outputs, right, tuple(others), config, undecided)
 

@@ -287,6 +287,29 @@ def test_a_head_that_the_trained_function_does_not_use_may_be_left_out(
     assert "is missing" in outcome.stdout
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_larger_vocabulary_is_run_with_its_config(tied: bool, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["llama-tied" if tied else "llama"]
+    base, merged = save_base(architecture, tmp_path / "base"), tmp_path / "merged"
+    model = load(base, architecture.auto)
+    model.resize_token_embeddings(40)
+    adapted = get_peft_model(
+        model, GraloraConfig(r=8, alpha=16, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    for name, parameter in adapted.named_parameters():
+        if "gralora" in name:
+            parameter.data.normal_(0, 0.05)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    adapted.merge_and_unload().save_pretrained(merged)
+    arguments = ["verify", tmp_path / "adapter", "--base", base, "--merged", merged]
+    assert "model: outputs agree" in run_ok(*arguments).stdout
+    path = merged / "config.json"
+    path.write_text(path.read_text().replace('"vocab_size": 40', '"vocab_size": 32'))
+    outcome = run(*arguments)
+    assert outcome.status == 1
+    assert " is (40, 16) on disk, (32, 16) by its config.json" in outcome.stdout
+
+
 def test_an_adapter_beside_the_merged_weights_is_told(tmp_path: Path) -> None:
     """transformers with PEFT would put it onto them, a second time."""
     architecture = ARCHITECTURES["llama"]
