@@ -152,7 +152,9 @@ def compare_models(
     in float32.
     """
     if not merged.path.is_dir() or not merged.config:
-        return None, ("the model was not run: the merged checkpoint has no config.json",)
+        return None, (
+            "the model was not run: the merged checkpoint has no config.json, or an empty one",
+        )
     types = base.model_type, merged.model_type
     if None not in types and types[0] != types[1]:
         failure = f"its config.json has model_type {types[1]!r}, that of the base {types[0]!r}"
@@ -210,9 +212,10 @@ def _class_of(checkpoint: Checkpoint) -> str:
 def _class_notes(merged: Checkpoint, base: Checkpoint, name: str) -> tuple[str, ...]:
     if name == _class_of(merged):
         return ()
+    own = printable(_class_of(merged)) if merged.architectures else "no class"
     return (
-        f"config.json: architectures names {printable(_class_of(merged))}, which could not be run "
-        f"with the adapter; both ran as the base's {printable(_class_of(base))}",
+        f"config.json: architectures names {own}; for the adapter both ran as the base's "
+        f"{printable(name)}",
     )
 
 

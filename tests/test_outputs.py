@@ -212,6 +212,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     "another type": ({"model_type": "mistral"}, 1, ("model_type 'mistral', that of the base",)),
     "no known type": ({"model_type": "zzz"}, 1, ("model_type 'zzz'",)),
     "an unread class": ({"architectures": ["UnheardOf"]}, 0, ("ran as the base's Llama",)),
+    "no class": ({"architectures": None}, 0, ("names no class; for the adapter both ran as",)),
     "a smaller class": ({"architectures": ["LlamaModel"]}, 0, ("ran as the base's Llama",)),
     "a token": ({"eos_token_id": 5}, 0, ("eos_token_id is 5, 2 in the base; the outputs agree",)),
 }  # fmt: skip
