@@ -16,7 +16,7 @@ _FREE = frozenset({
     "tie_word_embeddings", "torch_dtype", "transformers_version", "vocab_size",
 })  # fmt: skip
 # Rotations, windows and chunks: what they do to far positions, near ones need not show.
-_FAR = re.compile(r"rope|rotary|sliding|window|chunk|\blayer_types")
+_FAR = re.compile(r"rope|rotary|sliding|window|attention_chunk|\blayer_types")
 _SHOWN = 60  # characters of a value
 
 
