@@ -254,7 +254,13 @@ def _base_notes(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
 
 
 def _folder_notes(merged: Checkpoint) -> Iterator[str]:
-    """What transformers would do with the merged folder beside reading it."""
+    """What lies in the merged folder that was not compared, and that others may load."""
+    if others := merged.other_weights:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        yield (
+            f"{merged.path} holds {others[0]}{more} beside the weights that were compared; a "
+            "server may load it instead"
+        )
     if merged.path.is_dir() and (merged.path / CONFIG_NAME).exists():
         yield (
             f"{merged.path} holds an {CONFIG_NAME}: where PEFT is installed, transformers puts "

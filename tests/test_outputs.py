@@ -321,3 +321,14 @@ def test_an_adapter_beside_the_merged_weights_is_told(tmp_path: Path) -> None:
     outcome = run("verify", tmp_path / "adapter", "--base", base, "--merged", merged)
     assert outcome.status == 1
     assert "holds an adapter_config.json" in outcome.stderr
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "pytorch_model.bin"])
+def test_other_weights_beside_the_merged_ones_are_told(name: str, tmp_path: Path) -> None:
+    made = setting(tmp_path)
+    merged = made.write(made.right())
+    (merged / name).write_bytes((tmp_path / "base" / "model.safetensors").read_bytes())
+    (merged / "training_args.bin").write_bytes(b"")
+    arguments = ["--base", tmp_path / "base", "--merged", merged, "--level", "weights"]
+    outcome = run_ok("verify", tmp_path / "adapter", *arguments)
+    assert f"holds {name} beside the weights that were compared" in outcome.stderr
