@@ -15,7 +15,7 @@ from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.comparison import PROBES, WRONG
 from gralora_convert.config import CONFIG_NAME
 from gralora_convert.delta import require_device
-from gralora_convert.errors import MisuseError, is_number
+from gralora_convert.errors import MisuseError, is_number, printable
 from gralora_convert.outputs import ModelComparison, compare_models
 from gralora_convert.placement import place
 from gralora_convert.rounding import Survival
@@ -258,8 +258,8 @@ def _folder_notes(merged: Checkpoint) -> Iterator[str]:
     if others := merged.other_weights:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         yield (
-            f"{merged.path} holds {others[0]}{more} beside the weights that were compared; a "
-            "server may load it instead"
+            f"{merged.path} holds {printable(others[0])}{more} beside the weights that were "
+            "compared; a server may load it instead"
         )
     if merged.path.is_dir() and (merged.path / CONFIG_NAME).exists():
         yield (

@@ -34,7 +34,8 @@ class Setting:
         return bool(_FAR.search(self.name))
 
     def __str__(self) -> str:
-        return f"config.json: {self.name} is {_shown(self.merged)}, {_shown(self.base)} in the base"
+        name = printable(self.name)
+        return f"config.json: {name} is {_shown(self.merged)}, {_shown(self.base)} in the base"
 
     def as_json(self) -> dict[str, object]:
         return {"name": self.name, "base": self.base, "merged": self.merged}

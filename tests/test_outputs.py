@@ -211,6 +211,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     ),
     "another type": ({"model_type": "mistral"}, 1, ("model_type 'mistral', that of the base",)),
     "no known type": ({"model_type": "zzz"}, 1, ("model_type 'zzz'",)),
+    "no name": ({"a\n::error::\x1b[31m": 1}, 0, ("is 1, null in the base; the outputs agree",)),
     "an unread class": ({"architectures": ["UnheardOf"]}, 0, ("ran as the base's Llama",)),
     "no class": ({"architectures": None}, 0, ("names no class; for the adapter both ran as",)),
     "a smaller class": ({"architectures": ["LlamaModel"]}, 0, ("ran as the base's Llama",)),
@@ -235,6 +236,8 @@ def test_a_config_that_says_otherwise_is_named(kind: str, tmp_path: Path) -> Non
     assert "weights: equal" in outcome.stdout
     for word in words:
         assert word in outcome.stdout + outcome.stderr
+    assert all(map(str.isprintable, (outcome.stdout + outcome.stderr).splitlines()))
+    assert "\n::error" not in outcome.stdout + outcome.stderr
     assert run(*arguments, "--level", "modules").status == 0
     model = run(*arguments, "--json").json["model"]
     assert isinstance(model, dict)
