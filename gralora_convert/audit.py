@@ -61,6 +61,7 @@ class Audit:
         self.probe, self.device, self.progress = probe, device, progress
         self.untouched = self.changed = 0
         self._names = _names_in(merged, placement, base)
+        self._old_head = _old_head(placement, base)
 
     def rows(self) -> Iterator[Row]:
         """A row for each adapted or replaced tensor, and for each other one that is wrong."""
@@ -188,7 +189,7 @@ class Audit:
     def _kept(self, name: str, spec: TensorSpec) -> Iterator[Row]:
         after = self._find(name)
         if after is None:
-            if not _is_droppable(name, spec, self.base):
+            if name not in self._old_head and not _is_droppable(name, spec, self.base):
                 yield Row(name, _module_of(name), WRONG, "is missing")
             return
         ratio = difference(spec, after, self.progress)
@@ -241,6 +242,26 @@ def _spellings(name: str, prefixes: Iterable[str]) -> list[str]:
     for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
         candidates += [c.removesuffix(old) + new for c in candidates if c.endswith(old)]
     return candidates
+
+
+def _old_head(placement: Placement, base: Checkpoint) -> frozenset[str]:
+    """The base's head, outside its bare model, where the trained function does not use it: the
+    adapter brings another head, or was trained on the bare model. transformers leaves it out."""
+    for prefix in placement.architecture.prefixes:
+        inside = f"{prefix}."
+        outside = frozenset(name for name in base.tensors if not name.startswith(inside))
+        other = any(
+            not replacement.output.startswith(inside) and replacement.output not in base.tensors
+            for replacement in placement.replacements
+        )
+        bare = any(
+            piece.tensor == f"{inside}{target.module}.weight"
+            for target in placement.targets
+            for piece in target.pieces
+        )
+        if len(outside) < len(base.tensors) and (other or bare):
+            return outside
+    return frozenset()
 
 
 def _is_droppable(name: str, spec: TensorSpec, base: Checkpoint) -> bool:

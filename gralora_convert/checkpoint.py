@@ -105,6 +105,17 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
+    def other_weights(self) -> list[str]:
+        """Files of weights beside those that are read: other formats, variants, leftovers."""
+        if not self.path.is_dir():
+            return []
+        names = {entry.name for entry in _listing(self.path)} - {*self.layout, *_NO_WEIGHTS}
+        return sorted(
+            name for name in names
+            if PurePosixPath(name).suffix in _WEIGHT_SUFFIXES and not name.startswith("adapter_")
+        )  # fmt: skip
+
+    @property
     def model_type(self) -> str | None:
         value = self.config.get("model_type")
         return value if isinstance(value, str) else None
@@ -254,7 +265,7 @@ def _no_weights(folder: Path, present: set[str]) -> UnreadableError | Unsupporte
         return UnreadableError(
             "is an adapter, a dense model was needed",
             where=folder,
-            hint="Give the base model's folder.",
+            hint="Name the folder of a whole model.",
         )
     torch_files = [n for n in named(".bin", ".pt", ".pth", ".ckpt") if n not in _NO_WEIGHTS]
     if len(torch_files) > 1 or (torch_files and _SHARD.fullmatch(torch_files[0])):

@@ -113,7 +113,8 @@ def _interrupt(*_: object) -> None:
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:
-    return "--json" in arguments or ("--format", "json") in itertools.pairwise(arguments)
+    named = {"--json", "--format=json"}.intersection(arguments)
+    return bool(named) or ("--format", "json") in itertools.pairwise(arguments)
 
 
 def _refuse(error: Exception, *, as_json: bool) -> None:
@@ -131,7 +132,7 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
         message = printable(getattr(error, "strerror", "") or error)
         line = f"{where}: {message}" if where else message
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        click.echo(message, err=True)
+        click.echo(error.format_message(), err=True)
     elif as_json:
         fields = {"kind": kind, "message": message, "where": where, "hint": hint}
         with contextlib.suppress(OSError):  # stdout may be what has failed

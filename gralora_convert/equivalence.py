@@ -13,8 +13,9 @@ from gralora_convert.adapter import Adapter
 from gralora_convert.audit import Audit, Row
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.comparison import PROBES, WRONG
+from gralora_convert.config import CONFIG_NAME
 from gralora_convert.delta import require_device
-from gralora_convert.errors import MisuseError, is_number
+from gralora_convert.errors import MisuseError, is_number, printable
 from gralora_convert.outputs import ModelComparison, compare_models
 from gralora_convert.placement import place
 from gralora_convert.rounding import Survival
@@ -127,19 +128,28 @@ class Equivalence:
             )
         if self.model is not None:
             yield self.model.as_text()
+            yield from self._settings(self.model)
             yield from self._contradiction(self.model)
         if self.weights_ok:
             yield from self._survival_lines()
         yield "same function" if self.ok else "NOT the same function"
 
+    def _settings(self, model: ModelComparison) -> Iterator[str]:
+        """What config.json says of the merged model alone, where that may be the reason."""
+        if model.ok:
+            return
+        why = "; inputs as short as these need not show it" if model.agrees else ""
+        for setting in (model.far if model.agrees else model.settings)[:SHOWN]:
+            yield f"{setting}{why}"
+
     def _contradiction(self, model: ModelComparison) -> Iterator[str]:
         """What it means when weights and model disagree."""
-        if self.weights_ok and not model.ok:
+        if self.weights_ok and not model.agrees:
             yield (
                 "the weights are right, but transformers does not compute the same with them: look "
                 "at what config.json, a tied weight or a renamed tensor makes of the merged folder"
             )
-        elif model.ok and not self.weights_ok:
+        elif model.agrees and not self.weights_ok:
             yield (
                 "the outputs agree within rounding, but the weights decide: what is wrong is too "
                 "small, or too far from these inputs, to show in the outputs"
@@ -212,14 +222,16 @@ def verify(
     with one_arithmetic_thread():
         rows = tuple(audit.rows())
     rows = _with_base_hint(rows, audit.changed, slack)
-    notes = (*_base_notes(opened, source), *_receipt_notes(opened, result))
+    notes = (*_base_notes(opened, source), *_receipt_notes(opened, result), *_folder_notes(result))
     comparison = None
     if level == "model":
         comparison, more = compare_models(
             opened, source, result, slack=slack, device=device, text=text,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, edits=placement.edits,
         )  # fmt: skip
         notes += more
+        if comparison is not None and comparison.ok:
+            notes += tuple(f"{setting}; the outputs agree" for setting in comparison.settings)
     return Equivalence(rows, audit.untouched, slack, level, comparison, notes)
 
 
@@ -238,6 +250,21 @@ def _base_notes(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
         yield (
             f"the base {base.source} holds this adapter already: are --base and --merged in each "
             "other's place?"
+        )
+
+
+def _folder_notes(merged: Checkpoint) -> Iterator[str]:
+    """What lies in the merged folder that was not compared, and that others may load."""
+    if others := merged.other_weights:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        yield (
+            f"{merged.path} holds {printable(others[0])}{more} beside the weights that were "
+            "compared; a server may load it instead"
+        )
+    if merged.path.is_dir() and (merged.path / CONFIG_NAME).exists():
+        yield (
+            f"{merged.path} holds an {CONFIG_NAME}: where PEFT is installed, transformers puts "
+            "that adapter onto the merged weights; move it out of the folder"
         )
 
 

@@ -9,10 +9,11 @@ differ, the other one is taken at random, and the outputs' response is the yards
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,12 @@ from gralora_convert.adapter import Adapter
 from gralora_convert.blueprint import foreign_errors
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.delta import terms
-from gralora_convert.errors import ConvertError, MisuseError
+from gralora_convert.errors import ConvertError, MisuseError, OutOfMemoryError, printable
 from gralora_convert.forward import GraloraLinear, attach
 from gralora_convert.modalities import Inputs, inputs_for
 from gralora_convert.products import rows
 from gralora_convert.rounding import admissible, magnitude_rows
+from gralora_convert.settings import Setting, different_settings, written_settings
 from gralora_convert.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelComparison", "compare_models"]
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
+SPARE_PARAMETERS = 1 << 24  # of a new head, or a part that was never trained
 CHUNK_ELEMENTS = 1 << 20  # of a weight that are looked at together
 # A right merge takes the other number at fewer places than a draw does, which does at every second
 # possible one. So its response is no larger in the mean square, and 8 times as large at most once
@@ -57,6 +60,8 @@ class ModelComparison:
     `kl` is the mean KL divergence of the merged model's distribution from the adapter's, in nats,
     `kl_of_adapter` that of the base's, for scale; both None for outputs that are no logits.
     `yardstick` is the largest change of outputs from one right merge to another, drawn at random.
+    `failure` is why the merged model could not be run as the base was.
+    `settings` is what the merged `config.json` says otherwise than the base's.
     """
 
     max_abs_diff: float
@@ -71,6 +76,8 @@ class ModelComparison:
     inputs: tuple[str, ...]
     slack: float
     dtype: torch.dtype
+    settings: tuple[Setting, ...] = ()
+    failure: str = ""
 
     @property
     def ratio(self) -> float:
@@ -79,8 +86,18 @@ class ModelComparison:
         return self.excess / bound if bound else float("inf") if self.excess else 0.0
 
     @property
+    def far(self) -> tuple[Setting, ...]:
+        """The settings that act where these inputs do not reach."""
+        return tuple(setting for setting in self.settings if setting.is_far)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the outputs on these inputs are those of a right merge."""
+        return not self.failure and self.ratio <= self.slack
+
+    @property
     def ok(self) -> bool:
-        return self.ratio <= self.slack
+        return self.agrees and not self.far
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -96,12 +113,16 @@ class ModelComparison:
             "tokens": self.tokens,
             "inputs": list(self.inputs),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "settings": [setting.as_json() for setting in self.settings],
+            **({"failure": self.failure} if self.failure else {}),
         }
 
     def as_text(self) -> str:
+        if self.failure:
+            return f"model: the merged folder is NOT a model like the base: {self.failure}"
+        verdict = "agree" if self.agrees else "do NOT agree"
         text = (
-            f"model: outputs {'agree' if self.ok else 'do NOT agree'} on {self.tokens} positions, "
-            f"from {', '.join(self.inputs)}; "
+            f"model: outputs {verdict} on {self.tokens} positions, from {', '.join(self.inputs)}; "
             f"largest difference {self.max_abs_diff:.3g} of {self.largest:.3g} "
             f"(a right merge: {self.rounding:.3g})"
         )
@@ -122,14 +143,22 @@ def compare_models(
     device: str = "cpu",
     text: str | None = None,
     trust_remote_code: bool = False,
+    edits: Mapping[str, object] = MappingProxyType({}),
 ) -> tuple[ModelComparison | None, tuple[str, ...]]:
-    """The comparison, or None and a note that says why it was left out.
+    """The comparison, or None and a note that says why it was left out. `edits` are what a right
+    merge changes in the base's config, as the size of its vocabulary.
 
     One model is in memory at a time; in float64 where it fits and the model computes in it, else
     in float32.
     """
     if not merged.path.is_dir() or not merged.config:
-        return None, ("the model was not run: the merged checkpoint has no config.json",)
+        return None, (
+            "the model was not run: the merged checkpoint has no config.json, or an empty one",
+        )
+    types = base.model_type, merged.model_type
+    if None not in types and types[0] != types[1]:
+        failure = f"its config.json has model_type {types[1]!r}, that of the base {types[0]!r}"
+        return _failed(failure, written_settings(base, merged), (), slack, torch.float32), ()
     free, needed = available_memory(), _memory(merged, torch.float32)
     if needed > free:
         return None, (
@@ -137,15 +166,57 @@ def compare_models(
             f"{free / 1e9:.1f} GB are available; weights and modules were compared",
         )
     wide = device == "cpu" and _memory(merged, torch.float64) <= free
-    reason = ""
-    for dtype in (torch.float64, torch.float32) if wide else (torch.float32,):
-        runner = _Runner(adapter, base, merged, device, dtype, trust_remote_code)
-        try:
-            with _quiet():
-                return runner.compared(text, slack), ()
-        except _CannotRunError as failed:
-            reason = str(failed)
-    return None, (f"the model was not run: {reason}",)
+    vocabulary = _vocabulary(edits)
+    reasons: list[str] = []
+    # A class of the merged config that has no place for the adapter is no reason not to look.
+    for name in dict.fromkeys(_class_of(checkpoint) for checkpoint in (merged, base)):
+        for dtype in (torch.float64, torch.float32) if wide else (torch.float32,):
+            runner = _Runner(
+                adapter, base, merged, device, dtype, trust_remote_code, name, vocabulary
+            )
+            try:
+                with _quiet():
+                    found = runner.compared(text, slack)
+            except _CannotRunError as failed:
+                reasons.append(str(failed))
+            else:
+                return found, _class_notes(merged, base, name)
+    return None, (f"the model was not run: {reasons[0]}",)
+
+
+def _failed(
+    failure: str,
+    settings: tuple[Setting, ...],
+    inputs: tuple[str, ...],
+    slack: float,
+    dtype: torch.dtype,
+) -> ModelComparison:
+    """The verdict on a merged model that cannot be run as the base can."""
+    far = float("inf")
+    return ModelComparison(
+        far, 0.0, 0.0, far, 0.0, None, None, None, 0, inputs, slack, dtype, settings, failure
+    )
+
+
+def _vocabulary(edits: Mapping[str, object]) -> int | None:
+    """The rows of embeddings that the adapter brings, where the base has another number."""
+    inner = (_vocabulary(value) for value in edits.values() if isinstance(value, Mapping))
+    found = edits.get("vocab_size") or next((rows for rows in inner if rows), None)
+    return found if isinstance(found, int) else None
+
+
+def _class_of(checkpoint: Checkpoint) -> str:
+    return checkpoint.architectures[0] if checkpoint.architectures else "AutoModel"
+
+
+def _class_notes(merged: Checkpoint, base: Checkpoint, name: str) -> tuple[str, ...]:
+    if name == _class_of(merged):
+        return ()
+    own = printable(_class_of(merged)) if merged.architectures else "no class"
+    return (
+        f"config.json: architectures names {own}; for the adapter both ran as the base's "
+        f"{printable(name)}",
+    )
 
 
 def _memory(merged: Checkpoint, dtype: torch.dtype) -> int:
@@ -169,6 +240,26 @@ class _Reference:
     adapter: Tensor
     right: Tensor
     others: tuple[Tensor, ...]
+    config: Mapping[str, object]
+    undecided: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A model, its parameters that are not on disk, and those that have another shape there."""
+
+    model: "PreTrainedModel"
+    missing: frozenset[str]
+    mismatched: Mapping[str, tuple[object, object]]
+
+    def undecided(self, known: frozenset[str]) -> str:
+        """Why the model is not what is on disk; `known` parameters are not on the base's, too."""
+        for name, (found, needed) in sorted(self.mismatched.items()):
+            return f"{name} is {found} on disk, {needed} by its config.json{_more(self.mismatched)}"
+        drawn = sorted(self.missing - known)
+        if drawn:
+            return f"{drawn[0]} is not on disk, so transformers draws it at random{_more(drawn)}"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,19 +275,29 @@ class _Runner:
     device: str
     dtype: torch.dtype
     trust_remote_code: bool
+    class_name: str
+    vocabulary: int | None
 
     def compared(self, text: str | None, slack: float) -> ModelComparison:
         given = None if text is None else _tokenised(self.merged, text, self.trust_remote_code)
         first = self._reference(given)
-        second = _outputs(self._load(self.merged), first.inputs)
-        inputs = tuple(first.inputs)
-        if first.adapter.shape != second.shape:
-            far = float("inf")
-            return ModelComparison(
-                far, 0.0, 0.0, far, 0.0, None, None, None, 0, inputs, slack, self.dtype
-            )
+        inputs, failure = tuple(first.inputs), ""
+        try:
+            loaded = self._load(self.merged)
+            settings = different_settings(first.config, loaded.model.config.to_dict())
+            failure = loaded.undecided(first.undecided)
+            second = _outputs(loaded.model, first.inputs)
+        except _CannotRunError as failed:
+            if OutOfMemoryError.is_meant_by(failed.__cause__ or failed):
+                raise
+            settings, failure = written_settings(self.base, self.merged), failure or str(failed)
+            second = first.adapter
+        if not failure and first.adapter.shape != second.shape:
+            failure = f"its outputs are {_size(second)}, {_size(first.adapter)} were needed"
+        if failure:
+            return _failed(failure, settings, inputs, slack, self.dtype)
         is_logits = second.shape[-1] > 1
-        has_scale = is_logits and first.base.shape == second.shape
+        has_scale = is_logits and self.vocabulary is None and first.base.shape == second.shape
         same = first.adapter.argmax(-1) == second.argmax(-1)
         return ModelComparison(
             _farthest(first.adapter, second),
@@ -211,10 +312,14 @@ class _Runner:
             inputs,
             slack,
             self.dtype,
+            settings,
         )
 
     def _reference(self, given: Inputs | None) -> _Reference:
-        model = self._load(self.base)
+        loaded = self._load(self.base)
+        model = loaded.model
+        if self.vocabulary is not None:
+            model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
         inputs, plain = _first_that_runs(model, self.merged, given)
         try:
             attached = attach(_holder(model, self.adapter), self.adapter)
@@ -233,7 +338,11 @@ class _Runner:
                 for number, choice in enumerate(choices):
                     choice.take(number, side)
                 others.append(_outputs(model, inputs))
-        return _Reference(inputs, plain, outputs, right, tuple(others))
+        inside = f"{model.base_model_prefix}."
+        own = _class_of(self.base) == self.class_name or not hasattr(model, inside[:-1])
+        undecided = frozenset(name for name in loaded.missing if own or name.startswith(inside))
+        config = model.config.to_dict()
+        return _Reference(inputs, plain, outputs, right, tuple(others), config, undecided)
 
     def _choice(self, layer: GraloraLinear, name: str) -> "_Choice":
         """Gives the layer the weight of the nearest right merge; what others may have instead."""
@@ -258,32 +367,50 @@ class _Runner:
         layer.base_layer.register_parameter("weight", nn.Parameter(right, requires_grad=False))
         return _Choice(layer, right.clone() if dtype == self.dtype else right.to(dtype), other)
 
-    def _load(self, source: Checkpoint) -> "PreTrainedModel":
-        """`source` as a model of the class (and labels) of the merged one, in evaluation mode."""
+    def _load(self, source: Checkpoint) -> _Loaded:
+        """`source` as a model of one class (and the labels of the merged one), in evaluation
+        mode."""
         import transformers
 
-        like = self.merged
-        name = like.architectures[0] if like.architectures else "AutoModel"
-        cls = getattr(transformers, name, None) or transformers.AutoModel
+        cls = getattr(transformers, self.class_name, None) or transformers.AutoModel
+        trust = {"trust_remote_code": self.trust_remote_code, "local_files_only": True}
         options: dict[str, object] = {}
-        labels = like.config.get("id2label")
-        if isinstance(labels, Mapping) and source is not like:
+        labels = self.merged.config.get("id2label")
+        if isinstance(labels, Mapping) and source is not self.merged:
             options["num_labels"] = len(labels)
         try:
+            config = transformers.AutoConfig.from_pretrained(source.folder, **trust)
+            _require_size(source, cls, config)
             torch.manual_seed(0)  # a head that the source lacks is drawn at random, then replaced
-            model: PreTrainedModel = cls.from_pretrained(
-                source.folder,
-                dtype=self.dtype,
-                trust_remote_code=self.trust_remote_code,
-                local_files_only=True,
-                ignore_mismatched_sizes=source is not like,
-                **options,
-            )
+            model, info = cls.from_pretrained(
+                source.folder, dtype=self.dtype, ignore_mismatched_sizes=True,
+                output_loading_info=True, **trust, **options,
+            )  # fmt: skip
         except foreign_errors() as error:
             raise _CannotRunError(
                 f"transformers cannot load {source.source}: {_first_line(error)}"
             ) from error
-        return model.to(self.device).eval()
+        mismatched = {
+            name: (tuple(disk), tuple(live)) for name, disk, live in info["mismatched_keys"]
+        }
+        return _Loaded(model.to(self.device).eval(), frozenset(info["missing_keys"]), mismatched)
+
+
+def _require_size(source: Checkpoint, cls: Any, config: object) -> None:
+    """Refuses a config that describes far more parameters than are there: transformers would make
+    room for all of them."""
+    try:
+        with torch.device("meta"):
+            model = cls(config) if hasattr(cls, "config_class") else cls.from_config(config)
+    except foreign_errors():
+        return  # loading says more
+    described = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(spec.numel for spec in source.tensors.values())
+    if described > 2 * held + SPARE_PARAMETERS:
+        raise _CannotRunError(
+            f"the config.json of {source.source} describes {described:,} parameters, "
+            f"{held:,} are on disk"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +438,7 @@ def _farthest(one: Tensor, other: Tensor) -> float:
 def _kl(p: Tensor, q: Tensor) -> float:
     """Mean KL(p || q) over positions, in nats."""
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-    return max(0.0, float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
+    return max(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), 0.0)  # NaN stays
 
 
 def _first_that_runs(
@@ -369,7 +496,16 @@ def _like(value: Tensor, model: "PreTrainedModel") -> Tensor:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    name, line = type(error).__name__, next(iter(str(error).splitlines()), "")
+    return printable(f"{name}: {line}" if isinstance(error, LookupError) else line or name)
+
+
+def _more(names: Collection[object]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _size(outputs: Tensor) -> str:
+    return " x ".join(map(str, outputs.shape))
 
 
 def _tokenised(merged: Checkpoint, text: str, trust_remote_code: bool) -> Inputs:

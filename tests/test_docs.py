@@ -249,3 +249,4 @@ def test_no_command_shows_the_help() -> None:
     outcome = run()
     assert (outcome.status, outcome.stdout) == (2, "")
     assert outcome.stderr.startswith("Usage:")
+    assert len(outcome.stderr.splitlines()) > len(commands.commands)

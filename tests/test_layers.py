@@ -24,7 +24,8 @@ LAYERS = {
         "variants",
     },
     "base": {
-        "architecture", "heads", "pieces", "placement", "quantisation", "ties", "values",
+        "architecture", "heads", "pieces", "placement", "quantisation", "settings", "ties",
+        "values",
     },
     "output": {"assembly", "layout", "tiles"},
     "models": {

@@ -167,3 +167,11 @@ def test_base_and_merged_in_each_others_place(tmp_path: Path) -> None:
                   "--level", "weights")  # fmt: skip
     assert outcome.status == 1
     assert "are --base and --merged in each other's place?" in outcome.stderr
+
+
+@pytest.mark.parametrize("asked", [["--json"], ["--format", "json"], ["--format=json"]])
+def test_a_refusal_is_a_document_however_json_is_asked_for(asked: list[str]) -> None:
+    outcome = run("validate", "nowhere/at/all", *asked)
+    assert (outcome.status, outcome.stderr) == (2, "")
+    assert isinstance(outcome.json["error"], dict)
+    assert set(outcome.json["error"]) == {"kind", "message", "where", "hint"}

@@ -1,6 +1,9 @@
 """The level `model`: whole models of any modality, run on inputs made from their config."""
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from transformers import PreTrainedModel
 from tests.builders import random_delta, write_adapter, write_model
 from tests.command import run, run_ok
 from tests.merges import setting
-from tests.models import ARCHITECTURES, save_base, train
+from tests.models import ARCHITECTURES, load, save_base, train
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -190,3 +193,145 @@ def test_a_model_that_cannot_be_run_leaves_the_weights_to_decide(tmp_path: Path)
     )
     assert "the model was not run" in outcome.stderr
     assert outcome.stdout.endswith("same function\n")
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
+    "a shape": ({"num_attention_heads": 8}, 1, ("o_proj.weight is (16, 16) on disk, (16, 32)",
+                "num_attention_heads is 8, 4 in the base")),
+    "another function": ({"hidden_act": "gelu"}, 1, ('hidden_act is "gelu", "silu" in the base',)),
+    "no function": ({"hidden_act": "zzz"}, 1, ("transformers cannot load",)),
+    "too much": ({"hidden_size": 1 << 20}, 1, ("describes", "are on disk")),
+    "layers without weights": ({"num_hidden_layers": 3}, 1, ("is not on disk",)),
+    "a head without weights": (
+        {"architectures": ["LlamaForSequenceClassification"]}, 1, ("score.weight is not on disk",),
+    ),
+    "rotations far away": (
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0}}, 1,
+        ("outputs agree", 'rope_type is "dynamic", "default" in the base'),
+    ),
+    "another type": ({"model_type": "mistral"}, 1, ("model_type 'mistral', that of the base",)),
+    "no known type": ({"model_type": "zzz"}, 1, ("model_type 'zzz'",)),
+    "no name": ({"a\n::error::\x1b[31m": 1}, 0, ("is 1, null in the base; the outputs agree",)),
+    "an unread class": ({"architectures": ["UnheardOf"]}, 0, ("ran as the base's Llama",)),
+    "no class": ({"architectures": None}, 0, ("names no class; for the adapter both ran as",)),
+    "a smaller class": ({"architectures": ["LlamaModel"]}, 0, ("ran as the base's Llama",)),
+    "a token": ({"eos_token_id": 5}, 0, ("eos_token_id is 5, 2 in the base; the outputs agree",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config_that_says_otherwise_is_named(kind: str, tmp_path: Path) -> None:
+    """A merged model that transformers cannot load, or fills at random, is not the same."""
+    changes, status, words = CONFIGS[kind]
+    architecture = ARCHITECTURES["llama"]
+    base, merged = save_base(architecture, tmp_path / "base"), tmp_path / "merged"
+    train(base, architecture, tmp_path / "adapter")
+    run_ok("merge", tmp_path / "adapter", "--base", base, "-o", merged)
+    arguments = ["verify", tmp_path / "adapter", "--base", base, "--merged", merged]
+    assert run_ok(*arguments).stderr == ""
+    path = merged / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    outcome = run(*arguments)
+    assert outcome.status == status
+    assert "weights: equal" in outcome.stdout
+    for word in words:
+        assert word in outcome.stdout + outcome.stderr
+    assert all(map(str.isprintable, (outcome.stdout + outcome.stderr).splitlines()))
+    assert "\n::error" not in outcome.stdout + outcome.stderr
+    assert run(*arguments, "--level", "modules").status == 0
+    model = run(*arguments, "--json").json["model"]
+    assert isinstance(model, dict)
+    assert model["ok"] is (status == 0)
+
+
+def test_the_merge_of_another_architecture_is_not_loaded_as_the_base() -> None:
+    """Sizes that a config of another type does not name would be those of a model of billions."""
+    outcome = run(
+        "verify", "fixtures/peft-0.21.2/llama-k4", "--base", "fixtures/bases/llama",
+        "--merged", "fixtures/bases/gpt2",
+    )  # fmt: skip
+    assert outcome.status == 1
+    assert "has model_type 'gpt2', that of the base 'llama'" in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("task", "auto"),
+    [
+        ("SEQ_CLS", "AutoModelForSequenceClassification"),
+        ("TOKEN_CLS", "AutoModelForTokenClassification"),
+        ("FEATURE_EXTRACTION", "AutoModel"),
+        ("CAUSAL_LM", "AutoModelForCausalLM"),
+    ],
+)
+def test_a_head_that_the_trained_function_does_not_use_may_be_left_out(
+    task: str, auto: str, tmp_path: Path
+) -> None:
+    """As transformers does when it loads a language model as a classifier and saves it."""
+    architecture = replace(ARCHITECTURES["llama"], task_type=task, auto=auto)
+    base, merged = save_base(architecture, tmp_path / "base"), tmp_path / "merged"
+    options = {} if task != "SEQ_CLS" else {"modules_to_save": ["score"]}
+    model = load(base, auto, **({"num_labels": 3} if task.endswith("CLS") else {}))
+    config = GraloraConfig(r=8, alpha=16, target_modules=["q_proj"], task_type=task, **options)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "gralora" in name:
+            parameter.data.normal_(0, 0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(merged)
+    arguments = ["verify", tmp_path / "adapter", "--base", base, "--merged", merged]
+    run_ok(*arguments, "--level", "weights")
+    assert "model: outputs agree" in run_ok(*arguments).stdout
+    path = merged / "model.safetensors"
+    assert ("lm_head.weight" in load_file(path)) is (task == "CAUSAL_LM")
+    tensors = load_file(path)
+    used = "lm_head.weight" if task == "CAUSAL_LM" else next(n for n in tensors if "norm" in n)
+    save_file({n: t for n, t in tensors.items() if n != used}, path, metadata={"format": "pt"})
+    outcome = run(*arguments)
+    assert outcome.status == 1
+    assert "is missing" in outcome.stdout
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_larger_vocabulary_is_run_with_its_config(tied: bool, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["llama-tied" if tied else "llama"]
+    base, merged = save_base(architecture, tmp_path / "base"), tmp_path / "merged"
+    model = load(base, architecture.auto)
+    model.resize_token_embeddings(40)
+    adapted = get_peft_model(
+        model, GraloraConfig(r=8, alpha=16, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    for name, parameter in adapted.named_parameters():
+        if "gralora" in name:
+            parameter.data.normal_(0, 0.05)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    adapted.merge_and_unload().save_pretrained(merged)
+    arguments = ["verify", tmp_path / "adapter", "--base", base, "--merged", merged]
+    assert "model: outputs agree" in run_ok(*arguments).stdout
+    path = merged / "config.json"
+    path.write_text(path.read_text().replace('"vocab_size": 40', '"vocab_size": 32'))
+    outcome = run(*arguments)
+    assert outcome.status == 1
+    assert " is (40, 16) on disk, (32, 16) by its config.json" in outcome.stdout
+
+
+def test_an_adapter_beside_the_merged_weights_is_told(tmp_path: Path) -> None:
+    """transformers with PEFT would put it onto them, a second time."""
+    architecture = ARCHITECTURES["llama"]
+    base, merged = save_base(architecture, tmp_path / "base"), tmp_path / "merged"
+    train(base, architecture, tmp_path / "adapter")
+    run_ok("merge", tmp_path / "adapter", "--base", base, "-o", merged)
+    shutil.copytree(tmp_path / "adapter", merged, dirs_exist_ok=True)
+    outcome = run("verify", tmp_path / "adapter", "--base", base, "--merged", merged)
+    assert outcome.status == 1
+    assert "holds an adapter_config.json" in outcome.stderr
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "pytorch_model.bin"])
+def test_other_weights_beside_the_merged_ones_are_told(name: str, tmp_path: Path) -> None:
+    made = setting(tmp_path)
+    merged = made.write(made.right())
+    (merged / name).write_bytes((tmp_path / "base" / "model.safetensors").read_bytes())
+    (merged / "training_args.bin").write_bytes(b"")
+    arguments = ["--base", tmp_path / "base", "--merged", merged, "--level", "weights"]
+    outcome = run_ok("verify", tmp_path / "adapter", *arguments)
+    assert f"holds {name} beside the weights that were compared" in outcome.stderr
