@@ -26,7 +26,7 @@ from gralora_convert.report import Finding, Report, error, note, warning
 from gralora_convert.rules import way_out
 from gralora_convert.shapes import lora_shapes
 from gralora_convert.specs import TensorFile, TensorFileError, TensorSpec
-from gralora_convert.strictjson import JsonError
+from gralora_convert.strictjson import JsonError, load_json
 from gralora_convert.tensors import read_tensor_file, read_torch
 
 if TYPE_CHECKING:
@@ -109,6 +109,12 @@ class Adapter:
         if not name or not revision or is_there(name) or "@" in name:
             return name
         return f"{name}@{revision}" if parse_name(name) else name
+
+    @property
+    def model_config(self) -> Mapping[str, object]:
+        """The `config.json` that some trainers save beside the adapter; {} when there is none."""
+        path = self.path / "config.json"
+        return load_json(path, allow_non_finite=True) if path.is_file() else {}
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:

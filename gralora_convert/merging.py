@@ -327,11 +327,12 @@ class _Merge:
         notes = [note for p in self.placements for note in p.notes]
         copies = self.base.sidecars()
         for adapter in self.adapters:
+            same_model = adapter.model_config.get("model_type") == self.base.model_type
             beside = {
                 name: path
                 for name, path in sidecars(adapter.path).items()
                 if _ADAPTER_SIDECARS.fullmatch(PurePosixPath(name).name)
-                and (name != "config.json" or self._is_same_model(path))
+                and (name != "config.json" or same_model)
             }
             for name, path in beside.items():
                 if name.endswith("config.json"):  # what is no object, transformers does not load
@@ -349,9 +350,6 @@ class _Merge:
         if len(files) > 1:
             texts["model.safetensors.index.json"] = index_json(files)
         return texts, copies, notes
-
-    def _is_same_model(self, config: Path) -> bool:
-        return load_json(config, allow_non_finite=True).get("model_type") == self.base.model_type
 
     def _config_edits(self, config: Mapping[str, object]) -> dict[str, object]:
         edits: dict[str, object] = {}

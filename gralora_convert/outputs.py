@@ -374,17 +374,18 @@ class _Runner:
 
         cls = getattr(transformers, self.class_name, None) or transformers.AutoModel
         trust = {"trust_remote_code": self.trust_remote_code, "local_files_only": True}
-        options: dict[str, object] = {}
         labels = self.merged.config.get("id2label")
-        if isinstance(labels, Mapping) and source is not self.merged:
-            options["num_labels"] = len(labels)
         try:
             config = transformers.AutoConfig.from_pretrained(source.folder, **trust)
+            if source is not self.merged:
+                config = self._trained(config, trust)
+                if isinstance(labels, Mapping):
+                    config.num_labels = len(labels)
             _require_size(source, cls, config)
             torch.manual_seed(0)  # a head that the source lacks is drawn at random, then replaced
             model, info = cls.from_pretrained(
-                source.folder, dtype=self.dtype, ignore_mismatched_sizes=True,
-                output_loading_info=True, **trust, **options,
+                source.folder, config=config, dtype=self.dtype, ignore_mismatched_sizes=True,
+                output_loading_info=True, **trust,
             )  # fmt: skip
         except foreign_errors() as error:
             raise _CannotRunError(
@@ -394,6 +395,17 @@ class _Runner:
             name: (tuple(disk), tuple(live)) for name, disk, live in info["mismatched_keys"]
         }
         return _Loaded(model.to(self.device).eval(), frozenset(info["missing_keys"]), mismatched)
+
+    def _trained(self, own: Any, trust: Mapping[str, bool]) -> Any:
+        """The config of the trained model: the one beside the adapter, if that is of a model like
+        the base, as in `merge`; with the base's `own` vocabulary, which is what can be loaded."""
+        import transformers
+
+        if self.adapter.model_config.get("model_type", "") != self.base.model_type:
+            return own
+        config = transformers.AutoConfig.from_pretrained(self.adapter.path, **trust)
+        config.get_text_config().vocab_size = own.get_text_config().vocab_size
+        return config
 
 
 def _require_size(source: Checkpoint, cls: Any, config: object) -> None:

@@ -17,7 +17,6 @@ from gralora_convert.pieces import Piece, Placement, Replacement, Target
 from gralora_convert.quantisation import ADVICE, quantisation
 from gralora_convert.report import Finding, Report, error, note, warning
 from gralora_convert.specs import FLOATING, Origin, TensorSpec
-from gralora_convert.strictjson import load_json
 from gralora_convert.targets import rule_of, select
 from gralora_convert.ties import Claims, Settlement, settle
 from gralora_convert.values import Values, bias_missing, is_zero, stored_shape
@@ -67,18 +66,12 @@ def _placement(placer: "_Placer", settlement: Settlement, report: Report) -> Pla
     heads: Callable[[], dict[str, object]] | None = None
     outer: Mapping[str, str] = {}
     if values.head_rows is not None:
-        heads = partial(head_edits, architecture, values.head_rows, _config_beside(placer.adapter))
+        heads = partial(head_edits, architecture, values.head_rows, placer.adapter.model_config)
         outer = architecture.outer_names()
     return Placement(
         tuple(settlement.targets), tuple(settlement.replacements), edits, architecture, outer,
         heads, tuple(str(finding) for finding in report.findings),
     )  # fmt: skip
-
-
-def _config_beside(adapter: Adapter) -> Mapping[str, object]:
-    """The `config.json` that some trainers save beside the adapter; {} when there is none."""
-    path = adapter.path / "config.json"
-    return load_json(path, allow_non_finite=True) if path.is_file() else {}
 
 
 class _Placer:
