@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-__all__ = ["Blueprint", "TieFlag", "foreign_errors"]
+__all__ = ["Blueprint", "TieFlag", "bare_shapes", "foreign_errors"]
 
 
 def foreign_errors() -> tuple[type[Exception], ...]:
@@ -356,6 +356,21 @@ def _models(
         except foreign_errors():
             continue
         yield model
+
+
+def bare_shapes(config: Mapping[str, object]) -> Mapping[str, tuple[int, ...]] | None:
+    """The parameters of the bare model that a config describes, with their shapes; None when
+    transformers cannot build it."""
+    import transformers
+
+    with _quiet():
+        try:
+            made = transformers.AutoConfig.for_model(**config)
+            with torch.device("meta"):
+                model = transformers.AutoModel.from_config(made)
+        except foreign_errors():
+            return None
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _config_path(root: "PretrainedConfig", wanted: object) -> tuple[str, ...] | None:

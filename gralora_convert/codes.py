@@ -166,6 +166,9 @@ SECTIONS: Mapping[str, Mapping[str, Meaning]] = {
         "modules-to-save-shape": Meaning(E, "A saved tensor does not fit the base.", _OTHER_BASE),
         "modules-to-save-unmatched": Meaning(N, "An entry names nothing in the base or the file.",
                                              "Nothing; PEFT adds some by task."),
+        "config-other-model": Meaning(E, "The `config.json` beside the adapter describes other "
+                                      "tensors than the base has.",
+                                      "Another base, or save resized embeddings, too."),
         "head-incomplete": Meaning(E, "Parts of a new head were never saved and are lost.",
                                    "Train again with the head in `modules_to_save`."),
         "embeddings-saved": Meaning(N, "Whole embeddings are in the adapter.", "Nothing."),

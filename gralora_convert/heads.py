@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from gralora_convert.architecture import AUTO_CLASSES, Architecture
 
-__all__ = ["head_edits", "tie_edits", "vocabulary_edits"]
+__all__ = ["head_edits", "tie_edits", "updated", "vocabulary_edits"]
 
 Json = Mapping[str, object]
+_LABELS = ("id2label", "label2id")  # replaced as a whole, never added to
 _NAMES = {
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
@@ -53,6 +54,18 @@ def _labels(configs: Sequence[Json], rows: int) -> dict[str, object]:
             return {"id2label": dict(names), "label2id": dict(numbers)}
     names = {str(i): f"LABEL_{i}" for i in range(rows)}
     return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+
+
+def updated(config: Mapping[str, object], edits: Mapping[str, object]) -> dict[str, object]:
+    """`config` with the edits; an edit that is an object goes into the object of that name."""
+    result = dict(config)
+    for key, value in edits.items():
+        inner = result.get(key)
+        if isinstance(inner, Mapping) and isinstance(value, Mapping) and key not in _LABELS:
+            result[key] = updated(inner, value)
+        else:
+            result[key] = value
+    return result
 
 
 def vocabulary_edits(config: Json, before: int, now: int) -> dict[str, object]:

@@ -17,6 +17,7 @@ from gralora_convert.cards import CARD_NAME, merged_card
 from gralora_convert.checkpoint import Checkpoint, sidecars
 from gralora_convert.delta import Gralora, Lora, permute_rows, to_device
 from gralora_convert.errors import CheckFailedError, MisuseError, is_number
+from gralora_convert.heads import updated
 from gralora_convert.layout import lay_out
 from gralora_convert.pieces import Placement, Replacement
 from gralora_convert.placement import place
@@ -36,7 +37,6 @@ from gralora_convert.version import __version__
 
 __all__ = ["merge", "summary"]
 
-_LABELS = ("id2label", "label2id")  # replaced as a whole, never added to
 # What a trainer may save beside an adapter and what then describes the merged model better.
 _ADAPTER_SIDECARS = re.compile(
     r"(config|generation_config|(\w+_)?(pre)?processor_config|special_tokens_map|added_tokens"
@@ -343,7 +343,7 @@ class _Merge:
         texts = {CARD_NAME: merged_card(self.base, self.adapters)}
         if "config.json" in copies:
             config = load_json(copies["config.json"], allow_non_finite=True)
-            edited = _updated(config, self._config_edits(config))
+            edited = updated(config, self._config_edits(config))
             if edited != config:
                 del copies["config.json"]
                 texts["config.json"] = (json.dumps(edited, indent=2) + "\n").encode()
@@ -354,13 +354,13 @@ class _Merge:
     def _config_edits(self, config: Mapping[str, object]) -> dict[str, object]:
         edits: dict[str, object] = {}
         for placement in self.placements:
-            edits = _updated(edits, placement.config_edits())
+            edits = updated(edits, placement.config_edits())
         if self.dtype == "keep":
             return edits
         dtypes = {s.dtype for s in self.base.tensors.values() if s.dtype in FLOATING}
         if dtypes != {written_dtype(self.dtype, "")} and "torch_dtype" not in config:
             edits["dtype"] = self.dtype
-        return _updated(edits, _dtype_edits(config, self.dtype))
+        return updated(edits, _dtype_edits(config, self.dtype))
 
     def _receipt(
         self,
@@ -454,18 +454,6 @@ def _dtype_edits(config: Mapping[str, object], dtype: str) -> dict[str, object]:
         elif isinstance(value, Mapping) and key.endswith("_config"):
             edits |= {key: inner} if (inner := _dtype_edits(value, dtype)) else {}
     return edits
-
-
-def _updated(config: Mapping[str, object], edits: Mapping[str, object]) -> dict[str, object]:
-    """`config` with the edits; an edit that is an object goes into the object of that name."""
-    result = dict(config)
-    for key, value in edits.items():
-        inner = result.get(key)
-        if isinstance(inner, Mapping) and isinstance(value, Mapping) and key not in _LABELS:
-            result[key] = _updated(inner, value)
-        else:
-            result[key] = value
-    return result
 
 
 def summary(receipt: Mapping[str, object], output: str) -> str:

@@ -12,10 +12,11 @@ from gralora_convert.adapter import Adapter
 from gralora_convert.architecture import Architecture, near_misses
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.config import CONFIG_NAME
-from gralora_convert.heads import head_edits, tie_edits, vocabulary_edits
+from gralora_convert.heads import head_edits, tie_edits, updated, vocabulary_edits
 from gralora_convert.pieces import Piece, Placement, Replacement, Target
 from gralora_convert.quantisation import ADVICE, quantisation
 from gralora_convert.report import Finding, Report, error, note, warning
+from gralora_convert.settings import sizes
 from gralora_convert.specs import FLOATING, Origin, TensorSpec
 from gralora_convert.targets import rule_of, select
 from gralora_convert.ties import Claims, Settlement, settle
@@ -97,6 +98,7 @@ class _Placer:
         if self.targets or not self.findings:  # else nothing fits, and the modules say so
             self._check_targets()
             self._check_orientation()
+            self._check_config_beside()
             self.values.check_head()
             self.values.check_biases([target.module for target in self.targets.values()])
         self.findings += self.values.findings
@@ -117,6 +119,24 @@ class _Placer:
                 "base-name-mismatch", CONFIG_NAME,
                 f"was trained on {expected!r}, the base names itself {own!r}",
                 "Is this the model that it was trained on?",
+            ))  # fmt: skip
+
+    def _check_config_beside(self) -> None:
+        """A merge takes the `config.json` beside the adapter: it must describe the same tensors."""
+        own, beside = self.base.config, self.adapter.model_config
+        if not beside or beside.get("model_type") != self.base.model_type:
+            return
+        if self.values.vocabulary is not None:
+            own, beside = (
+                updated(config, vocabulary_edits(config, *self.values.vocabulary))
+                for config in (own, beside)
+            )
+        if sizes(own) != sizes(beside) and (found := self.architecture.misfit(own, beside)):
+            self._say(error(
+                "config-other-model", "config.json",
+                f"beside the adapter describes another model than the base: {found}",
+                "Another base? Was the vocabulary resized, and the embeddings not saved? Or remove "
+                "that file.",
             ))  # fmt: skip
 
     # one module -----------------------------------------------------------------------------------

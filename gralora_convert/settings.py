@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.errors import printable
 
-__all__ = ["Setting", "different_settings", "written_settings"]
+__all__ = ["Setting", "different_settings", "sizes", "written_settings"]
 
 # Names and labels, what a merge may change, and what the tensors on disk decide.
 _FREE = frozenset({
@@ -62,6 +62,21 @@ def written_settings(base: Checkpoint, merged: Checkpoint) -> tuple[Setting, ...
     """What the `config.json` of a model that cannot be loaded says otherwise than its base's."""
     settings = different_settings(base.config, merged.config)
     return tuple(s for s in settings if s.name in base.config or s.merged is not None)
+
+
+def sizes(config: Mapping[str, object]) -> dict[str, object]:
+    """The values of a config that may decide which tensors there are and how large they are: flags,
+    whole numbers and lists, but no tokens.
+
+    >>> sizes({"hidden_size": 8, "eos_token_id": 2, "eps": 0.1, "text": {"bias": True}})
+    {'hidden_size': 8, 'text.bias': True}
+    """
+    flat = [*_flat(config), ("vocab_size", config.get("vocab_size"))]
+    return {
+        name: value
+        for name, value in flat
+        if isinstance(value, int | list) and not re.search(r"_token_ids?$|\buse_cache$", name)
+    }
 
 
 def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -2,6 +2,7 @@
 written. What is merely unusual is carried out."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,35 @@ def test_a_base_whose_name_can_be_none_of_a_file_stops_nothing_that_needs_no_bas
         printed = run_ok(*command)
         assert max(map(len, (printed.stdout + printed.stderr).splitlines())) < 5000
     assert len(refusal("merge", adapter, "-o", tmp_path / "merged")) < 5000
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "found"),
+    [
+        ("vocab_size", 40, "embed_tokens.weight"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers"),
+        ("attention_bias", True, "q_proj.bias"), ("num_key_value_heads", 4, "k_proj.weight"),
+        ("max_position_embeddings", 128, ""), ("eos_token_id", 5, ""), ("rms_norm_eps", 1e-5, ""),
+    ],
+)  # fmt: skip
+def test_a_config_beside_the_adapter_must_describe_the_tensors_that_are_there(
+    setting: str, value: object, found: str, tmp_path: Path
+) -> None:
+    """A merge takes it, so the merged model must be one that transformers loads."""
+    architecture = ARCHITECTURES["llama"]
+    base = save_base(architecture, tmp_path / "base")
+    train(base, architecture, tmp_path / "adapter")
+    shutil.copy(base / "config.json", tmp_path / "adapter/config.json")
+    change(tmp_path / "adapter/config.json", **{setting: value})
+    merging = ["merge", tmp_path / "adapter", "--base", base, "-o", tmp_path / "out"]
+    if not found:
+        run_ok(*merging)
+        assert json.loads((tmp_path / "out/config.json").read_text())[setting] == value
+        load(tmp_path / "out", CAUSAL)
+        return
+    refused = refusal(*merging)
+    assert "[config-other-model]" in refused
+    assert found in refused
 
 
 def test_a_base_config_of_wrong_types_is_no_crash(tmp_path: Path) -> None:
