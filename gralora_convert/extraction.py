@@ -184,7 +184,7 @@ class _Extraction:
         delta, shape = module.delta(self.how.device), self.shape
         fit = self._fit(delta)
         dtype = torch_dtype(self.dtype)
-        made = rounded(fit.delta, dtype)
+        made = rounded(module.name, fit.delta, dtype)
         if self.how.verify:
             require_same(module.name, delta, made, fit.error2, dtype)
         self.lost[module.name] = (fit.error2, fit.norm2)
