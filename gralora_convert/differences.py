@@ -84,41 +84,72 @@ class Differences:
         self.entries: set[str] = set()  # of modules_to_save
         self._left_out: set[str] = set()  # tensors that differ and keep the base's values
         self._has_biases = False
-        missing = sorted(before.tensors.keys() ^ after.tensors.keys())
-        if missing:
-            raise UnsupportedError(
-                f"{len(missing)} tensors are in one checkpoint only, first {missing[0]}",
-                where=after.path,
-                hint="Extract from a model with the same tensors as its base.",
-            )
-        changed = frozenset(
-            n for n, spec in before.tensors.items() if not _same(spec, after.tensors[n])
-        )
         names = Names(Architecture(before, trust_remote_code=trust_remote_code))
-        modules = {names.parameter(name).rpartition(".")[0] for name in before.tensors}
+        old, new = self._paired(before, after, names, trust_remote_code)
+        changed = frozenset(n for n, spec in old.items() if not _same(spec, new[n]))
+        modules = {names.parameter(name).rpartition(".")[0] for name in old}
         self.notes += _unmatched(modules, include, exclude, after)
         held: set[str] = set()
-        for module in names.linear(changed, before.tensors, after.tensors):
+        for module in names.linear(changed, old, new):
             held.update(part.tensor for part in module.parts)
             if _chosen(module.name, include, exclude):
                 self.modules.append(module)
             else:
                 self._leave_out(module.name, *(part.tensor for part in module.parts))
-        others = [name for name in before.tensors if name in changed - (held - names.lost)]
+        others = [name for name in old if name in changed - (held - names.lost)]
         if not self.modules:
             raise MisuseError(
                 "no linear layer differs" + (" that was chosen" if self.notes else ""),
                 where=after.path,
                 hint=f"Is it the fine-tuned one of {before.source}?",
             )
-        self._save(self._holders(others, names, after, exclude), names, before, after)
+        self._save(self._holders(others, names, new, exclude), names, old, new)
+
+    def _paired(
+        self, before: Checkpoint, after: Checkpoint, names: "Names", trust_remote_code: bool
+    ) -> tuple[Tensors, Tensors]:
+        """The tensors of both checkpoints under the names of the first. Where names differ, those
+        are one that are loaded as one; what is not loaded, or a copy that ties make, is no matter.
+
+        Raises:
+            UnsupportedError: one of them has more.
+        """
+        alone = before.tensors.keys() ^ after.tensors.keys()
+        if not alone:
+            return before.tensors, after.tensors
+        others = Names(Architecture(after, trust_remote_code=trust_remote_code))
+        there = {others.parameter(n): n for n in after.tensors if n in alone and others.knows(n)}
+        renamed = {
+            name: there[names.parameter(name)]
+            for name in before.tensors
+            if name in alone and names.knows(name) and names.parameter(name) in there
+        }
+        matched = {*renamed, *renamed.values()}
+        single = [
+            (name, held) for held in (names, others) for name in held.architecture.base.tensors
+            if name in alone and name not in matched
+        ]  # fmt: skip
+        lost = [name for name, held in single if not held.is_spare(name)]
+        if lost:
+            raise UnsupportedError(
+                f"{len(lost)} tensors are in one checkpoint only, first {min(lost)}",
+                where=after.path,
+                hint="Extract from a model with the same tensors as its base.",
+            )
+        spare = sorted({name for name, _ in single})
+        if spare:
+            more = f" and {len(spare) - 1} more" if spare[1:] else ""
+            self.notes.append(f"{spare[0]}{more}: in one checkpoint only, and not needed: left out")
+        kept = before.tensors.keys() - set(spare)
+        old = {name: spec for name, spec in before.tensors.items() if name in kept}
+        return old, {name: after.tensors[renamed.get(name, name)] for name in old}
 
     def _leave_out(self, what: str, *tensors: str) -> None:
         self.notes.append(f"{what} differs and was left out")
         self._left_out.update(tensors)
 
     def _holders(
-        self, others: Sequence[str], names: "Names", after: Checkpoint, exclude: Sequence[str]
+        self, others: Sequence[str], names: "Names", after: Tensors, exclude: Sequence[str]
     ) -> set[str]:
         """The modules that must be saved whole; biases alone are left to the bias mode."""
         holders = set()
@@ -141,15 +172,10 @@ class Differences:
                 holders.add(holder)
         return holders
 
-    def _save(
-        self, holders: Set[str], names: "Names", before: Checkpoint, after: Checkpoint
-    ) -> None:
+    def _save(self, holders: Set[str], names: "Names", before: Tensors, after: Tensors) -> None:
         """Whole tensors: all within a holder for `modules_to_save`, all biases for bias `all`."""
         self.entries = names.entries(holders)
-        values = {
-            name: (before if name in self._left_out else after).tensors[name]
-            for name in after.tensors
-        }
+        values = {name: (before if name in self._left_out else after)[name] for name in after}
         for name, spec in values.items():
             parameters = names.sharing(name)
             if names.is_ignored(name) or not any(_is_within(p, self.entries) for p in parameters):
@@ -160,9 +186,9 @@ class Differences:
                 self.saved[parameter] = spec
                 if not _is_within(parameter, self.entries):
                     self.entries.add(names.holder(name, parameter))
-                if spec.shape != before.tensors[name].shape:
+                if spec.shape != before[name].shape:
                     self.notes.append(
-                        f"{parameter} has shape {spec.shape}, {before.tensors[name].shape} in the "
+                        f"{parameter} has shape {spec.shape}, {before[name].shape} in the "
                         "base: PEFT loads the adapter into a model resized to that"
                     )
         for name, spec in values.items() if self._has_biases else ():
@@ -191,8 +217,8 @@ class Differences:
         )
 
     @staticmethod
-    def _is_norm(name: str, after: Checkpoint) -> bool:
-        weight = after.tensors.get(name.removesuffix("bias") + "weight")
+    def _is_norm(name: str, after: Tensors) -> bool:
+        weight = after.get(name.removesuffix("bias") + "weight")
         return weight is not None and len(weight.shape) == 1
 
 
@@ -247,9 +273,25 @@ class Names:
         found = holders | {m for m in modules if m.endswith(tuple(holders))}
         return {m for m in found if not _is_within(m, found)}
 
+    def knows(self, name: str) -> bool:
+        """Whether a tensor on disk is known to be one parameter in memory."""
+        return name in self._parameters
+
+    def is_spare(self, name: str) -> bool:
+        """Whether the model is the same without a tensor: it is not loaded, or one that is tied to
+        it has its values."""
+        tensors = self.architecture.base.tensors
+        shared = set(self.sharing(name)) if self.knows(name) else set()
+        return self.is_ignored(name) or any(
+            other != name and parameter in shared and _same(tensors[name], tensors[other])
+            for other, parameter in self._parameters.items()
+        )
+
     def is_ignored(self, name: str) -> bool:
-        """Whether transformers knows the model and does not load this tensor."""
+        """Whether the class that the config names is known, and does not load this tensor."""
         if self.blueprint is None or name in self._parameters:
+            return False
+        if type(self.blueprint.model).__name__ not in self.architecture.base.architectures:
             return False
         return self.blueprint.loaded_name(name)[0] not in self.blueprint.state
 

@@ -2,13 +2,14 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import gralora_convert as gc
 from gralora_convert.products import dense
@@ -407,3 +408,75 @@ def test_a_resized_vocabulary_is_told(tmp_path: Path) -> None:
     pair = ["--base", base, "--tuned", tmp_path / "tuned", "--to", "lora", "--r", "16"]
     done = run_ok("extract", *pair, "-o", tmp_path / "adapter")
     assert "lm_head.weight has shape (40, 16), (32, 16) in the base: PEFT loads" in done.stderr
+
+
+def renamed(folder: Path, rename: Callable[[str], str], **more: torch.Tensor) -> Path:
+    """The weights of a model under other names, with further tensors."""
+    path = folder / "model.safetensors"
+    tensors = {rename(name): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors | more, path, metadata={"format": "pt"})
+    return folder
+
+
+MASK = torch.ones(1, 1, 32, 32).tril()
+# an architecture, how the base calls its tensors, and what only the base has
+LAYOUTS: dict[str, tuple[str, Callable[[str], str], dict[str, torch.Tensor]]] = {
+    "gpt2 of the hub": (
+        "gpt2", lambda name: name.removeprefix("transformer."),
+        {f"h.{i}.attn.bias": MASK.clone() for i in range(2)},
+    ),
+    "a buffer of old": (
+        "llama", str, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["linear", "everything"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_layouts_of_one_model_are_compared(name: str, everything: bool, tmp_path: Path) -> None:
+    kind, rename, more = LAYOUTS[name]
+    architecture = ARCHITECTURES[kind]
+    base = save_base(architecture, tmp_path / "base")
+    tune(base, architecture.auto, tmp_path / "tuned", everything=everything)
+    renamed(base, rename, **more)
+    pair = ["--base", base, "--tuned", tmp_path / "tuned", "--to", "gralora", "--r", "16"]
+    done = run_ok("extract", *pair, "-o", tmp_path / "adapter")
+    assert "in one checkpoint only, and not needed: left out" in done.stderr
+    expected = outputs(load(tmp_path / "tuned", architecture.auto))
+    adapted = PeftModel.from_pretrained(load(base, architecture.auto), tmp_path / "adapter")
+    assert close(outputs(adapted), expected) <= 2e-5
+    run_ok("merge", tmp_path / "adapter", "--base", base, "-o", tmp_path / "merged")
+    assert close(outputs(load(tmp_path / "merged", architecture.auto)), expected) <= 2e-5
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_head_may_be_stored_or_not(same: bool, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["llama-tied"]
+    base = save_base(architecture, tmp_path / "base")
+    tuned = tmp_path / "tuned"
+    tune(base, architecture.auto, tuned, everything=True)
+    head = load_file(tuned / "model.safetensors")["model.embed_tokens.weight"] + (not same)
+    renamed(tuned, str, **{"lm_head.weight": head})
+    pair = ["--base", base, "--tuned", tuned, "--to", "gralora", "--r", "16"]
+    done = run("extract", *pair, "-o", tmp_path / "adapter")
+    if not same:
+        assert done.status == 2
+        assert "1 tensors are in one checkpoint only, first lm_head.weight" in done.stderr
+        return
+    assert done.status == 0, done.stderr
+    adapted = PeftModel.from_pretrained(load(base, architecture.auto), tmp_path / "adapter")
+    assert close(outputs(adapted), outputs(load(tuned, architecture.auto))) <= 2e-5
+
+
+def test_a_head_is_not_left_out_where_the_class_is_not_named(tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["llama"]
+    base = save_base(architecture, tmp_path / "base")
+    tune(base, architecture.auto, tmp_path / "tuned", everything=True)
+    for folder in (base, tmp_path / "tuned"):
+        config = json.loads((folder / "config.json").read_text())
+        del config["architectures"]
+        (folder / "config.json").write_text(json.dumps(config))
+    pair = ["--base", base, "--tuned", tmp_path / "tuned", "--to", "gralora", "--r", "16"]
+    refused = run("extract", *pair, "-o", tmp_path / "adapter")
+    assert refused.status == 2
+    assert "lm_head.weight: differs" in refused.stderr
