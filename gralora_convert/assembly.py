@@ -141,13 +141,13 @@ def shape_of(to: Kind, k: int, r: int, hybrid_r: int, alpha: float | None, scali
     return Shape(to, k, r, hybrid_r, scaling)
 
 
-def require_divisible(k: int, module: str, weight: tuple[int, int]) -> None:
+def require_divisible(k: int, module: str, weight: tuple[int, int], or_else: str = "") -> None:
     """Raises `MisuseError` unless k divides both sides of a module's weight."""
     if k < 1 or any(size % k for size in weight):
         raise MisuseError(
             f"k={k} does not divide its {weight[0]} x {weight[1]} weight",
             where=module,
-            hint="Choose a k that divides every adapted layer.",
+            hint=f"Choose a k that divides every adapted layer{or_else}.",
         )
 
 

@@ -126,7 +126,8 @@ def _shape(
 ) -> Shape:
     blocks = blocks_for(to, k, hybrid_r, 2)
     for module in modules:
-        require_divisible(blocks, module.name, module.shape)
+        way = f", leave this one out with --exclude {module.name!r}, or take --to lora"
+        require_divisible(blocks, module.name, module.shape, way)
     if max_error is not None:
         tails = [spectra(m.delta(how.device), blocks, method=how.svd).cpu() for m in modules]
         r = blocks * smallest_rank(tails, max_error)

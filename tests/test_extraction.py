@@ -480,3 +480,17 @@ def test_a_head_is_not_left_out_where_the_class_is_not_named(tmp_path: Path) -> 
     refused = run("extract", *pair, "-o", tmp_path / "adapter")
     assert refused.status == 2
     assert "lm_head.weight: differs" in refused.stderr
+
+
+def test_a_layer_that_k_does_not_divide_is_named_with_the_ways_out(tmp_path: Path) -> None:
+    shapes = {**SHAPES, "score": (3, 24)}
+    before = write_base(tmp_path / "base", shapes)
+    names = {f"{name}.weight" for name in shapes}
+    after = {name: tensor + (name in names) for name, tensor in before.items()}
+    write_model(tmp_path / "tuned", after)
+    pair = ["--base", tmp_path / "base", "--tuned", tmp_path / "tuned", "--to", "gralora"]
+    refused = run("extract", *pair, "-o", tmp_path / "adapter")
+    assert refused.status == 2
+    assert "score: k=2 does not divide its 3 x 24 weight" in refused.stderr
+    assert "--exclude 'score', or take --to lora" in refused.stderr
+    run_ok("extract", *pair, "--exclude", "score", "-o", tmp_path / "adapter")
