@@ -25,7 +25,7 @@ from gralora_convert.places import Places
 from gralora_convert.report import Finding, Report, error, note, warning
 from gralora_convert.rules import way_out
 from gralora_convert.shapes import lora_shapes
-from gralora_convert.specs import TensorFile, TensorFileError, TensorSpec
+from gralora_convert.specs import FLOATING, TensorFile, TensorFileError, TensorSpec
 from gralora_convert.strictjson import JsonError, load_json
 from gralora_convert.tensors import read_tensor_file, read_torch
 
@@ -182,6 +182,8 @@ class Adapter:
         def read(role: Role) -> torch.Tensor:
             spec = self.roles[module][role]
             tensor = read_torch(spec)
+            if spec.dtype not in FLOATING:  # 8 bits, of which torch does not say what is finite
+                tensor = tensor.float()
             if not is_finite(tensor):
                 raise InvalidAdapterError(
                     f"{spec.name}: holds NaN or infinity", where=self.file.path,

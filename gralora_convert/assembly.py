@@ -141,13 +141,13 @@ def shape_of(to: Kind, k: int, r: int, hybrid_r: int, alpha: float | None, scali
     return Shape(to, k, r, hybrid_r, scaling)
 
 
-def require_divisible(k: int, module: str, weight: tuple[int, int]) -> None:
+def require_divisible(k: int, module: str, weight: tuple[int, int], or_else: str = "") -> None:
     """Raises `MisuseError` unless k divides both sides of a module's weight."""
     if k < 1 or any(size % k for size in weight):
         raise MisuseError(
             f"k={k} does not divide its {weight[0]} x {weight[1]} weight",
             where=module,
-            hint="Choose a k that divides every adapted layer.",
+            hint=f"Choose a k that divides every adapted layer{or_else}.",
         )
 
 
@@ -220,11 +220,26 @@ class Workshop:
             cell.set_exception(problem)
 
 
-def rounded(delta: Gralora | Lora, dtype: torch.dtype) -> Gralora | Lora:
-    """The factors in the dtype that is written, on the CPU."""
+def rounded(module: str, delta: Gralora | Lora, dtype: torch.dtype) -> Gralora | Lora:
+    """The factors in the dtype that is written, on the CPU.
+
+    Raises:
+        CheckFailedError: they lose more than rounding may: float16 ends at 65504, and below 6e-5
+            it has few digits left.
+    """
 
     def stored(factor: torch.Tensor) -> torch.Tensor:
-        return factor.to("cpu", dtype)
+        made = factor.to("cpu", dtype)
+        if dtype == torch.float16 and factor.dtype != dtype:
+            held = factor.to("cpu").double()
+            lost = float((made.double() - held).norm())
+            if not lost <= torch.finfo(dtype).eps * float(held.norm()):
+                raise CheckFailedError(
+                    "float16 cannot hold its factors: values up to "
+                    f"{float(held.abs().max()):.3g} would lose more than by rounding",
+                    where=module, hint="Give --dtype float32 or bfloat16.",
+                )  # fmt: skip
+        return made
 
     if isinstance(delta, Lora):
         return replace(delta, A=stored(delta.A), B=stored(delta.B))

@@ -63,7 +63,7 @@ from gralora_convert.keys import key_of
 from gralora_convert.plan import Computed, OutputFile, Part, Plan
 from gralora_convert.serving import serving_notes
 from gralora_convert.source import Source
-from gralora_convert.specs import written_dtype
+from gralora_convert.specs import FLOATING, written_dtype
 from gralora_convert.tensors import bytes_of, torch_dtype
 from gralora_convert.version import __version__
 from gralora_convert.workers import one_arithmetic_thread
@@ -292,14 +292,22 @@ class _Conversion:
         delta = self.source.delta(module)
         fit = self._fit(module, delta)
         dtype = torch_dtype(self._dtype_of(module))
-        made = rounded(fit.delta, dtype)
+        made = rounded(module, fit.delta, dtype)
         if self.verify:
             require_same(module, delta, made, fit.error2, dtype)
         self.lost[module] = (fit.error2, fit.norm2)
         return made
 
     def _dtype_of(self, module: str) -> str:
-        return written_dtype(self.dtype, self.adapter.roles[module]["A"].dtype)
+        """The dtype of a module's factors; where theirs differ or have 8 bits, one that holds all.
+
+        The magnitude of a DoRA and the bias of a LoRA are none of them."""
+        found = {
+            spec.dtype for role, spec in self.adapter.roles[module].items()
+            if role not in ("magnitude", "lora_bias")
+        }  # fmt: skip
+        kept = found.pop() if len(found) == 1 and found <= FLOATING else "F32"
+        return written_dtype(self.dtype, "F64" if "F64" in found else kept)
 
     def _parts(self, workshop: Workshop, module: str) -> list[Part]:
         weight = self.adapter.shape(module)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import gralora_convert as gc
 from gralora_convert.delta import Gralora, Lora
@@ -19,7 +19,7 @@ from gralora_convert.errors import InexactError, MisuseError
 from gralora_convert.keys import key_of
 from gralora_convert.products import dense
 from tests import oracle
-from tests.builders import random_delta, write_adapter, write_base
+from tests.builders import SHAPES, random_delta, write_adapter, write_base
 from tests.command import run, run_ok
 from tests.models import ARCHITECTURES, Architecture, close, load, outputs, save_base, train
 
@@ -394,3 +394,49 @@ def test_bfloat16_adapters_stay_bfloat16(tmp_path: Path) -> None:
     result = gc.Adapter.open(tmp_path / "lora")
     assert {spec.dtype for spec in result.tensors.values()} == {"BF16"}
     assert torch.equal(dense(result.delta("a")), dense(gc.Adapter.open(adapter).delta("a")))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "written"),
+    [
+        ((torch.bfloat16, torch.float32), "F32"),
+        ((torch.float16, torch.bfloat16), "F32"),
+        ((torch.float32, torch.float64), "F64"),
+        ((torch.float8_e4m3fn, torch.float8_e4m3fn), "F32"),
+        ((torch.float16, torch.float16), "F16"),
+    ],
+    ids=str,
+)
+def test_factors_of_any_dtypes_are_merged_and_kept(
+    dtypes: tuple[torch.dtype, torch.dtype], written: str, tmp_path: Path
+) -> None:
+    deltas = {name: random_delta(*shape, r=8, k=2) for name, shape in SHAPES.items()}
+    adapter = write_adapter(tmp_path / "adapter", deltas)
+    path = adapter / "adapter_model.safetensors"
+    stored = {
+        name: tensor.to(dtypes["gralora_B" in name]) for name, tensor in load_file(path).items()
+    }
+    save_file(stored, path, metadata={"format": "pt"})
+    run_ok("convert", adapter, "--to", "lora", "-o", tmp_path / "lora")
+    result, source = gc.Adapter.open(tmp_path / "lora"), gc.Adapter.open(adapter)
+    assert {spec.dtype for spec in result.tensors.values()} == {written}
+    for name in deltas:
+        assert torch.equal(dense(result.delta(name)), dense(source.delta(name)))
+    write_base(tmp_path / "base")
+    run_ok("merge", adapter, "--base", tmp_path / "base", "-o", tmp_path / "merged")
+    pair = ["--base", tmp_path / "base", "--merged", tmp_path / "merged", "--level", "modules"]
+    run_ok("verify", adapter, *pair)
+
+
+@pytest.mark.parametrize("alpha", [1e8, 1e-4], ids=["too large", "too small"])
+def test_factors_that_float16_cannot_hold_are_refused(alpha: float, tmp_path: Path) -> None:
+    deltas = {"a": random_delta(24, 32, r=8, k=2, alpha=alpha)}
+    adapter = write_adapter(tmp_path / "adapter", deltas)
+    arguments = ["convert", adapter, "--to", "lora", "-o", tmp_path / "lora"]
+    for more in ([], ["--no-verify"]):
+        refused = run(*arguments, "--dtype", "float16", *more)
+        assert refused.status == 2
+        assert "a: float16 cannot hold its factors" in refused.stderr
+        assert "--dtype float32" in refused.stderr
+        assert not (tmp_path / "lora").exists()
+    run_ok(*arguments, "--dtype", "bfloat16")

@@ -29,7 +29,8 @@ LAYERS = {
     },
     "output": {"assembly", "layout", "tiles"},
     "models": {
-        "audit", "blueprint", "comparison", "forward", "modalities", "outputs", "saving", "source",
+        "audit", "blueprint", "comparison", "differences", "forward", "modalities",
+        "outputs", "saving", "source",
     },
     "verbs": {
         "anatomy", "checks", "conversion", "equivalence", "extraction", "inspection", "merging",
