@@ -162,6 +162,12 @@ class Architecture:
             trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
 
+    def build_problem(self, class_name: str) -> str:
+        """Why transformers cannot build a class from the base's config; '' when it can."""
+        from gralora_convert.blueprint import build_problem
+
+        return build_problem(self.base, class_name)
+
     @staticmethod
     def misfit(config: Mapping[str, object], other: Mapping[str, object]) -> str:
         """Where the models that two configs describe differ in a parameter; '' when they do not, or

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-__all__ = ["Blueprint", "TieFlag", "bare_shapes", "foreign_errors"]
+__all__ = ["Blueprint", "TieFlag", "bare_shapes", "build_problem", "foreign_errors"]
 
 
 def foreign_errors() -> tuple[type[Exception], ...]:
@@ -356,6 +356,23 @@ def _models(
         except foreign_errors():
             continue
         yield model
+
+
+def build_problem(base: Checkpoint, class_name: str) -> str:
+    """Why transformers cannot build a class of its own from a model's config; '' when it can."""
+    import transformers
+
+    maker: Any = getattr(transformers, class_name, None)
+    if not isinstance(maker, type) or class_name.startswith("Auto"):
+        return ""
+    with _quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(base.folder, local_files_only=True)
+            with torch.device("meta"):
+                maker(config)
+        except foreign_errors() as error:
+            return (str(error).splitlines() or [type(error).__name__])[0]
+    return ""
 
 
 def bare_shapes(config: Mapping[str, object]) -> Mapping[str, tuple[int, ...]] | None:

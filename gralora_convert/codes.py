@@ -169,6 +169,8 @@ SECTIONS: Mapping[str, Mapping[str, Meaning]] = {
         "config-other-model": Meaning(E, "The `config.json` beside the adapter describes other "
                                       "tensors than the base has.",
                                       "Another base, or save resized embeddings, too."),
+        "head-class-unbuildable": Meaning(E, "transformers cannot build the class of the trained "
+                                          "head from the base's config.", "Mend the config."),
         "head-incomplete": Meaning(E, "Parts of a new head were never saved and are lost.",
                                    "Train again with the head in `modules_to_save`."),
         "embeddings-saved": Meaning(N, "Whole embeddings are in the adapter.", "Nothing."),

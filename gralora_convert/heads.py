@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from gralora_convert.architecture import AUTO_CLASSES, Architecture
 
-__all__ = ["head_edits", "tie_edits", "updated", "vocabulary_edits"]
+__all__ = ["head_class", "head_edits", "tie_edits", "updated", "vocabulary_edits"]
 
 Json = Mapping[str, object]
 _LABELS = ("id2label", "label2id")  # replaced as a whole, never added to
@@ -23,7 +23,7 @@ def head_edits(architecture: Architecture, rows: int, beside: Json) -> dict[str,
     """The class that loads the base with a head of `rows` labels, and the names of the labels:
     those of the config `beside` the adapter or of the base, if one has so many."""
     edits: dict[str, object] = {}
-    name = _head_class(architecture)
+    name = head_class(architecture)
     if name is not None and name not in architecture.base.architectures:
         edits["architectures"] = [name]
     if architecture.task_type != "QUESTION_ANS":  # its two outputs are no labels
@@ -31,7 +31,8 @@ def head_edits(architecture: Architecture, rows: int, beside: Json) -> dict[str,
     return edits
 
 
-def _head_class(architecture: Architecture) -> str | None:
+def head_class(architecture: Architecture) -> str | None:
+    """The class that loads the base with a new head; None when it is not known."""
     base, name = architecture.base, architecture.class_name
     if name is not None and name not in base.architectures:
         return name

@@ -12,7 +12,7 @@ from gralora_convert.adapter import Adapter
 from gralora_convert.architecture import Architecture, near_misses
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.config import CONFIG_NAME
-from gralora_convert.heads import head_edits, tie_edits, updated, vocabulary_edits
+from gralora_convert.heads import head_class, head_edits, tie_edits, updated, vocabulary_edits
 from gralora_convert.pieces import Piece, Placement, Replacement, Target
 from gralora_convert.quantisation import ADVICE, quantisation
 from gralora_convert.report import Finding, Report, error, note, warning
@@ -100,6 +100,7 @@ class _Placer:
             self._check_orientation()
             self._check_config_beside()
             self.values.check_head()
+            self._check_head_class()
             self.values.check_biases([target.module for target in self.targets.values()])
         self.findings += self.values.findings
         claims = Claims(self.targets, self.values.trained, self.values.frozen, self.values.biases)
@@ -119,6 +120,17 @@ class _Placer:
                 "base-name-mismatch", CONFIG_NAME,
                 f"was trained on {expected!r}, the base names itself {own!r}",
                 "Is this the model that it was trained on?",
+            ))  # fmt: skip
+
+    def _check_head_class(self) -> None:
+        """The class of the merged model reads settings that the base's own may not read."""
+        if self.values.head_rows is None or not (name := head_class(self.architecture)):
+            return
+        if name not in self.base.architectures and (why := self.architecture.build_problem(name)):
+            self._say(error(
+                "head-class-unbuildable", "config.json",
+                f"of the base does not make the {name} that the adapter's head needs: {why}",
+                "Mend that setting, or give another base.",
             ))  # fmt: skip
 
     def _check_config_beside(self) -> None:

@@ -207,7 +207,7 @@ def test_the_workflow_runs_a_command_that_exists(copy: Path) -> None:
         str(copy / "fixtures/peft-0.21.2/llama-k4"),
         str(copy / "fixtures/peft-0.21.2/lora"),
     ]
-    found = run_ok(*command.replace("adapters/*", shlex.join(adapters)).split()[1:])
+    found = run_ok(*command.replace("adapters/*/", shlex.join(adapters)).split()[1:])
     assert "::error" not in found.stdout
 
 

@@ -245,6 +245,16 @@ def test_a_head_that_does_not_fit_its_class_is_refused(
     assert words in refusal("merge", tmp_path / "adapter", "--base", base, "-o", tmp_path / "out")
 
 
+def test_a_head_whose_class_the_config_does_not_make_is_refused(tmp_path: Path) -> None:
+    """The base's own class never reads this setting; the merged model would not load."""
+    base = save_base(ARCHITECTURES["bert-classifier"], tmp_path / "base")
+    train(base, ARCHITECTURES["bert-classifier"], tmp_path / "adapter", steps=1)
+    change(base / "config.json", classifier_dropout=7.0)
+    refused = refusal("merge", tmp_path / "adapter", "--base", base, "-o", tmp_path / "out")
+    assert "[head-class-unbuildable]" in refused
+    assert "dropout probability" in refused
+
+
 # single files ----------------------------------------------------------------------------------
 
 
