@@ -5,6 +5,7 @@ the original authors' fields after SqueezeBits/GraLoRA (peft 0.11.2.dev0).
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from gralora_convert.rules import (
     unsupported_features,
 )
 from gralora_convert.strictjson import JsonError, load_json
-from gralora_convert.targets import matches
+from gralora_convert.targets import Patterns
 
 __all__ = [
     "CONFIG_NAME",
@@ -247,7 +248,7 @@ class LoraConfig(_Configured):
         Raises:
             UnsupportedError: a pattern takes too long on this name.
         """
-        return _by_pattern(self.rank_pattern, module, self.r)
+        return self._by_pattern(self.rank_pattern, module, self.r)
 
     def scaling(self, module: str) -> float:
         """The scaling of one module: alpha / r, or alpha / sqrt(r) with `use_rslora`.
@@ -255,8 +256,22 @@ class LoraConfig(_Configured):
         Raises:
             UnsupportedError: a pattern takes too long on this name.
         """
-        rank, alpha = self.rank(module), _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        rank, alpha = (
+            self.rank(module),
+            self._by_pattern(self.alpha_pattern, module, self.lora_alpha),
+        )
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @functools.cached_property
+    def _patterns(self) -> Patterns:
+        return Patterns()
+
+    def _by_pattern(self, pattern: Mapping[str, V], module: str, default: V) -> V:
+        found = (v for key, v in pattern.items() if self._fits(rf"(.*\.)?({key})$", module))
+        return next(found, default)
+
+    def _fits(self, pattern: str, module: str) -> bool:
+        return self._patterns.match(pattern, module) is not None
 
     def diagonal(self, module: str) -> tuple[int, int]:
         """Blocks on the diagonals of A and of B, of which BD-LoRA stores nothing else; 1 for a
@@ -279,11 +294,6 @@ class LoraConfig(_Configured):
     def unsupported_features(self) -> tuple[str, ...]:
         """The fields that make an update something else than scaling * B @ A."""
         return tuple(unsupported_features(self.to_dict(), self.field_names()))
-
-
-def _by_pattern(pattern: Mapping[str, V], module: str, default: V) -> V:
-    found = (value for key, value in pattern.items() if matches(rf"(.*\.)?({key})$", module))
-    return next(found, default)
 
 
 @dataclass(frozen=True, slots=True)

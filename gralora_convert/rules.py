@@ -8,7 +8,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
 
+from gralora_convert.errors import UnsupportedError
 from gralora_convert.report import Finding, error, note, warning
+from gralora_convert.targets import require_pattern
 
 __all__ = [
     "NEEDS_BASE",
@@ -29,6 +31,8 @@ PEFT_VERSION = "0.21.2"  # the release whose behaviour this package was measured
 OLDEST = {"GRALORA": (0, 19)}  # the first release that has the method
 LARGEST_FLOAT32 = float.fromhex("0x1.fffffep+127")
 LARGEST = 2**63 - 1  # a size that any tensor can have
+LONGEST_PATTERNS = 1_000_000  # characters of all patterns in one mapping; names do not count
+_PLAIN = re.compile(r"[\w.]*")  # a name of a module, as a pattern matches itself
 _TASKS = (
     "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
 )  # fmt: skip
@@ -162,7 +166,15 @@ def lora_findings(values: Json, where: str) -> Iterator[Finding]:
     yield from alpha_findings("lora_alpha", values.get("lora_alpha"), where)
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = values.get(name)
-        for key, value in pattern.items() if isinstance(pattern, Mapping) else ():
+        if not isinstance(pattern, Mapping):
+            continue
+        if sum(len(str(key)) for key in pattern if not _is_plain(key)) > LONGEST_PATTERNS:
+            yield error(
+                "target-regex-invalid", where,
+                f"{name} holds patterns of more than {LONGEST_PATTERNS} characters",
+            )  # fmt: skip
+            continue
+        for key, value in pattern.items():
             place = f"{name}[{key!r}]"
             rule = _INT if name == "rank_pattern" else _NUMBER
             yield from _type_findings({place: value}, {place: rule}, where)
@@ -170,7 +182,8 @@ def lora_findings(values: Json, where: str) -> Iterator[Finding]:
                 yield from _size_findings(place, value, 1, where)
             else:
                 yield from alpha_findings(place, value, where)
-            yield from _regex_findings(name, rf"(.*\.)?({key})$", where)
+            if not _is_plain(key):
+                yield from _regex_findings(name, rf"(.*\.)?({key})$", where)
     yield from _dropout_findings("lora_dropout", values, where)
     yield from _bias_findings(values.get("bias", "none"), "lora_only", where)
     yield from _target_findings(values, where)
@@ -238,12 +251,16 @@ def _target_findings(values: Json, where: str) -> Iterator[Finding]:
         yield note("target-duplicate", where, "target_modules names a module twice")
 
 
+def _is_plain(key: object) -> bool:
+    return isinstance(key, str) and _PLAIN.fullmatch(key) is not None
+
+
 def _regex_findings(name: str, pattern: str, where: str) -> Iterator[Finding]:
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as problem:
-        found = f"{name} holds {pattern!r}, which is no regular expression: {problem}"
-        yield error("target-regex-invalid", where, found)
+        require_pattern(pattern)
+    except UnsupportedError as problem:
+        found = f"{name} holds what cannot be used: {problem.message}"
+        yield error("target-regex-invalid", where, found, problem.hint)
 
 
 def header_findings(values: Json, where: str) -> Iterator[Finding]:

@@ -138,11 +138,11 @@ class Staging:
     def _require_apart(self, path: Path) -> None:
         """Refuses an output that is an input, lies in one or holds one."""
         for ours in (self.output, self.folder, self._aside):
-            if path.is_relative_to(ours):
+            if _lies_in(path, ours):
                 raise MisuseError(
                     f"would replace the input {path}", where=self.output, hint=_ELSEWHERE
                 )
-        if path.is_dir() and self.output.is_relative_to(path):
+        if path.is_dir() and _lies_in(self.output, path):
             raise MisuseError(f"lies in the input {path}", where=self.output, hint=_ELSEWHERE)
 
     @staticmethod
@@ -337,6 +337,22 @@ def _resolved(output: Path) -> Path:
     if not resolved.name:
         raise MisuseError("is not a folder that can be replaced", where=resolved)
     return resolved
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or below it, also where a mount gives one of them another name."""
+    if path.is_relative_to(folder):
+        return True
+    with contextlib.suppress(OSError):
+        status = folder.stat()
+        return any(_is_same(parent, status) for parent in (path, *path.parents))
+    return False
+
+
+def _is_same(path: Path, status: os.stat_result) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(path.stat(), status)
+    return False
 
 
 def _names_in(folder: Path) -> set[str]:

@@ -4,8 +4,10 @@ After PEFT 0.21.2, tuners/tuners_utils.py, check_target_module_exists, and utils
 match_target_against_key; the default mapping after utils/constants.py (0.21.2).
 """
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from re import _parser  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from gralora_convert.errors import UnsupportedError
@@ -16,11 +18,13 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_TARGETS",
     "RULES",
+    "Patterns",
     "Rule",
     "Selection",
     "default_targets",
     "is_saved",
     "matches",
+    "require_pattern",
     "rule_of",
     "select",
 ]
@@ -56,6 +60,7 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
 }  # fmt: skip
 REGEX_SECONDS = 5.0  # for all names together; a pattern that needs more is an attack or a mistake
 LONGEST_PATTERN = 20_000  # characters; a list of all modules as one alternation stays below
+MOST_STEPS = 100_000  # of a pattern whose counted repetitions are written out; 1 KB of memory each
 # Releases that find the layer number in a name differently; the newest first.
 Rule = Literal["0.21", "0.20", "0.19"]
 RULES: tuple[Rule, ...] = ("0.21", "0.20", "0.19")
@@ -81,7 +86,7 @@ def select(config: Selection, modules: Iterable[str], *, rule: Rule = "0.21") ->
         UnsupportedError: a pattern that is none, or takes too long on these names.
     """
     targets = config.target_modules
-    patterns = _Patterns()
+    patterns = Patterns()
     excluded = [rf"(^|.*\.){name}($|\..*)" for name in config.modules_to_save or ()]
     chosen = [m for m in modules if not any(patterns.match(p, m) for p in excluded)]
     out = getattr(config, "exclude_modules", None)  # LoRA has it, GraLoRA has not
@@ -118,7 +123,7 @@ def _ends_in(names: set[str], module: str) -> bool:
     return any(".".join(words[i:]) in names for i in range(1, len(words)))
 
 
-def _in_layers(config: Selection, module: str, rule: Rule, patterns: "_Patterns") -> bool:
+def _in_layers(config: Selection, module: str, rule: Rule, patterns: "Patterns") -> bool:
     layers = config.layers_to_transform
     if layers is None or layers == []:
         return True
@@ -154,10 +159,54 @@ def matches(pattern: str, name: str) -> bool:
     >>> matches(r"(.*\.)?(q_proj)$", "layers.0.q_proj")
     True
     """
-    return _Patterns().match(pattern, name) is not None
+    return Patterns().match(pattern, name) is not None
 
 
-class _Patterns:
+def require_pattern(pattern: str) -> None:
+    """Raises `UnsupportedError` for what Python's `re`, by which PEFT reads it, takes for no
+    pattern, and for one that would need much memory.
+
+    It is parsed, not compiled: a stranger's pattern can make that take minutes.
+    """
+    if len(pattern) > LONGEST_PATTERN:
+        raise _too_long(pattern)
+    try:
+        steps = _steps(_parser.parse(pattern))
+    except (re.error, RecursionError, OverflowError) as problem:
+        raise _no_pattern(pattern, problem) from problem
+    if steps > MOST_STEPS:
+        raise _too_long(pattern)
+
+
+def _steps(node: object) -> int:
+    """What a parsed pattern asks for, in tests of one character."""
+    if isinstance(node, _parser.SubPattern):
+        return sum(_steps(item) for item in node)
+    match node:
+        case (_, (int(least), int(most), _parser.SubPattern() as body)):  # a repetition
+            times = least if most == _parser.MAXREPEAT else most
+            return max(1, times) * (1 + _steps(body))
+        case (_, (-1, _parser.SubPattern() as body)) if len(set(body.getwidth())) > 1:
+            raise re.error("look-behind requires fixed-width pattern")
+        case tuple() | list():
+            return 1 + sum(_steps(item) for item in node)
+    return 0
+
+
+def _too_long(pattern: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the pattern {pattern[:80]!r} takes too long on the modules' names",
+        hint="Write the modules as a list.",
+    )
+
+
+def _no_pattern(pattern: str, problem: Exception) -> UnsupportedError:
+    return UnsupportedError(
+        f"{pattern[:80]!r} is no regular expression: {problem}", hint="Write the modules as a list."
+    )
+
+
+class Patterns:
     """Regular expressions of a config, with one time limit for all of them together.
 
     The module `regex` reads the same patterns as `re` does and can be stopped.
@@ -172,23 +221,16 @@ class _Patterns:
 
         started = time.monotonic()
         try:
-            if len(pattern) > LONGEST_PATTERN:
-                raise TimeoutError
             compiled = self._compiled.get(pattern)
             if compiled is None:
+                require_pattern(pattern)
                 compiled = self._compiled[pattern] = regex.compile(pattern)
             matcher = compiled.fullmatch if full else compiled.match
             found = matcher(name, timeout=self._left)
         except TimeoutError:
-            raise UnsupportedError(
-                f"the pattern {pattern[:80]!r} takes too long on the modules' names",
-                hint="Write the modules as a list.",
-            ) from None
+            raise _too_long(pattern) from None
         except (regex.error, RecursionError, OverflowError) as problem:
-            raise UnsupportedError(
-                f"{pattern[:80]!r} is no regular expression: {problem}",
-                hint="Write the modules as a list.",
-            ) from problem
+            raise _no_pattern(pattern, problem) from problem
         self._left -= time.monotonic() - started
         if self._left <= 0:
             self._left = 1e-9  # the next one times out

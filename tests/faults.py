@@ -11,14 +11,27 @@ import pytest
 @contextlib.contextmanager
 def mounted(folder: Path, *options: str) -> Iterator[Path]:
     """`folder` as a file system in memory; without the right to mount the test is skipped."""
+    with _mount(folder, "-t", "tmpfs", "-o", ",".join(options) or "defaults", "tmpfs"):
+        yield folder
+
+
+@contextlib.contextmanager
+def bound(source: Path, folder: Path) -> Iterator[Path]:
+    """`folder` as another name of `source`; without the right to mount the test is skipped."""
+    with _mount(folder, "--bind", str(source)):
+        yield folder
+
+
+@contextlib.contextmanager
+def _mount(folder: Path, *arguments: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", ",".join(options) or "defaults", "tmpfs", str(folder)]
+    command = ["mount", *arguments, str(folder)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no right to mount a file system here ({error})")
     try:
-        yield folder
+        yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -486,6 +487,27 @@ def test_everything_that_peft_can_write_about_lora_is_known() -> None:
     peft = pytest.importorskip("peft")
     values = json.loads(json.dumps(peft.LoraConfig(target_modules="q").to_dict(), default=list))
     assert LoraConfig.from_dict(values).unsupported_features() == ()
+
+
+def test_patterns_that_are_slow_to_compile_cost_little() -> None:
+    """Each of them takes Python's `re` a second."""
+    patterns = {f"x{i}" + "(?i:[\x01-\uffff])" * 200: 4 for i in range(40)}
+    started = time.process_time()
+    assert parse_config(changed(LORA, {"rank_pattern": patterns}), CONFIG_NAME).config is not None
+    assert time.process_time() - started < 5
+    patterns |= {f"x{i}" + "(a|b)" * 3000: 4 for i in range(100)}
+    file = parse_config(changed(LORA, {"rank_pattern": patterns}), CONFIG_NAME)
+    require(file, "target-regex-invalid", "error")
+
+
+def test_all_patterns_of_a_config_have_one_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "REGEX_SECONDS", 0.2)
+    slow = {f"x{i}|(.|[a-z])*(.|[a-z])*[XY]": 2 for i in range(100)}
+    config = LoraConfig(rank_pattern=slow, target_modules=["q"])
+    started = time.process_time()
+    with pytest.raises(UnsupportedError, match="takes too long"):
+        config.scaling("a" * 200)
+    assert time.process_time() - started < 2
 
 
 def test_a_pattern_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 from gralora_convert import staging as module
 from gralora_convert.errors import ConvertError, MisuseError, OutputError, UnreadableError
 from gralora_convert.staging import Staging
-from tests.faults import mounted
+from tests.faults import bound, mounted
 
 
 def make(
@@ -241,6 +241,21 @@ def test_an_input_behind_a_link_is_protected(tmp_path: Path) -> None:
     (snapshot / "model.safetensors").symlink_to(tmp_path / "blobs/model.safetensors")
     protected = (snapshot, snapshot / "model.safetensors")
     assert "input" in str(refusal(tmp_path / "blobs", overwrite=True, protected=protected))
+
+
+@pytest.mark.parametrize("name", ["base", "base/out", "base/a/b", ""])
+def test_an_input_that_a_mount_shows_elsewhere_is_protected(name: str, tmp_path: Path) -> None:
+    make(tmp_path / "models/base", MODEL)
+    before = tree(tmp_path / "models")
+    with bound(tmp_path / "models", tmp_path / "elsewhere") as elsewhere:
+        for protected in ("base", "base/model.safetensors"):
+            if protected == "base" or name in ("base", ""):
+                paths = (tmp_path / "models" / protected,)
+                error = refusal(elsewhere / name, overwrite=True, protected=paths)
+                assert isinstance(error, MisuseError)
+        make(elsewhere / "other", NEW, protected=(tmp_path / "models/base",))
+        shutil.rmtree(elsewhere / "other")
+    assert tree(tmp_path / "models") == before
 
 
 def test_an_output_beside_an_input_of_a_similar_name_is_fine(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Which modules a config selects: the same ones that PEFT's own rules select."""
 
+import re
+import resource
 import time
 from typing import Any
 
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gralora_convert.config import GraloraConfig, LoraConfig
-from gralora_convert.errors import UnsupportedError
+from gralora_convert.errors import ConvertError, UnsupportedError
 from gralora_convert.targets import DEFAULT_TARGETS, is_saved, matches, rule_of, select
 
 MODULES = [
@@ -102,6 +104,31 @@ def test_patterns_that_cannot_be_carried_out_are_refused(monkeypatch: pytest.Mon
         matches("(", "a")
 
 
+@pytest.mark.parametrize(
+    "pattern", ["(?:(?:a?){60000}){60000}", "(?:(a)?(b)?){1000000,}", "(?:(?:a?){9}){99999}?"]
+)
+def test_a_pattern_that_would_take_gigabytes_is_refused(pattern: str) -> None:
+    with pytest.raises(UnsupportedError, match="takes too long"):
+        matches(pattern, "model.layers.0.self_attn.q_proj")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20  # KiB
+
+
+@pytest.mark.parametrize("pattern", [r"\p{L}+_proj", "(?R)?a", "(?<=a*)q_proj", "(?V1)q_proj"])
+def test_what_peft_takes_for_no_pattern_is_none_here(pattern: str) -> None:
+    with pytest.raises(re.error):
+        re.compile(pattern)
+    with pytest.raises(UnsupportedError, match="no regular expression"):
+        matches(pattern, "q_proj")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r".*layers\.\d{1,2}\.(mlp|attn)\..{0,64}", "(.*?[a-z]{1,}){2,40}", "(?<=q)_proj|q.*"],
+)
+def test_counts_that_people_write_are_taken(pattern: str) -> None:
+    assert matches(pattern, "q_proj") == (re.match(pattern, "q_proj") is not None)
+
+
 def test_an_absurd_layer_number_is_no_layer() -> None:
     config = GraloraConfig(target_modules=["q"], layers_to_transform=[1])
     names = [f"model.layers.{'9' * 5000}.q", "model.layers.1.q"]
@@ -137,6 +164,6 @@ def test_all_names_together_have_one_time_limit(
     monkeypatch.setattr("gralora_convert.targets.REGEX_SECONDS", 0.2)
     modules = [f"model.layers.{i}." + "a" * 60 for i in range(200)]
     started = time.process_time()
-    with pytest.raises(UnsupportedError, match="takes too long"):
+    with pytest.raises(ConvertError, match="takes too long"):
         select(GraloraConfig(target_modules=pattern), modules)
     assert time.process_time() - started < 2
