@@ -70,10 +70,13 @@ def run() -> None:
     try:
         main()
     except SystemExit as exit_:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # nobody listens, or it is closed
-                stream.flush()
-        os._exit(exit_.code if isinstance(exit_.code, int) else 0)
+        status = exit_.code if isinstance(exit_.code, int) else 0
+    except KeyboardInterrupt:  # another one, at the end
+        status = EXIT_INTERRUPTED
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody listens, or it is closed
+            stream.flush()
+    os._exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,9 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as exit_:
         status = exit_.exit_code
     except (click.Abort, KeyboardInterrupt) as interrupt:
-        show("interrupted: the output is what it was before", err=True)
-        for note in getattr(interrupt.__cause__ or interrupt, "__notes__", ()):
-            show(note, err=True)
+        _tell_interrupted(interrupt.__cause__ or interrupt)
         status = EXIT_INTERRUPTED
     except (BrokenPipeError, SystemExit):  # SystemExit: what click 8 makes of a broken pipe
         status = EXIT_REFUSED
@@ -110,6 +111,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def _tell_interrupted(interrupt: BaseException) -> None:
+    """Says so, whatever comes meanwhile: `timeout` and launchers send their signal twice."""
+    before = [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)]
+    with contextlib.suppress(OSError):
+        show("interrupted: the output is what it was before", err=True)
+        for note in getattr(interrupt, "__notes__", ()):
+            show(note, err=True)
+    signal.signal(signal.SIGTERM, before[0])
+    signal.signal(signal.SIGINT, before[1])
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:

@@ -25,6 +25,10 @@ __all__ = [
 ]
 
 
+_NOT_LOADED = (
+    "failed to map segment", "annot allocate memory", "cannot map zero-fill pages",
+    "cannot create shared object descriptor",
+)  # fmt: skip
 LONGEST = 1000  # characters of one part of a message: a hostile file may hold names of megabytes
 
 
@@ -160,7 +164,9 @@ class OutOfMemoryError(ConvertError):
     @staticmethod
     def is_meant_by(error: BaseException) -> bool:
         """Whether `error` is how Python or torch says so (torch 2.13, c10/core/impl/alloc_cpu.cpp:
-        a plain RuntimeError)."""
+        a plain RuntimeError), or the loader of torch's libraries (glibc 2.36, elf/dl-load.c)."""
+        if isinstance(error, ImportError):
+            return any(words in str(error) for words in _NOT_LOADED)
         return isinstance(error, MemoryError) or (
             isinstance(error, RuntimeError)
             and (

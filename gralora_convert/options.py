@@ -77,6 +77,7 @@ def some_base_option(meaning: str) -> Callable[[Callable[P, T]], Callable[P, T]]
     return click.option("--base", type=PATH, metavar="MODEL", help=meaning)
 
 
+EXIT_UNTOLD = 2  # as for an output that cannot be told of for any other reason
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 PATH = click.Path()  # no check here: it may be a Hub id; a shell completes names of files
 json_option = click.option(
@@ -152,10 +153,15 @@ class Run:
             )
         if not is_speaker:
             return 0
-        if self.as_json:
-            show_json(receipt)
-        else:
-            show(summary(receipt, printable(self.output)))
+        try:
+            if self.as_json:
+                show_json(receipt)
+            else:
+                show(summary(receipt, printable(self.output)))
+        except KeyboardInterrupt:  # nobody may be reading, so nothing more goes there
+            place = printable(self.output)
+            show(f"error: {place}: is complete, but telling so was interrupted.", err=True)
+            return EXIT_UNTOLD
         return 0
 
     def _print_plan(self, plan: "Plan") -> None:

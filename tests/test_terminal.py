@@ -6,10 +6,12 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -201,3 +203,63 @@ def test_no_memory_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = run("inspect", ROOT / LLAMA, "--json")
     assert outcome.status == 2
     assert outcome.json["error"]["kind"] == "memory"  # type: ignore[index]
+
+
+def test_no_memory_for_torch_is_a_refusal(tmp_path: Path) -> None:
+    outcome = subprocess.run(
+        ["bash", "-c", f"ulimit -v 150000; exec {sys.executable} -m gralora_convert merge {LLAMA} "
+         f"--base {BASE} -o {tmp_path}/out"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (outcome.returncode, outcome.stderr.count("\n")) == (2, 1), outcome.stderr
+    assert "not enough memory" in outcome.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_output_that_is_there_is_not_called_what_it_was(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Nobody reads what is printed, and then the run is interrupted."""
+    ours, theirs = os.pipe()
+    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gralora_convert", "merge", "--json",
+         "fixtures/peft-0.21.2/llama-all-linear", "--base", BASE, "-o", tmp_path / "out"],
+        cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(theirs)
+    while process.poll() is None and not (tmp_path / "out").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    os.close(ours)
+    assert (tmp_path / "out/model.safetensors").exists()
+    assert (process.returncode, errors.count("\n")) == (2, 1), errors
+    assert "is complete, but" in errors
+
+
+TWICE = """
+import os, signal, sys
+from gralora_convert import cli, merging
+
+def merge(*adapters, **options):
+    raise KeyboardInterrupt
+
+def show(text, *, err=False):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    print(text, file=sys.stderr)
+
+merging.merge, cli.show = merge, show
+sys.argv = ["gralora-convert", "merge", "adapter", "-o", "out"]
+cli.run()
+"""
+
+
+def test_a_second_interrupt_is_no_other_end() -> None:
+    outcome = subprocess.run(
+        [sys.executable, "-c", TWICE], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert outcome.returncode == 130
+    assert outcome.stderr == "\ninterrupted: the output is what it was before\n"
