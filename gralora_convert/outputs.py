@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gralora_convert.adapter import Adapter
-from gralora_convert.blueprint import foreign_errors
+from gralora_convert.blueprint import foreign_errors, has_absurd_counts
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.delta import terms
 from gralora_convert.errors import ConvertError, MisuseError
@@ -130,6 +130,8 @@ def compare_models(
     """
     if not merged.path.is_dir() or not merged.config:
         return None, ("the model was not run: the merged checkpoint has no config.json",)
+    if has_absurd_counts(merged):
+        return None, ("the model was not run: its config.json counts more layers than it has",)
     free, needed = available_memory(), _memory(merged, torch.float32)
     if needed > free:
         return None, (
