@@ -26,6 +26,7 @@ __all__ = ["Architecture", "near_misses"]
 
 # Blocks of these models are Conv1D throughout, their heads nn.Linear (transformers 5.23).
 _CONV1D_FAMILY = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_MOST_COMPARED = 2_000  # names, for near misses
 _IN_BLOCK = re.compile(r"(.*\.)?h\.\d+\..*")
 _EMBEDDING = re.compile(
     r"(.*\.)?(embed_tokens|\w*embeddings?|embed_in|wte|wpe|shared|tok_embeddings)"
@@ -454,5 +455,8 @@ def near_misses(name: str, names: Sequence[str]) -> str:
     """The names most like `name`, for a message; '' when none is."""
     import difflib
 
+    if len(names) > _MOST_COMPARED:  # that would take seconds for each name
+        leaf = name.rpartition(".")[2]
+        names = [n for n in names if n.rpartition(".")[2] == leaf][:_MOST_COMPARED]
     found = difflib.get_close_matches(name, names, 3, 0.6)
     return f"Near misses: {', '.join(found)}." if found else ""

@@ -9,6 +9,7 @@ values move, every row is followed through the conversion.
 
 import contextlib
 import copy
+import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-__all__ = ["Blueprint", "TieFlag", "bare_shapes", "build_problem", "foreign_errors"]
+__all__ = [
+    "Blueprint", "TieFlag", "bare_shapes", "build_problem", "foreign_errors", "has_absurd_counts",
+]  # fmt: skip
+
+_COUNTED = re.compile(r"n_layer|num_blocks|depths?|(.*_)?layers|(num|n)_(.*_)?experts")
+_MOST_COUNTED = 1000  # of models without weights, of which the tensors say nothing
 
 
 def foreign_errors() -> tuple[type[Exception], ...]:
@@ -330,12 +336,30 @@ def _segments(rows: Sequence[int], starts: Sequence[int], names: Sequence[str]) 
         first = stop
 
 
+def has_absurd_counts(base: Checkpoint) -> bool:
+    """Whether a config counts more layers or experts than its tensors could be of: building them
+    would take hours."""
+    most = max(_MOST_COUNTED, len(base.tensors))
+    entries: list[tuple[str, object]] = list(base.config.items())
+    while entries:
+        name, value = entries.pop()
+        if isinstance(value, dict):
+            entries += value.items()
+        elif isinstance(value, list):
+            entries += [(name, item) for item in value]
+        elif isinstance(value, int) and value > most and _COUNTED.fullmatch(name):
+            return True
+    return False
+
+
 def _models(
     base: Checkpoint, class_names: Sequence[str], trust_remote_code: bool
 ) -> Iterator[torch.nn.Module]:
     """The models of those classes that transformers can build, and of its default class."""
     import transformers
 
+    if has_absurd_counts(base):
+        return
     try:
         config = transformers.AutoConfig.from_pretrained(
             base.folder, trust_remote_code=trust_remote_code, local_files_only=True

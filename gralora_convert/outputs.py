@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gralora_convert.adapter import Adapter
-from gralora_convert.blueprint import foreign_errors
+from gralora_convert.blueprint import foreign_errors, has_absurd_counts
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.delta import terms
 from gralora_convert.errors import ConvertError, MisuseError, OutOfMemoryError, printable
@@ -158,6 +158,13 @@ def compare_models(
     types = base.model_type, merged.model_type
     if None not in types and types[0] != types[1]:
         failure = f"its config.json has model_type {types[1]!r}, that of the base {types[0]!r}"
+        return _failed(failure, written_settings(base, merged), (), slack, torch.float32), ()
+    if has_absurd_counts(base):
+        return None, (
+            "the model was not run: the base's config.json counts more layers than it has",
+        )
+    if has_absurd_counts(merged):
+        failure = "its config.json counts more layers than it has"
         return _failed(failure, written_settings(base, merged), (), slack, torch.float32), ()
     free, needed = available_memory(), _memory(merged, torch.float32)
     if needed > free:

@@ -3,6 +3,7 @@ written. What is merely unusual is carried out."""
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,18 @@ import transformers
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from gralora_convert.adapter import Adapter
+from gralora_convert.architecture import near_misses
+from gralora_convert.blueprint import Blueprint, has_absurd_counts
+from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.delta import Gralora
+from gralora_convert.outputs import compare_models
 from tests.builders import SHAPES, random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok
 from tests.models import ARCHITECTURES, Architecture, close, llama, load, outputs, save_base, train
 from tests.test_architectures import CAUSAL
 
+FIXTURES = Path(__file__).parent.parent / "fixtures"
 DELTAS = {name: random_delta(*shape, r=4) for name, shape in SHAPES.items()}
 
 
@@ -280,3 +287,29 @@ def test_one_of_several_files_takes_nothing_from_beside_it(tmp_path: Path) -> No
     source = tmp_path / "base" / "model.safetensors"
     run_ok("merge", tmp_path / "adapter", "--base", source, "-o", tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer"])
+def test_more_layers_than_tensors_are_not_built(name: str, tmp_path: Path) -> None:
+    """Which transformers would do, layer by layer, for hours."""
+    base = tmp_path / "base"
+    shutil.copytree(FIXTURES / "bases/llama-tied", base)
+    change(base / "config.json", **{name: 10**9})
+    opened = Checkpoint.open(base)
+    started = time.process_time()
+    assert has_absurd_counts(opened)
+    assert Blueprint.build(opened, ("LlamaForCausalLM",), ()) is None
+    model, notes = compare_models(
+        Adapter.open(FIXTURES / "peft-0.21.2/llama-tied-head"), opened, opened
+    )
+    assert model is None
+    assert "more layers" in notes[0]
+    assert time.process_time() - started < 5
+    assert not has_absurd_counts(Checkpoint.open(FIXTURES / "bases/llama-tied"))
+
+
+def test_near_misses_among_many_names_take_no_time() -> None:
+    names = [f"model.layers.{i}.{leaf}" for i in range(50_000) for leaf in ("q_proj", "up", "down")]
+    started = time.process_time()
+    assert "model.layers.1.up" in near_misses("model.layer.1.up", names)
+    assert time.process_time() - started < 2
