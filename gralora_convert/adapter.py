@@ -23,7 +23,7 @@ from gralora_convert.hub import fetch, parse_name
 from gralora_convert.keys import Role
 from gralora_convert.places import Places
 from gralora_convert.report import Finding, Report, error, note, warning
-from gralora_convert.rules import way_out
+from gralora_convert.rules import LARGEST_FLOAT32, way_out
 from gralora_convert.shapes import lora_shapes
 from gralora_convert.specs import FLOATING, TensorFile, TensorFileError, TensorSpec
 from gralora_convert.strictjson import JsonError, load_json
@@ -293,7 +293,7 @@ def _is_adapter(folder: Path) -> bool:
 
 def _largest(factor: "torch.Tensor") -> float:
     """The largest magnitude that a factor holds, or, of float32, could hold."""
-    low, high = factor.aminmax() if factor.itemsize == 8 else (0.0, 3.4028234663852886e38)
+    low, high = factor.aminmax() if factor.itemsize == 8 else (0.0, LARGEST_FLOAT32)
     return max(-float(low), float(high))
 
 

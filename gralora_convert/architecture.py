@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.quantisation import nested
-from gralora_convert.settings import sizes
 from gralora_convert.specs import FLOATING, Origin
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ _IN_BLOCK = re.compile(r"(.*\.)?h\.\d+\..*")
 _EMBEDDING = re.compile(
     r"(.*\.)?(embed_tokens|\w*embeddings?|embed_in|wte|wpe|shared|tok_embeddings)"
 )
-_DEPTH = re.compile(r"(.*\.)?(num_(hidden_|decoder_)?|n_|encoder_|decoder_)layers?")
 _HEADS = ("lm_head", "embed_out", "output")
 _LEGACY = {"weight": "gamma", "bias": "beta"}  # norms of the first BERT checkpoints
 _LINES = re.MULTILINE | re.DOTALL
@@ -169,16 +167,15 @@ class Architecture:
 
         return build_problem(self.base, class_name)
 
-    @staticmethod
-    def misfit(config: Mapping[str, object], other: Mapping[str, object]) -> str:
-        """Where the models that two configs describe differ in a parameter; '' when they do not, or
-        when transformers cannot build one of them."""
-        depth, other_depth = sizes(config), sizes(other)
-        for name in depth.keys() & other_depth.keys():  # before a million layers are built
-            if _DEPTH.fullmatch(name) and depth[name] != other_depth[name]:
-                return f"{name} is {other_depth[name]} by it, {depth[name]} here"
-        from gralora_convert.blueprint import bare_shapes
+    def misfit(self, config: Mapping[str, object], other: Mapping[str, object]) -> str:
+        """Where the models that two configs (the base's, another) describe differ in a parameter;
+        '' when they do not, or when transformers cannot build one of them."""
+        from gralora_convert.blueprint import absurd_count, bare_shapes
 
+        if absurd_count(config, len(self.base.tensors)):
+            return ""
+        if name := absurd_count(other, len(self.base.tensors)):
+            return f"{name} counts more by it than the tensors here could be of"
         one, two = bare_shapes(config), bare_shapes(other)
         for name in dict.fromkeys((*(one or ()), *(two or ()))):
             if one is not None and two is not None and one.get(name) != two.get(name):

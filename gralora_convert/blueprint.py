@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gralora_convert.checkpoint import Checkpoint
+from gralora_convert.errors import printable
 from gralora_convert.hub import config_errors
 from gralora_convert.specs import Origin
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 __all__ = [
-    "Blueprint", "TieFlag", "bare_shapes", "build_problem", "foreign_errors", "has_absurd_counts",
+    "Blueprint", "TieFlag", "absurd_count", "bare_shapes", "build_problem", "first_line",
+    "foreign_errors", "has_absurd_counts", "on_meta",
 ]  # fmt: skip
 
 _COUNTED = re.compile(r"n_layer|num_blocks|depths?|(.*_)?layers|(num|n)_(.*_)?experts")
@@ -42,6 +44,12 @@ def foreign_errors() -> tuple[type[Exception], ...]:
         ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
         RuntimeError, TypeError, ValueError, *config_errors(),
     )  # fmt: skip
+
+
+def first_line(error: BaseException) -> str:
+    """What such an error says, on one printable line."""
+    name, line = type(error).__name__, next(iter(str(error).splitlines()), "")
+    return printable(f"{name}: {line}" if isinstance(error, LookupError) else line or name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,10 +345,15 @@ def _segments(rows: Sequence[int], starts: Sequence[int], names: Sequence[str]) 
 
 
 def has_absurd_counts(base: Checkpoint) -> bool:
-    """Whether a config counts more layers or experts than its tensors could be of: building them
-    would take hours."""
-    most = max(_MOST_COUNTED, len(base.tensors))
-    entries: list[tuple[str, object]] = list(base.config.items())
+    """Whether its config counts more layers or experts than its tensors could be of."""
+    return absurd_count(base.config, len(base.tensors)) != ""
+
+
+def absurd_count(config: Mapping[str, object], tensors: int) -> str:
+    """The setting that counts more layers or experts than so many tensors could be of, '' if none
+    does: building them would take hours."""
+    most = max(_MOST_COUNTED, tensors)
+    entries: list[tuple[str, object]] = list(config.items())
     while entries:
         name, value = entries.pop()
         if isinstance(value, dict):
@@ -348,8 +361,16 @@ def has_absurd_counts(base: Checkpoint) -> bool:
         elif isinstance(value, list):
             entries += [(name, item) for item in value]
         elif isinstance(value, int) and value > most and _COUNTED.fullmatch(name):
-            return True
-    return False
+            return name
+    return ""
+
+
+def on_meta(maker: Any, config: object, **options: object) -> torch.nn.Module:
+    """A model of a class, or by an auto class (with its `options`), on the meta device."""
+    with torch.device("meta"):
+        is_class = hasattr(maker, "config_class")
+        model: torch.nn.Module = maker(config) if is_class else maker.from_config(config, **options)
+        return model
 
 
 def _models(
@@ -372,11 +393,7 @@ def _models(
         if not isinstance(maker, type):
             continue
         try:
-            with torch.device("meta"):
-                if name.startswith("AutoModel"):
-                    model = maker.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[attr-defined]
-                else:
-                    model = maker(config)
+            model = on_meta(maker, config, trust_remote_code=trust_remote_code)
         except foreign_errors():
             continue
         yield model
@@ -389,13 +406,14 @@ def build_problem(base: Checkpoint, class_name: str) -> str:
     maker: Any = getattr(transformers, class_name, None)
     if not isinstance(maker, type) or class_name.startswith("Auto"):
         return ""
+    if name := absurd_count(base.config, len(base.tensors)):
+        return f"{name} counts more than its tensors could be of"
     with _quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(base.folder, local_files_only=True)
-            with torch.device("meta"):
-                maker(config)
+            on_meta(maker, config)
         except foreign_errors() as error:
-            return (str(error).splitlines() or [type(error).__name__])[0]
+            return first_line(error)
     return ""
 
 
@@ -406,9 +424,7 @@ def bare_shapes(config: Mapping[str, object]) -> Mapping[str, tuple[int, ...]] |
 
     with _quiet():
         try:
-            made = transformers.AutoConfig.for_model(**config)
-            with torch.device("meta"):
-                model = transformers.AutoModel.from_config(made)
+            model = on_meta(transformers.AutoModel, transformers.AutoConfig.for_model(**config))
         except foreign_errors():
             return None
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

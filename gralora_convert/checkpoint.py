@@ -109,11 +109,8 @@ class Checkpoint:
         """Files of weights beside those that are read: other formats, variants, leftovers."""
         if not self.path.is_dir():
             return []
-        names = {entry.name for entry in _listing(self.path)} - {*self.layout, *_NO_WEIGHTS}
-        return sorted(
-            name for name in names
-            if PurePosixPath(name).suffix in _WEIGHT_SUFFIXES and not name.startswith("adapter_")
-        )  # fmt: skip
+        names = {entry.name for entry in _listing(self.path)} - self.layout.keys()
+        return sorted(n for n in names if _is_weights(n) and not n.startswith("adapter_"))
 
     @property
     def model_type(self) -> str | None:

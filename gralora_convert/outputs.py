@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gralora_convert.adapter import Adapter
-from gralora_convert.blueprint import foreign_errors, has_absurd_counts
+from gralora_convert.blueprint import first_line, foreign_errors, has_absurd_counts, on_meta
 from gralora_convert.checkpoint import Checkpoint
 from gralora_convert.delta import terms
 from gralora_convert.errors import ConvertError, MisuseError, OutOfMemoryError, printable
@@ -396,7 +396,7 @@ class _Runner:
             )  # fmt: skip
         except foreign_errors() as error:
             raise _CannotRunError(
-                f"transformers cannot load {source.source}: {_first_line(error)}"
+                f"transformers cannot load {source.source}: {first_line(error)}"
             ) from error
         mismatched = {
             name: (tuple(disk), tuple(live)) for name, disk, live in info["mismatched_keys"]
@@ -419,8 +419,7 @@ def _require_size(source: Checkpoint, cls: Any, config: object) -> None:
     """Refuses a config that describes far more parameters than are there: transformers would make
     room for all of them."""
     try:
-        with torch.device("meta"):
-            model = cls(config) if hasattr(cls, "config_class") else cls.from_config(config)
+        model = on_meta(cls, config)
     except foreign_errors():
         return  # loading says more
     described = sum(parameter.numel() for parameter in model.parameters())
@@ -496,7 +495,7 @@ def _outputs(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
             result = model(**{name: _like(value, model) for name, value in inputs.items()})
         except foreign_errors() as error:
             raise _CannotRunError(
-                f"it does not take {', '.join(inputs)} alone: {_first_line(error)}"
+                f"it does not take {', '.join(inputs)} alone: {first_line(error)}"
             ) from error
     values = result.values() if isinstance(result, Mapping) else result
     for name in ("logits", "start_logits", "last_hidden_state"):
@@ -512,11 +511,6 @@ def _outputs(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
 def _like(value: Tensor, model: "PreTrainedModel") -> Tensor:
     """On the model's device, and in its dtype unless it counts or selects."""
     return value.to(model.device, model.dtype if value.is_floating_point() else None)
-
-
-def _first_line(error: BaseException) -> str:
-    name, line = type(error).__name__, next(iter(str(error).splitlines()), "")
-    return printable(f"{name}: {line}" if isinstance(error, LookupError) else line or name)
 
 
 def _more(names: Collection[object]) -> str:
@@ -536,7 +530,7 @@ def _tokenised(merged: Checkpoint, text: str, trust_remote_code: bool) -> Inputs
         )
     except foreign_errors() as error:
         raise MisuseError(
-            f"--text needs a tokenizer, and none can be loaded: {_first_line(error)}",
+            f"--text needs a tokenizer, and none can be loaded: {first_line(error)}",
             where=merged.path,
             hint="Copy the tokenizer's files there, or leave --text out.",
         ) from error

@@ -23,7 +23,6 @@ __all__ = [
     "Selection",
     "default_targets",
     "is_saved",
-    "matches",
     "require_pattern",
     "rule_of",
     "select",
@@ -150,18 +149,6 @@ def is_saved(config: Selection, parameter: str) -> str | None:
     return next((e for e in config.modules_to_save or () if f"{e}." in parameter), None)
 
 
-def matches(pattern: str, name: str) -> bool:
-    r"""Whether `pattern` matches `name` from its start.
-
-    Raises:
-        UnsupportedError: a pattern that is none, or takes too long on this name.
-
-    >>> matches(r"(.*\.)?(q_proj)$", "layers.0.q_proj")
-    True
-    """
-    return Patterns().match(pattern, name) is not None
-
-
 def require_pattern(pattern: str) -> None:
     """Raises `UnsupportedError` for what Python's `re`, by which PEFT reads it, takes for no
     pattern, and for one that would need much memory.
@@ -210,6 +197,9 @@ class Patterns:
     """Regular expressions of a config, with one time limit for all of them together.
 
     The module `regex` reads the same patterns as `re` does and can be stopped.
+
+    >>> Patterns().match(r"(.*\\.)?(q_proj)$", "layers.0.q_proj") is not None
+    True
     """
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gralora_convert.config import GraloraConfig, LoraConfig
 from gralora_convert.errors import ConvertError, UnsupportedError
-from gralora_convert.targets import DEFAULT_TARGETS, is_saved, matches, rule_of, select
+from gralora_convert.targets import DEFAULT_TARGETS, Patterns, is_saved, rule_of, select
 
 MODULES = [
     "q_proj", "lm_head", "score", "model.norm", "h.0.attn.q_proj", "h.11.attn.q_proj",
@@ -34,6 +34,10 @@ patterns = st.none() | st.sampled_from(["", "h", "layers", "block", "decoder.lay
 saved = st.none() | st.lists(
     st.sampled_from(["score", "head", "model", "lm.head", "h"]), max_size=2
 )
+
+
+def matches(pattern: str, name: str) -> bool:
+    return Patterns().match(pattern, name) is not None
 
 
 @given(targets, layers, patterns, saved)
