@@ -207,7 +207,7 @@ def _randomise(adapted: Any) -> None:
 
 
 def _merge(folder: Path) -> tuple[int, str]:
-    from gralora_convert.cli import main as command
+    from gralora_convert.cli.entry import main as command
 
     arguments = ["merge", str(folder / "adapter"), "--base", str(folder / "base"),
                  "-o", str(folder / "out")]  # fmt: skip

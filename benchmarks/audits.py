@@ -24,7 +24,7 @@ import torch
 
 import gralora_convert as gc
 from benchmarks.peft_merges import audit_peft
-from gralora_convert.products import dense
+from gralora_convert.delta.products import dense
 from tests.merges import WRONG, Setting, Tensors, applies, setting, wrong_modules
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from gralora_convert.config import GraloraConfig
-from gralora_convert.keys import key_of
+from gralora_convert.adapters.config import GraloraConfig
+from gralora_convert.adapters.keys import key_of
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32000
 LINEAR = {
@@ -62,7 +62,7 @@ def make_large_tensor(folder: Path, rows: int, columns: int = 4096) -> Path:
     path = folder / "model.safetensors"
     if path.exists():
         return folder
-    from gralora_convert.tensors import encode_header
+    from gralora_convert.disk.tensors import encode_header
 
     folder.mkdir(parents=True, exist_ok=True)
     nbytes = rows * columns * 2

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.measurement import measure
-from gralora_convert.config import GraloraConfig
-from gralora_convert.keys import key_of
-from gralora_convert.tensors import encode_header
+from gralora_convert.adapters.config import GraloraConfig
+from gralora_convert.adapters.keys import key_of
+from gralora_convert.disk.tensors import encode_header
 
 LAYERS, HIDDEN, INTERMEDIATE, KV, VOCABULARY = 110, 16384, 53248, 1024, 128256
 SHARD = 5_000_000_000

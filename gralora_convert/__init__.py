@@ -8,22 +8,22 @@
 Names are imported when they are first used, so that reading and validating never import torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from gralora_convert.doors import opened
 from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
-    from gralora_convert.adapter import Adapter
-    from gralora_convert.checkpoint import Checkpoint
-    from gralora_convert.checks import validate
-    from gralora_convert.config import GraloraConfig, LoraConfig
-    from gralora_convert.conversion import convert
+    from gralora_convert.adapters import Adapter, GraloraConfig, LoraConfig
     from gralora_convert.delta import (
         Delta,
         Dense,
+        Fit,
         Gralora,
         Lora,
+        delta_weight,
+        dense,
+        exact_rank,
         gralora_to_hybrid,
         gralora_to_lora,
         hybrid_to_gralora,
@@ -31,65 +31,18 @@ if TYPE_CHECKING:
         lora_to_hybrid,
         pad,
         pad_lora,
-        with_scaling,
-    )
-    from gralora_convert.equivalence import Equivalence, verify
-    from gralora_convert.errors import ConvertError
-    from gralora_convert.extraction import extract
-    from gralora_convert.factorize import (
-        Fit,
-        exact_rank,
         smallest_rank,
         spectra,
         to_gralora,
         to_hybrid,
         to_lora,
+        with_scaling,
     )
-    from gralora_convert.forward import GraloraLinear, attach
-    from gralora_convert.merging import merge
-    from gralora_convert.plan import Plan
-    from gralora_convert.products import delta_weight, dense
-    from gralora_convert.report import Finding, Report
-
-_HOMES = {
-    "adapter": ("Adapter",),
-    "checkpoint": ("Checkpoint",),
-    "checks": ("validate",),
-    "config": ("GraloraConfig", "LoraConfig"),
-    "conversion": ("convert",),
-    "delta": (
-        "Delta",
-        "Dense",
-        "Gralora",
-        "Lora",
-        "gralora_to_hybrid",
-        "gralora_to_lora",
-        "hybrid_to_gralora",
-        "lora_to_gralora",
-        "lora_to_hybrid",
-        "pad",
-        "pad_lora",
-        "with_scaling",
-    ),
-    "equivalence": ("Equivalence", "verify"),
-    "errors": ("ConvertError",),
-    "extraction": ("extract",),
-    "factorize": (
-        "Fit",
-        "exact_rank",
-        "smallest_rank",
-        "spectra",
-        "to_gralora",
-        "to_hybrid",
-        "to_lora",
-    ),
-    "forward": ("GraloraLinear", "attach"),
-    "merging": ("merge",),
-    "plan": ("Plan",),
-    "products": ("delta_weight", "dense"),
-    "report": ("Finding", "Report"),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+    from gralora_convert.disk import Checkpoint
+    from gralora_convert.errors import ConvertError, Finding, Report
+    from gralora_convert.models import GraloraLinear, attach
+    from gralora_convert.output import Plan
+    from gralora_convert.verbs import Equivalence, convert, extract, merge, validate, verify
 
 __all__ = [
     "Adapter",
@@ -132,11 +85,19 @@ __all__ = [
     "with_scaling",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+__getattr__ = opened(__name__, {
+    "adapters": "Adapter GraloraConfig LoraConfig",
+    "delta": (
+        "Delta Dense Fit Gralora Lora delta_weight dense exact_rank gralora_to_hybrid "
+        "gralora_to_lora hybrid_to_gralora lora_to_gralora lora_to_hybrid pad pad_lora "
+        "smallest_rank spectra to_gralora to_hybrid to_lora with_scaling"
+    ),
+    "disk": "Checkpoint",
+    "errors": "ConvertError Finding Report",
+    "models": "GraloraLinear attach",
+    "output": "Plan",
+    "verbs": "Equivalence convert extract merge validate verify",
+})  # fmt: skip
 
 
 def __dir__() -> list[str]:

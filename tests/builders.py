@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from gralora_convert.config import GraloraConfig
-from gralora_convert.delta import Gralora
-from gralora_convert.keys import key_of
+from gralora_convert.adapters.config import GraloraConfig
+from gralora_convert.adapters.keys import key_of
+from gralora_convert.delta.forms import Gralora
 
 Deltas = Mapping[str, Gralora]
 SHAPES = {"layers.0.up": (32, 24), "layers.0.down": (24, 32), "layers.1.up": (32, 24)}

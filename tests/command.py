@@ -5,7 +5,7 @@ import io
 import json
 from dataclasses import dataclass
 
-from gralora_convert.cli import main
+from gralora_convert.cli.entry import main
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from gralora_convert.delta import Gralora
-from gralora_convert.keys import key_of
-from gralora_convert.products import dense
+from gralora_convert.adapters.keys import key_of
+from gralora_convert.delta.forms import Gralora
+from gralora_convert.delta.products import dense
 from tests.builders import random_delta, write_adapter, write_model
 
 Tensors = dict[str, torch.Tensor]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gralora_convert.codes import page
+from gralora_convert.verbs.codes import page
 
 FINDINGS = Path(__file__).parent.parent / "docs" / "findings.md"
 

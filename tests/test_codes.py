@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gralora_convert import errors
-from gralora_convert.codes import CODES, EXIT_STATUS, REFUSALS, page
+from gralora_convert.errors import ConvertError
+from gralora_convert.verbs.codes import CODES, EXIT_STATUS, REFUSALS, page
 from tests.pages import FINDINGS
 
 PACKAGE = Path(__file__).parent.parent / "gralora_convert"
@@ -18,10 +19,10 @@ CODE = re.compile(r"[a-z]+(-[a-z]+)+")
 def calls() -> list[tuple[str, ast.Call]]:
     """Every call that makes a finding, with its module."""
     found = []
-    for path in sorted(PACKAGE.glob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
-                if node.func.id in MAKERS and path.stem != "report":
+                if node.func.id in MAKERS and path.stem != "errors":
                     found.append((path.stem, node))
     return found
 
@@ -40,7 +41,7 @@ def words_of(modules: set[str]) -> set[str]:
     return {
         node.value
         for module in modules
-        for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text()))
+        for node in ast.walk(ast.parse(next(PACKAGE.rglob(f"{module}.py")).read_text()))
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
         and CODE.fullmatch(node.value)
@@ -55,13 +56,13 @@ def test_every_code_that_is_emitted_has_a_row_with_its_severity() -> None:
 
 def test_every_row_is_emitted() -> None:
     made_from_reasons = {f"config-{reason}" for reason in words_of({"strictjson"}) | {"bom"}}
-    anywhere = words_of({path.stem for path in PACKAGE.glob("*.py")} - {"codes"})
+    anywhere = words_of({path.stem for path in PACKAGE.rglob("*.py")} - {"codes"})
     assert CODES.keys() <= anywhere | made_from_reasons | {"config-unreadable"}
 
 
 def test_codes_that_are_computed_have_rows() -> None:
     """Reasons of JSON and of tensor files, and codes chosen between two."""
-    from gralora_convert.adapter import _REASONS
+    from gralora_convert.adapters.adapter import _REASONS
 
     assert set(_REASONS.values()) | {"weights-unreadable"} <= CODES.keys()
     for reason in ("bom", "not-json", "duplicate-key", "non-finite", "not-object", "unreadable"):
@@ -83,13 +84,13 @@ def test_every_row_says_something() -> None:
         assert row.remedy.endswith((".", "?"))
 
 
-@pytest.mark.parametrize("name", [n for n in errors.__all__ if n != "ConvertError"])
+@pytest.mark.parametrize("name", [c.__name__ for c in ConvertError.__subclasses__()])
 def test_every_refusal_is_documented(name: str) -> None:
     assert getattr(errors, name).kind in REFUSALS
 
 
 def test_the_statuses_are_those_of_the_command_line() -> None:
-    from gralora_convert import cli
+    from gralora_convert.cli import terminal as cli
 
     used = {cli.EXIT_NO, cli.EXIT_REFUSED, cli.EXIT_BUG, cli.EXIT_INTERRUPTED}
     assert EXIT_STATUS.keys() == used | {0}

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,9 +18,9 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 import gralora_convert as gc
-from gralora_convert.cli import commands
+from gralora_convert.cli.commands import commands
 from tests.command import run, run_ok
-from tests.models import ARCHITECTURES, load, save_base, train
+from tests.zoo import ARCHITECTURES, load, save_base, train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -188,14 +189,22 @@ def test_every_guide_is_in_the_readme() -> None:
         assert f"docs/{page.name}" in README or "performance" in page.name
 
 
-def test_the_map_names_every_module() -> None:
+def test_the_map_names_every_room() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    table = text[text.index("| layer |") : text.index("| kind of change |")]
-    named = re.findall(r"`(\w+)`", " ".join(line.split("|")[2] for line in table.splitlines()
-                                            if line.startswith("|")))  # fmt: skip
-    present = {path.stem for path in (ROOT / "gralora_convert").glob("*.py")}
-    assert set(named) == present - {"__init__", "__main__"}
-    assert len(named) == len(set(named))
+    picture = text[text.index("```\nerrors") : text.index("The five rules:")]
+    rooms = {path.parent.name for path in (ROOT / "gralora_convert").glob("*/__init__.py")}
+    assert set(re.findall(r"^(?:  \+-- )?(\w+) ", picture, re.M)) == rooms | {"errors"}
+
+
+def test_every_path_of_the_guide_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rooms = "|".join(path.parent.name for path in (ROOT / "gralora_convert").glob("*/__init__.py"))
+    named = re.findall(rf"`((?:{rooms})\.\w+(?:\.\w+)?)`", text)
+    assert len(named) >= 6
+    for dotted in named:
+        value: object = import_module("gralora_convert")
+        for name in dotted.split("."):
+            value = getattr(value, name, None) or import_module(f"{value.__name__}.{name}")  # type: ignore[attr-defined]
 
 
 def test_the_workflow_runs_a_command_that_exists(copy: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.command import run, run_ok
-from tests.models import ARCHITECTURES, Architecture, close, load, outputs, save_base, train
+from tests.zoo import ARCHITECTURES, Architecture, close, load, outputs, save_base, train
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain-k2": {"gralora_k": 2},

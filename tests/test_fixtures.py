@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from gralora_convert.adapter import Adapter
+from gralora_convert.adapters.adapter import Adapter
 from tests.command import run, run_ok
-from tests.models import close, load, outputs
+from tests.zoo import close, load, outputs
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 MANIFEST: dict[str, Any] = json.loads((FIXTURES / "manifest.json").read_text())

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.command import run
-from tests.models import Architecture, llama, save_base, train
+from tests.zoo import Architecture, llama, save_base, train
 
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Who may import whom, what may never be imported, and what a command may load."""
+"""The five rules of the house: who may import whom, from where, and what each room alone does."""
 
 import ast
 import subprocess
@@ -10,90 +10,69 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "gralora_convert"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-
-LAYERS = {
-    "foundation": {"bits", "codes", "errors", "groups", "report", "serving", "version"},
-    "disk": {
-        "adapter", "cards", "checkpoint", "config", "files", "hub", "journal", "keys", "pages",
-        "pickles", "places", "plan", "provenance", "ranks", "rules", "shapes", "signs", "specs",
-        "staging", "strictjson", "targets", "tensors", "unpickling", "workers", "writing",
-    },
-    "mathematics": {
-        "blocks", "delta", "diagnosis", "factorize", "layer", "products", "rounding",
-        "variants",
-    },
-    "base": {
-        "architecture", "heads", "pieces", "placement", "quantisation", "settings", "ties",
-        "values",
-    },
-    "output": {"assembly", "layout", "tiles"},
-    "models": {
-        "audit", "blueprint", "comparison", "differences", "forward", "modalities",
-        "outputs", "saving", "source",
-    },
-    "verbs": {
-        "anatomy", "checks", "conversion", "equivalence", "extraction", "inspection", "merging",
-    },
-    "surface": {"__init__", "__main__", "cli", "options", "plots", "terminal"},
-}  # fmt: skip
-BELOW = {
-    "foundation": set[str](),
-    "disk": {"foundation"},
-    "mathematics": {"foundation"},
-    "base": {"foundation", "disk"},
-    "output": {"foundation", "disk", "mathematics"},
-    "models": {"foundation", "disk", "mathematics", "base"},
-    "verbs": {"foundation", "disk", "mathematics", "base", "output", "models"},
-    "surface": {"foundation", "disk", "output", "verbs"},
+ORDER = (
+    {"errors", "version", "doors"},
+    {"disk", "delta"},
+    {"adapters"},
+    {"output"},
+    {"models"},
+    {"base"},
+    {"verbs"},
+    {"cli"},
+    {"__init__", "__main__"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
 }
-# Inside a function only: an adapter hands out deltas, and only an unknown architecture is built.
-LAZY = {("adapter", "delta"), ("architecture", "blueprint")}
-WITHOUT_TORCH = LAYERS["foundation"] | LAYERS["disk"] | LAYERS["base"] | LAYERS["surface"]
-HEAVY = {"torch", "transformers", "numpy", "matplotlib", "safetensors", "huggingface_hub", "tqdm"}
+COMPUTING = {"conversion", "extraction", "merging", "updates", "differences", "spectra"}
+FOREIGN = {
+    "torch", "safetensors", "transformers", "huggingface_hub", "numpy", "click", "tqdm", "regex",
+    "matplotlib",
+}  # fmt: skip
+NETWORK = {"socket", "ssl", "http", "urllib", "ftplib", "smtplib", "requests", "httpx", "asyncio"}
 
 
 @cache
 def source(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text())
+    return ast.parse(MODULES[module].read_text())
 
 
-def imports(module: str, *, top: bool) -> set[str]:
-    """The full names that a module imports at its top, or at any place of it."""
-    return set(_imported(source(module), top))
+def room(name: str) -> str:
+    return name.split(".")[0]
 
 
-def _imported(node: ast.AST, top: bool) -> Iterator[str]:
+def imported(node: ast.AST, *, lazy: bool = True, types: bool = True) -> Iterator[tuple[str, str]]:
+    """(module, name) of every import; without those inside functions, or for types only."""
     for child in ast.iter_child_nodes(node):
         match child:
             case ast.Import(names=names):
-                yield from (alias.name for alias in names)
+                yield from ((alias.name, "") for alias in names)
             case ast.ImportFrom(module=str(name), level=0, names=names):
-                yield name
-                if name == "gralora_convert":
-                    yield from (f"{name}.{alias.name}" for alias in names)
+                yield from ((name, alias.name) for alias in names)
             case ast.ImportFrom():
                 raise AssertionError("relative import")
-            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")) if not types:
                 pass
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda() if top:
+            case ast.FunctionDef() | ast.Lambda() if not lazy:
                 pass
             case _:
-                yield from _imported(child, top)
+                yield from imported(child, lazy=lazy, types=types)
 
 
-def ours(module: str, *, top: bool) -> set[str]:
-    prefix = "gralora_convert."
-    found = {n.removeprefix(prefix) for n in imports(module, top=top) if n.startswith(prefix)}
-    return {name.split(".")[0] for name in found}
+def ours(module: str) -> Iterator[tuple[str, str]]:
+    """(path below the package, name) of every import of ours, wherever it stands."""
+    for path, name in imported(source(module)):
+        if path == "gralora_convert":
+            yield name, ""
+        elif path.startswith("gralora_convert."):
+            yield path.removeprefix("gralora_convert."), name
 
 
-def theirs(module: str, *, top: bool) -> set[str]:
-    return {name.split(".")[0] for name in imports(module, top=top)} - {"gralora_convert"}
-
-
-def layer(module: str) -> str:
-    return next(name for name, modules in LAYERS.items() if module in modules)
+def theirs(module: str, *, lazy: bool = True, types: bool = True) -> set[str]:
+    found = {room(path) for path, _ in imported(source(module), lazy=lazy, types=types)}
+    return found - {"gralora_convert"}
 
 
 def called(module: str) -> set[str]:
@@ -102,114 +81,73 @@ def called(module: str) -> set[str]:
     return {ast.unparse(node.func) for node in nodes}
 
 
-def test_every_module_has_one_layer() -> None:
-    for module in MODULES:
-        assert [name for name, modules in LAYERS.items() if module in modules], module
-    assert sum(len(modules) for modules in LAYERS.values()) == len(set().union(*LAYERS.values()))
+# 1. Import only what stands to the left; disk and delta do not know each other --------------------
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module: str) -> None:
-    mine = layer(module)
-    for name in ours(module, top=False) - {"version"}:
-        if (module, name) in LAZY:
-            assert name not in ours(module, top=True), f"{module} imports {name} at its top"
-        elif layer(name) == mine:
-            assert mine != "verbs", f"the verb {module} imports the verb {name}"
-        else:
-            assert layer(name) in BELOW[mine], f"{module} ({mine}) imports {name} ({layer(name)})"
+    for name, _ in ours(module):
+        if room(name) != room(module):
+            assert FLOOR[room(name)] < FLOOR[room(module)], f"{module} imports {name}"
 
 
 def test_no_module_imports_itself_over_others() -> None:
-    below = {module: ours(module, top=True) & set(MODULES) for module in MODULES}
-    while leaves := {module for module, names in below.items() if not names}:
-        below = {m: names - leaves for m, names in below.items() if m not in leaves}
+    names = {module.removesuffix(".__init__") for module in MODULES}
+    below = {
+        module.removesuffix(".__init__"): {
+            f"{path}.{name}" if f"{path}.{name}" in names else path for path, name in ours(module)
+        }
+        & names
+        for module in MODULES
+    }
+    while leaves := {module for module, found in below.items() if not found}:
+        below = {m: found - leaves for m, found in below.items() if m not in leaves}
     assert not below, f"a circle among {sorted(below)}"
 
 
-@pytest.mark.parametrize("module", sorted(WITHOUT_TORCH & set(MODULES)))
-def test_what_reads_headers_loads_nothing_heavy(module: str) -> None:
-    assert not theirs(module, top=True) & HEAVY
-
-
-@pytest.mark.parametrize("module", sorted(LAYERS["mathematics"] & set(MODULES)))
-def test_the_mathematics_opens_no_file(module: str) -> None:
-    files = {"os", "io", "pathlib", "json", "mmap", "shutil", "tempfile", "safetensors", "pickle"}
-    assert not theirs(module, top=False) & files
-    assert not called(module) & {"open", "torch.load", "torch.save"}
+# 2. From outside a room, its door; inside, its modules --------------------------------------------
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_nothing_foreign_is_imported(module: str) -> None:
-    allowed = set(sys.stdlib_module_names) | {
-        "torch", "safetensors", "transformers", "huggingface_hub", "numpy", "click", "tqdm",
-        "regex", "matplotlib",
-    }  # fmt: skip
-    found = theirs(module, top=False)
-    assert found <= allowed, "a dependency that users do not have (peft is for tests only)"
-    assert "transformers" not in theirs(module, top=True), "it takes seconds: import it when needed"
+def test_a_room_is_entered_by_its_door(module: str) -> None:
+    for name, below in ours(module):
+        if room(name) == room(module):
+            assert f"{name}.{below}".removesuffix(".") in MODULES or "." in name, "its own door"
+        else:
+            assert "." not in name, f"{module} imports {name}, behind the door of {room(name)}"
 
 
-NETWORK = {"socket", "ssl", "http", "urllib", "ftplib", "smtplib", "requests", "httpx", "asyncio"}
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_the_network_is_the_hub_and_in_one_place(module: str) -> None:
-    found = theirs(module, top=False)
-    assert not found & NETWORK
-    assert "huggingface_hub" not in found or module == "hub"
+# 3. torch at the top: delta, models, output.tiles, output.adapter_files, the verbs that compute ---
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_nothing_is_executed(module: str) -> None:
-    found = called(module)
-    assert not found & {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
-    assert not found & {"torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler"}
-    assert not theirs(module, top=False) & {"subprocess", "runpy", "code", "marshal", "shelve"}
+def test_torch_is_loaded_by_what_computes(module: str) -> None:
+    computes = (
+        room(module) in ("delta", "models")
+        or module in ("output.tiles", "output.adapter_files")
+        or module.startswith("verbs.verification.")
+        or (room(module) == "verbs" and module.split(".")[1] in COMPUTING)
+    )
+    heavy = {"torch", "delta", "models"} & (
+        theirs(module, lazy=False, types=False)
+        | {
+            path.removeprefix("gralora_convert.")
+            for path, _ in imported(source(module), lazy=False, types=False)
+        }
+    )
+    assert computes or not heavy
+    assert "transformers" not in theirs(module, lazy=False, types=False), "it takes seconds"
 
-
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"cli"}))
-def test_the_library_returns_and_raises_and_does_nothing_else(module: str) -> None:
-    assert not called(module) & {"print", "sys.exit", "exit", "quit", "warnings.warn"}
-    assert not theirs(module, top=False) & {"logging", "warnings"}
-    for node in ast.walk(source(module)):
-        if isinstance(node, ast.ExceptHandler):
-            caught = ast.unparse(node.type) if node.type else "everything"
-            assert caught not in {"Exception", "everything"}, "an error of ours would pass unseen"
-
-
-# what is really loaded ----------------------------------------------------------------------------
 
 LOADED = """
 import json, sys
-from gralora_convert.cli import main
+from gralora_convert.cli.entry import main
 try:
     main(sys.argv[1:])
 except SystemExit as exit_:
     assert not exit_.code, exit_.code
 print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
 """
-
-
-def loaded(program: str, *arguments: str) -> set[str]:
-    """The packages that are loaded after `program`."""
-    result = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        cwd=PACKAGE.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    names = result.stdout.splitlines()[-1]
-    return set(ast.literal_eval(names))
-
-
-def test_importing_the_disk_side_loads_nothing_heavy() -> None:
-    light = sorted((WITHOUT_TORCH & set(MODULES)) - {"__init__", "__main__"})
-    lines = [f"import gralora_convert.{module}" for module in light]
-    show = "import sys; print(sorted({name.split('.')[0] for name in sys.modules}))"
-    assert not loaded("; ".join([*lines, show])) & (HEAVY | {"peft"})
 
 
 @pytest.mark.parametrize(
@@ -224,11 +162,80 @@ def test_importing_the_disk_side_loads_nothing_heavy() -> None:
     ids=" ".join,
 )
 def test_what_needs_headers_only_runs_without_torch(arguments: list[str]) -> None:
-    assert not loaded(LOADED, *arguments) & {"torch", "transformers", "peft", "safetensors"}
+    assert not loaded(*arguments) & {"torch", "transformers", "peft", "safetensors"}
 
 
-def test_a_merge_loads_no_peft(tmp_path: Path) -> None:
+def test_a_merge_loads_torch_and_no_peft(tmp_path: Path) -> None:
     arguments = "fixtures/peft-0.21.2/llama-hybrid", "--base", "fixtures/bases/llama"
-    found = loaded(LOADED, "merge", *arguments, "-o", str(tmp_path / "out"))
+    found = loaded("merge", *arguments, "-o", str(tmp_path / "out"))
     assert "torch" in found
     assert "peft" not in found
+
+
+def loaded(*arguments: str) -> set[str]:
+    """The packages that are loaded after a command."""
+    result = subprocess.run(
+        [sys.executable, "-c", LOADED, *arguments],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return set(ast.literal_eval(result.stdout.splitlines()[-1]))
+
+
+# 4. One room each: the network, files, transformers, writing, printing, PEFT's names --------------
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_one_room_does_no_other_does(module: str) -> None:
+    found, calls, where = theirs(module), called(module), room(module)
+    assert found <= set(sys.stdlib_module_names) | FOREIGN, "a dependency that users do not have"
+    assert not found & NETWORK
+    assert "huggingface_hub" not in found or where == "disk"
+    assert "transformers" not in found or where in ("models", "base")
+    if where == "delta":
+        files = {"os", "io", "pathlib", "json", "mmap", "shutil", "tempfile", "safetensors"}
+        assert not found & files
+        assert "open" not in calls
+    if where != "output":
+        assert not calls & {"os.replace", "os.rename", "os.pwrite", "os.copy_file_range"}
+    if where != "cli":
+        assert not calls & {"print", "sys.exit", "exit", "quit", "warnings.warn"}
+        assert not found & {"logging", "warnings", "click"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_of_an_input_is_executed(module: str) -> None:
+    calls = called(module)
+    assert not calls & {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
+    assert not calls & {"torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler"}
+    assert not theirs(module) & {"subprocess", "runpy", "code", "marshal", "shelve"}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) != "cli"])
+def test_the_library_hides_no_failure(module: str) -> None:
+    for node in ast.walk(source(module)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in {"Exception", "everything"}, "an error of ours would pass unseen"
+
+
+# 5. Verbs do not import one another; cli computes nothing -----------------------------------------
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) == "verbs"])
+def test_no_verb_knows_another(module: str) -> None:
+    verbs = {"inspection", "validation", "merging", "conversion", "extraction", "verification"}
+    mine = module.split(".")[1]
+    for name, _ in ours(module):
+        if room(name) == "verbs" and mine in verbs:
+            assert name.split(".")[1] not in verbs - {mine}, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) == "cli"])
+def test_the_command_line_computes_nothing(module: str) -> None:
+    assert not theirs(module) & {"torch", "numpy", "transformers", "safetensors"} or (
+        module == "cli.plots"  # numbers for matplotlib
+    )

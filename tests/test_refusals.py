@@ -14,16 +14,16 @@ import transformers
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from gralora_convert.adapter import Adapter
-from gralora_convert.architecture import near_misses
-from gralora_convert.blueprint import Blueprint, has_absurd_counts
-from gralora_convert.checkpoint import Checkpoint
-from gralora_convert.delta import Gralora
-from gralora_convert.outputs import compare_models
+from gralora_convert.adapters.adapter import Adapter
+from gralora_convert.base.architecture import near_misses
+from gralora_convert.delta.forms import Gralora
+from gralora_convert.disk.checkpoint import Checkpoint
+from gralora_convert.models.meta import Blueprint, has_absurd_counts
+from gralora_convert.verbs.verification.outputs import compare_models
+from tests.base.test_architectures import CAUSAL
 from tests.builders import SHAPES, random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok
-from tests.models import ARCHITECTURES, Architecture, close, llama, load, outputs, save_base, train
-from tests.test_architectures import CAUSAL
+from tests.zoo import ARCHITECTURES, Architecture, close, llama, load, outputs, save_base, train
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 DELTAS = {name: random_delta(*shape, r=4) for name, shape in SHAPES.items()}

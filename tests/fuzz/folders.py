@@ -26,7 +26,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from gralora_convert.cli import main
+from gralora_convert.cli.entry import main
 from tests.fuzz.mutations import mutate
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"

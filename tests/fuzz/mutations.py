@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gralora_convert.tensors import encode_header
+from gralora_convert.disk.tensors import encode_header
 
 Mutation = Callable[[Random, Path], str]
 Tensor = tuple[str, str, tuple[int, ...], bytes]  # name, dtype, shape, data

@@ -14,15 +14,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError, deserialize
 
-from gralora_convert.checkpoint import RECEIPT_NAME, Checkpoint
-from gralora_convert.config import GraloraConfig, LoraConfig, parse_config
+from gralora_convert.adapters.config import GraloraConfig, LoraConfig, parse_config
+from gralora_convert.adapters.keys import PREFIX, key_of, parse_key
+from gralora_convert.disk.checkpoint import Checkpoint
+from gralora_convert.disk.files import RECEIPT_NAME
+from gralora_convert.disk.pickles import read_pickle
+from gralora_convert.disk.strictjson import parse_json
+from gralora_convert.disk.tensors import encode_header, read_bytes, read_safetensors
+from gralora_convert.disk.unpickling import DamagedPickleError, UnsafePickleError, unpickle
 from gralora_convert.errors import ConvertError
-from gralora_convert.keys import PREFIX, key_of, parse_key
-from gralora_convert.pickles import read_pickle
-from gralora_convert.provenance import checkpoint_receipt_findings
-from gralora_convert.strictjson import parse_json
-from gralora_convert.tensors import encode_header, read_bytes, read_safetensors
-from gralora_convert.unpickling import DamagedPickleError, UnsafePickleError, unpickle
+from gralora_convert.output.receipt import checkpoint_receipt_findings
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 LLAMA = FIXTURES / "peft-0.21.2/llama-hybrid"

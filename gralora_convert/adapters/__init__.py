@@ -1,0 +1,20 @@
+"""An adapter on disk: config, keys, targets, tensors that agree. No torch until values are read."""
+
+from gralora_convert.adapters.adapter import WEIGHTS, Adapter, Scan, scan_adapter
+from gralora_convert.adapters.config import (
+    CONFIG_NAME,
+    NAMES,
+    GraloraConfig,
+    LoraConfig,
+    read_config,
+)
+from gralora_convert.adapters.groups import Group, group, split
+from gralora_convert.adapters.keys import PREFIX, Role, key_of, parse_key
+from gralora_convert.adapters.rules import NEEDS_BASE, PEFT_VERSION
+from gralora_convert.adapters.targets import is_saved, rule_of, select
+
+__all__ = [
+    "CONFIG_NAME", "NAMES", "NEEDS_BASE", "PEFT_VERSION", "PREFIX", "WEIGHTS", "Adapter",
+    "GraloraConfig", "Group", "LoraConfig", "Role", "Scan", "group", "is_saved", "key_of",
+    "parse_key", "read_config", "rule_of", "scan_adapter", "select", "split",
+]  # fmt: skip

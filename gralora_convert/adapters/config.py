@@ -1,0 +1,387 @@
+"""`adapter_config.json` <-> `GraloraConfig`, `LoraConfig`: strict, and nothing is lost on the way.
+
+Fields and defaults after PEFT 0.21.2 (tuners/gralora/config.py, tuners/lora/config.py, config.py);
+the original authors' fields after SqueezeBits/GraLoRA (peft 0.11.2.dev0).
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, Self, TypeVar
+
+from gralora_convert.adapters.patterns import Patterns
+from gralora_convert.adapters.rules import (
+    PEFT_VERSION,
+    gralora_findings,
+    header_findings,
+    lora_findings,
+    method_findings,
+    missing_findings,
+    unknown_findings,
+    unsupported_features,
+)
+from gralora_convert.disk import JsonError, load_json
+from gralora_convert.errors import (
+    Finding,
+    InvalidAdapterError,
+    OutputError,
+    Report,
+    UnreadableError,
+    error,
+    note,
+)
+
+__all__ = [
+    "CONFIG_NAME",
+    "ConfigFile",
+    "GraloraConfig",
+    "LoraConfig",
+    "parse_config",
+    "read_config",
+]
+
+
+CONFIG_NAME = "adapter_config.json"
+Json = Mapping[str, object]
+V = TypeVar("V", int, float)
+
+
+class _Configured:
+    """What both configs share: reading, writing, and unknown fields that survive."""
+
+    METHOD: ClassVar[str]  # its `peft_type`
+
+    @classmethod
+    def field_names(cls) -> frozenset[str]:
+        """The names of all fields that are known, as the file spells them."""
+        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return frozenset(names - {"extra"})
+
+    def _values(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.field_names()}
+
+    def _own_findings(self) -> Iterator[Finding]:
+        """What must hold of both configs. `peft_type` is a field because PEFT's class takes it."""
+        where = type(self).__name__
+        yield from method_findings(self._values(), where)
+        found = getattr(self, "peft_type", None)
+        if found in ("GRALORA", "LORA") and found != self.METHOD:
+            yield error("peft-type-mismatch", where, f"peft_type is {found}, not {self.METHOD}")
+        extra = getattr(self, "extra", None)
+        if not isinstance(extra, Mapping) or not all(isinstance(name, str) for name in extra):
+            yield error("config-value-type", where, f"extra is {extra!r}, an object was needed")
+
+    def _normalise(self) -> None:
+        """Sets and tuples become what JSON has; the targets are a set to PEFT, here sorted."""
+        for name, value in self._values().items():
+            if isinstance(value, set | frozenset | tuple | list):
+                named = name == "target_modules" and all(isinstance(v, str) for v in value)
+                plain = sorted(set(value)) if named else list(value)
+                object.__setattr__(self, name, plain)
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields as PEFT writes them; unknown ones are kept."""
+        extra: Json = getattr(self, "extra", {})
+        return dict(extra) | self._values()
+
+    def to_json(self) -> bytes:
+        """The bytes of `adapter_config.json`, the same on every run.
+
+        Layout after PEFT 0.21.2, config.py, save_pretrained, but for `target_modules`, whose order
+        is random there and sorted here.
+        """
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False).encode()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `adapter_config.json` into `folder`, which is made if it does not exist.
+
+        Raises:
+            OutputError: it cannot be written there.
+        """
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / CONFIG_NAME).write_bytes(self.to_json())
+        except (OSError, ValueError) as problem:
+            raise OutputError(f"cannot be written: {problem}", where=folder) from problem
+
+    @classmethod
+    def from_dict(cls, values: Json) -> Self:
+        """The config that the fields `values` describe, in the dialect of PEFT or of the original
+        authors; those not known go into `extra`.
+
+        Raises:
+            InvalidAdapterError: with all findings.
+        """
+        if cls.METHOD == "GRALORA" and _is_authors(values):
+            values = _from_authors(values)
+        names = cls.field_names()
+        known = {name: value for name, value in values.items() if name in names}
+        extra = {name: value for name, value in values.items() if name not in names}
+        return cls(**{"peft_version": None} | known, extra=extra)  # type: ignore[call-arg]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """The config in `folder`, which may be named by the file in it.
+
+        Raises:
+            InvalidAdapterError: it is missing, has errors (all are listed), or is of another kind.
+            UnreadableError: a path that no file can have.
+        """
+        path = Path(folder)
+        try:
+            file = read_config(path.parent if path.name == CONFIG_NAME else path)
+        except (OSError, ValueError) as problem:
+            raise UnreadableError(f"is not a usable path: {problem}", where=folder) from problem
+        Report.of(file.findings).require_ok(folder)
+        if not isinstance(file.config, cls):
+            found = file.values.get("peft_type")
+            raise InvalidAdapterError(
+                f"peft_type is {found}, {cls.METHOD} was needed", where=folder
+            )
+        return file.config
+
+
+@dataclass(frozen=True)
+class GraloraConfig(_Configured):
+    """The configuration of a GraLoRA (hybrid_r = 0) or Hybrid GraLoRA adapter.
+
+    Fields, order and defaults are those of `peft.GraloraConfig` (0.21.2), so that code moves over
+    by changing an import. `extra` holds fields that are not known, as they were read.
+
+    Raises:
+        InvalidAdapterError: values of a wrong type or range, r not divisible by gralora_k.
+
+    >>> GraloraConfig(r=64, gralora_k=4, alpha=128).scaling
+    2.0
+    """
+
+    r: int = 32
+    hybrid_r: int = 0
+    target_modules: Sequence[str] | str | None = None
+    alpha: float = 64
+    gralora_dropout: float = 0.0
+    gralora_k: int = 2
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    peft_type: str = field(default="GRALORA", kw_only=True)
+    task_type: str | None = field(default=None, kw_only=True)
+    base_model_name_or_path: str | None = field(default=None, kw_only=True)
+    revision: str | None = field(default=None, kw_only=True)
+    inference_mode: bool = field(default=False, kw_only=True)
+    auto_mapping: Mapping[str, object] | None = field(default=None, kw_only=True)
+    peft_version: str | None = field(default=PEFT_VERSION, kw_only=True)
+    extra: Mapping[str, object] = field(default_factory=dict, kw_only=True)
+
+    METHOD: ClassVar[str] = "GRALORA"
+
+    def __post_init__(self) -> None:
+        Report.of(self._own_findings()).require_ok(type(self).__name__)
+        self._normalise()
+        values, where = self._values(), "GraloraConfig"
+        findings = [*header_findings(values, where), *gralora_findings(values, where)]
+        Report.of(findings).require_ok(where)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / (r + hybrid_r), of both parts (PEFT 0.21.2, tuners/gralora/layer.py)."""
+        return self.alpha / (self.r + self.hybrid_r)
+
+
+@dataclass(frozen=True)
+class LoraConfig(_Configured):
+    """The configuration of a LoRA adapter (`peft.LoraConfig`, 0.21.2), as far as factors mean
+    something by it; everything else is kept in `extra`.
+
+    Raises:
+        InvalidAdapterError: values of a wrong type or range.
+
+    >>> LoraConfig(r=8, lora_alpha=16, rank_pattern={"q_proj": 4}).scaling("layers.0.q_proj")
+    4.0
+    """
+
+    r: int = 8
+    target_modules: Sequence[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: Sequence[str] | None = None
+    init_lora_weights: bool | str | None = True
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
+    peft_type: str = field(default="LORA", kw_only=True)
+    task_type: str | None = field(default=None, kw_only=True)
+    base_model_name_or_path: str | None = field(default=None, kw_only=True)
+    revision: str | None = field(default=None, kw_only=True)
+    inference_mode: bool = field(default=False, kw_only=True)
+    auto_mapping: Mapping[str, object] | None = field(default=None, kw_only=True)
+    peft_version: str | None = field(default=PEFT_VERSION, kw_only=True)
+    extra: Mapping[str, object] = field(default_factory=dict, kw_only=True)
+
+    METHOD: ClassVar[str] = "LORA"
+
+    def __post_init__(self) -> None:
+        Report.of(self._own_findings()).require_ok(type(self).__name__)
+        self._normalise()
+        for name in ("rank_pattern", "alpha_pattern"):  # old releases write null
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, {})
+        values, where = dict(self.extra) | self._values(), "LoraConfig"
+        findings = [*header_findings(values, where), *lora_findings(values, where)]
+        Report.of(findings).require_ok(where)
+
+    @property
+    def exclude_modules(self) -> Sequence[str] | str | None:
+        """Modules that are not adapted although `target_modules` names them."""
+        found = self.extra.get("exclude_modules")
+        return found if isinstance(found, str | list) else None
+
+    def rank(self, module: str) -> int:
+        """The rank of one module (PEFT 0.21.2, utils/other.py, get_pattern_key: first match).
+
+        Raises:
+            UnsupportedError: a pattern takes too long on this name.
+        """
+        return self._by_pattern(self.rank_pattern, module, self.r)
+
+    def scaling(self, module: str) -> float:
+        """The scaling of one module: alpha / r, or alpha / sqrt(r) with `use_rslora`.
+
+        Raises:
+            UnsupportedError: a pattern takes too long on this name.
+        """
+        rank, alpha = (
+            self.rank(module),
+            self._by_pattern(self.alpha_pattern, module, self.lora_alpha),
+        )
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @functools.cached_property
+    def _patterns(self) -> Patterns:
+        return Patterns()
+
+    def _by_pattern(self, pattern: Mapping[str, V], module: str, default: V) -> V:
+        found = (v for key, v in pattern.items() if self._fits(rf"(.*\.)?({key})$", module))
+        return next(found, default)
+
+    def _fits(self, pattern: str, module: str) -> bool:
+        return self._patterns.match(pattern, module) is not None
+
+    def diagonal(self, module: str) -> tuple[int, int]:
+        """Blocks on the diagonals of A and of B, of which BD-LoRA stores nothing else; 1 for a
+        factor that is stored whole.
+
+        PEFT 0.21.2, tuners/lora/variants.py, BdLoraLinearVariant.
+
+        >>> bd = {"target_modules_bd_b": ["q_proj"], "nblocks": 2}
+        >>> LoraConfig(extra={"use_bdlora": bd}).diagonal("layers.0.q_proj")
+        (1, 2)
+        """
+        found = self.extra.get("use_bdlora")
+        if not isinstance(found, Mapping):
+            return 1, 1
+        for side, sizes in (("a", (found["nblocks"], 1)), ("b", (1, found["nblocks"]))):
+            if any(name in module for name in found.get(f"target_modules_bd_{side}") or ()):
+                return sizes
+        return 1, 1
+
+    def unsupported_features(self) -> tuple[str, ...]:
+        """The fields that make an update something else than scaling * B @ A."""
+        return tuple(unsupported_features(self.to_dict(), self.field_names()))
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """What `adapter_config.json` holds: its raw `values` (in PEFT's dialect; empty when it cannot
+    be read), the `config` (None when it has errors), and all findings about it."""
+
+    values: Json
+    config: GraloraConfig | LoraConfig | None
+    findings: tuple[Finding, ...]
+    dialect: Literal["peft", "authors"] = "peft"
+
+
+def read_config(folder: Path) -> ConfigFile:
+    """The config of the adapter in `folder`; one that is missing or broken is told in findings."""
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        missing = error("config-missing", path, "is missing", _where_it_may_be(folder))
+        return ConfigFile({}, None, (missing,))
+    try:
+        values = load_json(path)
+    except UnreadableError as problem:
+        reason = problem.reason if isinstance(problem, JsonError) else "unreadable"
+        found = error(f"config-{reason}", path, problem.message, problem.hint)
+        return ConfigFile({}, None, (found,))
+    return parse_config(values, CONFIG_NAME)
+
+
+def _where_it_may_be(folder: Path) -> str:
+    """PEFT saves every adapter that is not named `default` in a sub-folder of its name."""
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+    if not inner and (folder / "config.json").exists():
+        return "It holds a whole model: are adapter and base in each other's place?"
+    if not inner:
+        return "Is this the adapter's folder?"
+    if len(inner) == 1:
+        return f"The sub-folder {inner[0]!r} holds an adapter: name {folder / inner[0]}."
+    return f"Its sub-folders {', '.join(inner)} hold adapters: name one of them."
+
+
+def parse_config(values: Json, where: str) -> ConfigFile:
+    """The config that `values` describe, with every finding about them."""
+    findings = [*header_findings(values, where), *method_findings(values, where)]
+    if any(finding.code == "peft-type-unsupported" for finding in findings):
+        return ConfigFile(values, None, tuple(findings))
+    dialect: Literal["peft", "authors"] = "peft"
+    cls: type[GraloraConfig] | type[LoraConfig] = GraloraConfig
+    if values.get("peft_type") == "LORA":
+        cls = LoraConfig
+        findings += lora_findings(values, where)
+    else:
+        if _is_authors(values):
+            dialect, values = "authors", _from_authors(values)
+            findings.append(note(
+                "fork-config", where,
+                f"written by the original authors' code: read as r={values['r']!r}, "
+                f"alpha={values['alpha']!r}; PEFT would misread it",
+            ))  # fmt: skip
+        findings += gralora_findings(values, where)
+        findings += unknown_findings(values, cls.field_names(), where)
+    findings += missing_findings(values, where)
+    report = Report.of(findings)
+    config = cls.from_dict(values) if report.ok else None
+    return ConfigFile(values, config, report.findings, dialect)
+
+
+def _is_authors(values: Json) -> bool:
+    """The original authors write gralora_alpha, and neither peft_version nor init_weights."""
+    others = {"alpha", "peft_version", "init_weights"}
+    return "gralora_alpha" in values and not values.keys() & others
+
+
+def _from_authors(values: Json) -> Json:
+    """Their r is the total rank and their scaling gralora_alpha / r; PEFT's r leaves hybrid_r out,
+    so that alpha / (r + hybrid_r) is the same number. Default r: 8."""
+    mapped = {name: value for name, value in values.items() if name != "gralora_alpha"}
+    mapped["alpha"] = values["gralora_alpha"]
+    r, h = values.get("r", 8), values.get("hybrid_r", 0)
+    mapped["hybrid_r"] = h
+    mapped["r"] = r - h if type(r) is int and type(h) is int else r
+    return mapped
+
+
+NAMES: Mapping[str, str] = {"gralora": "GraLoRA", "hybrid": "Hybrid GraLoRA", "lora": "LoRA"}

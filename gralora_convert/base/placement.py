@@ -1,0 +1,382 @@
+"""Where every tensor of an adapter goes in a base checkpoint, or why it cannot.
+
+`place` finds everything that only the two together can show: modules that do not exist, shapes that
+do not fit, targets without tensors, lost biases, tied weights. Headers only, but for embeddings
+that may be unchanged copies.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+from gralora_convert.adapters import CONFIG_NAME, Adapter, rule_of, select
+from gralora_convert.base.architecture import Architecture, near_misses
+from gralora_convert.base.edits import (
+    head_class,
+    head_edits,
+    sizes,
+    tie_edits,
+    updated,
+    vocabulary_edits,
+)
+from gralora_convert.base.quantisation import ADVICE, quantisation
+from gralora_convert.base.recipe import Piece, Placement, Target
+from gralora_convert.base.replacements import Values, stored_shape
+from gralora_convert.base.ties import Claims, Settlement, settle
+from gralora_convert.disk import FLOATING, Checkpoint, Origin, TensorSpec, is_zero
+from gralora_convert.errors import Finding, Report, error, note, warning
+
+__all__ = [
+    "place",
+]
+
+
+def place(
+    adapter: Adapter,
+    base: Checkpoint,
+    *,
+    key_map: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Placement | None, Report]:
+    """Where `adapter` goes in `base`; None with errors in the report when it does not fit.
+
+    `key_map` names modules on disk (values) that the adapter calls otherwise (keys: whole names, or
+    leading parts of names).
+    """
+    if not isinstance(key_map or {}, Mapping):
+        raise TypeError("key_map is a mapping of names to names")
+    method = quantisation(base)
+    if method is not None:
+        return None, Report.of([error(
+            "base-quantised", base.path, f"is quantised ({method}); plain weights were needed",
+            ADVICE,
+        )])  # fmt: skip
+    name = (adapter.config.auto_mapping or {}).get("base_model_class")
+    architecture = Architecture(
+        base, adapter.modules, name if isinstance(name, str) else None, adapter.config.task_type,
+        key_map or {}, trust_remote_code,
+    )  # fmt: skip
+    placer = _Placer(adapter, architecture)
+    placer.findings += _unused(key_map or {}, adapter)
+    settlement = placer.place()
+    report = Report.of(placer.findings)
+    if not report.ok:
+        return None, report
+    return _placement(placer, settlement, report), report
+
+
+def _placement(placer: "_Placer", settlement: Settlement, report: Report) -> Placement:
+    architecture, values = placer.architecture, placer.values
+    config = architecture.base.config
+    edits = {} if values.vocabulary is None else vocabulary_edits(config, *values.vocabulary)
+    edits = tie_edits(config, settlement.flags, edits)
+    heads: Callable[[], dict[str, object]] | None = None
+    outer: Mapping[str, str] = {}
+    if values.head_rows is not None:
+        heads = partial(head_edits, architecture, values.head_rows, placer.adapter.model_config)
+        outer = architecture.outer_names()
+    return Placement(
+        tuple(settlement.targets), tuple(settlement.replacements), edits, architecture, outer,
+        heads, tuple(str(finding) for finding in report.findings),
+    )  # fmt: skip
+
+
+class _Placer:
+    """Places one adapter, gathering findings on the way."""
+
+    def __init__(self, adapter: Adapter, architecture: Architecture) -> None:
+        self.adapter, self.architecture = adapter, architecture
+        self.base, self.config = architecture.base, adapter.config
+        self.findings: list[Finding] = []
+        self.values = Values(adapter, architecture)
+        self.targets: dict[str, Target] = {}
+
+    def place(self) -> Settlement:
+        """The settled claims; errors are in `findings`."""
+        self._compare_names()
+        if self.architecture.prefix_note:
+            self._say(note(
+                "base-prefix", self.base.path,
+                f"names its tensors {self.architecture.prefix_note} of the adapter's names",
+            ))  # fmt: skip
+        for module in self.adapter.modules:
+            self._place_module(module)
+        if self.targets or not self.findings:  # else nothing fits, and the modules say so
+            self._check_targets()
+            self._check_orientation()
+            self._check_config_beside()
+            self.values.check_head()
+            self._check_head_class()
+            self.values.check_biases([target.module for target in self.targets.values()])
+        self.findings += self.values.findings
+        claims = Claims(self.targets, self.values.trained, self.values.frozen, self.values.biases)
+        settlement = settle(claims, self.architecture)
+        self.findings += settlement.findings
+        return settlement
+
+    def _say(self, finding: Finding) -> None:
+        self.findings.append(finding)
+
+    def _compare_names(self) -> None:
+        expected, own = self.config.base_model_name_or_path, self.base.config.get("_name_or_path")
+        if not isinstance(own, str) or not own or not expected:
+            return
+        if own.rstrip("/").rpartition("/")[2] != expected.rstrip("/").rpartition("/")[2]:
+            self._say(warning(
+                "base-name-mismatch", CONFIG_NAME,
+                f"was trained on {expected!r}, the base names itself {own!r}",
+                "Is this the model that it was trained on?",
+            ))  # fmt: skip
+
+    def _check_head_class(self) -> None:
+        """The class of the merged model reads settings that the base's own may not read."""
+        if self.values.head_rows is None or not (name := head_class(self.architecture)):
+            return
+        if name not in self.base.architectures and (why := self.architecture.build_problem(name)):
+            self._say(error(
+                "head-class-unbuildable", "config.json",
+                f"of the base does not make the {name} that the adapter's head needs: {why}",
+                "Mend that setting, or give another base.",
+            ))  # fmt: skip
+
+    def _check_config_beside(self) -> None:
+        """A merge takes the `config.json` beside the adapter: it must describe the same tensors."""
+        own, beside = self.base.config, self.adapter.model_config
+        if not beside or beside.get("model_type") != self.base.model_type:
+            return
+        if self.values.vocabulary is not None:
+            own, beside = (
+                updated(config, vocabulary_edits(config, *self.values.vocabulary))
+                for config in (own, beside)
+            )
+        if sizes(own) != sizes(beside) and (found := self.architecture.misfit(own, beside)):
+            self._say(error(
+                "config-other-model", "config.json",
+                f"beside the adapter describes another model than the base: {found}",
+                "Another base? Was the vocabulary resized, and the embeddings not saved? Or remove "
+                "that file.",
+            ))  # fmt: skip
+
+    # one module -----------------------------------------------------------------------------------
+
+    def _place_module(self, module: str) -> None:
+        parameter, shape = f"{module}.weight", self.adapter.shape(module)
+        origins, output = self._find(parameter, shape)
+        if not origins:
+            self._say(self._absent(module))
+            return
+        found = self._stored_shape(parameter, origins)
+        problem = self._kind_problem(module, origins, found)
+        problem = problem or self._misfit(module, found, shape)
+        if problem is not None:
+            self._say(problem)
+            return
+        spec = self.base.tensors[origins[0].tensor]
+        transposed = self.architecture.is_transposed(module, found, shape)
+        if transposed is None:
+            transposed = self._inferred_orientation(module, spec)
+        if transposed is not None:
+            pieces = tuple(
+                Piece(o.tensor, output or o.tensor, o.start, o.count, o.delta_start, o.order)
+                for o in origins
+            )
+            if self._frozen(parameter) is not None:  # it may have another number of tokens
+                pieces = (Piece(pieces[0].tensor, pieces[0].output, 0, found[0]),)
+            self.targets[parameter] = Target(module, pieces, transposed, output is not None)
+
+    def _find(
+        self, parameter: str, shape: tuple[int, int]
+    ) -> tuple[tuple[Origin, ...], str | None]:
+        """Where a weight lies on disk, and the name of its own tensor in the output when it has
+        none there, but shares another's."""
+        architecture = self.architecture
+        origins = architecture.locate(parameter)
+        if origins:
+            return origins, None
+        for other in architecture.sharing(parameter):
+            origins = architecture.locate(other)
+            if origins:
+                same = architecture.is_one_place(parameter, other)
+                return origins, None if same else architecture.disk_name(parameter)
+        tied = architecture.tied_source(parameter.removesuffix(".weight"), shape)
+        if tied is None:
+            return (), None
+        whole = Origin(tied, 0, self.base.tensors[tied].shape[0])
+        return (whole,), architecture.disk_name(parameter)
+
+    def _stored_shape(self, parameter: str, origins: Sequence[Origin]) -> tuple[int, ...]:
+        """The shape that the weight has before the delta is added."""
+        frozen = self._frozen(parameter)
+        return stored_shape(origins, self.base.tensors) if frozen is None else frozen.shape
+
+    def _frozen(self, parameter: str) -> TensorSpec | None:
+        """The adapter's copy of a base weight that takes the base's place."""
+        held = self.values.frozen
+        return next((held[n] for n in self.architecture.sharing(parameter) if n in held), None)
+
+    def _absent(self, module: str) -> Finding:
+        architecture = self.architecture
+        if architecture.is_embedding(module):
+            return self._unsupported(module, "an embedding")
+        stacked = f"{architecture.mapped(module)}"
+        if stacked in self.base.tensors:
+            return self._unsupported(module, "a parameter (a stack of experts)")
+        names = architecture.disk_modules()
+        return error(
+            "module-not-in-base", module, f"is not in the base {self.base.source}",
+            f"{near_misses(module, names)} Another base, or --key-map FROM=TO?".strip(),
+        )  # fmt: skip
+
+    def _kind_problem(
+        self, module: str, origins: Sequence[Origin], shape: tuple[int, ...]
+    ) -> Finding | None:
+        spec = self.base.tensors[origins[0].tensor]
+        if self.architecture.is_attention_output(origins[0].tensor.removesuffix(".weight")):
+            return error(
+                "attention-out-proj", module,
+                "is the out_proj of nn.MultiheadAttention, whose forward ignores the adapter",
+                "The trained function is the base's here; remove these tensors to merge the rest.",
+            )  # fmt: skip
+        if self.architecture.is_uncalled(module) and self._has_effect(module):
+            return error(
+                "forward-ignores-adapter", module,
+                "is a layer that the model never calls by this name (it reads the weight, or calls "
+                "what a plain list holds): the adapter there has no effect, and its factors are "
+                "not zero",
+                "The trained function is the base's here; remove these tensors to merge the rest.",
+            )  # fmt: skip
+        if self.architecture.is_embedding(module):
+            kind = self.architecture.kind(module)
+            if kind not in ("Linear", "Conv1D"):
+                return self._unsupported(module, f"of kind {kind}" if kind else "an embedding")
+        if len(shape) != 2:
+            kinds = {3: "a stack of experts or a convolution", 4: "a convolution"}
+            return self._unsupported(module, kinds.get(len(shape), f"of shape {shape}"))
+        if spec.dtype not in FLOATING:
+            return error(
+                "base-quantised", module, f"has dtype {spec.dtype}, a 16- or 32-bit one was needed",
+                ADVICE,
+            )  # fmt: skip
+        return None
+
+    def _has_effect(self, module: str) -> bool:
+        """Whether the delta is not all zero, as training leaves it where it gets no gradient."""
+        roles = self.adapter.roles[module]
+        return not all(is_zero(spec) for role, spec in roles.items() if role.endswith("B"))
+
+    def _unsupported(self, module: str, what: str) -> Finding:
+        return error(
+            "module-kind-unsupported", module,
+            f"is {what}; GraLoRA adapts nn.Linear and Conv1D only",
+            "Remove its tensors to merge the rest.",
+        )  # fmt: skip
+
+    def _misfit(
+        self, module: str, found: tuple[int, ...], shape: tuple[int, int]
+    ) -> Finding | None:
+        if found == shape or (found == shape[::-1] and self.architecture.may_hold_conv1d):
+            return None
+        k = self.adapter.blocks
+        if any(size % k for size in found):
+            return error(
+                "k-not-dividing", module, f"has shape {found} in the base, which gralora_k={k} "
+                "does not divide", "Another base?",
+            )  # fmt: skip
+        return error(
+            "base-shape-mismatch", module,
+            f"is {shape} (out, in) in the adapter, {found} in the base", "Another base?",
+        )  # fmt: skip
+
+    def _inferred_orientation(self, module: str, spec: TensorSpec) -> bool | None:
+        """Of a square weight in a base that is no model of transformers: that of all others, if
+        the config says the same. With a known architecture nothing is inferred."""
+        flag = self.config.fan_in_fan_out
+        others = {
+            tuple(self.base.tensors[origins[0].tensor].shape) != shape
+            for name in self.adapter.modules
+            if (shape := self.adapter.shape(name))[0] != shape[1]
+            and (origins := self.architecture.locate(f"{name}.weight"))
+        }
+        if self.base.model_type is None and others == {flag}:
+            self._say(note(
+                "fan-in-fan-out-inferred", module, f"is square; taken as {_stored(flag)} like "
+                "every other module, as fan_in_fan_out says (the base has no config.json)",
+            ))  # fmt: skip
+            return flag
+        self._say(error(
+            "fan-in-fan-out-ambiguous", module,
+            f"is square {spec.shape}, and whether it is stored (out, in) or (in, out) "
+            "cannot be told without the architecture",
+            "Put the model's config.json beside its weights"
+            + (", or pass --trust-remote-code." if self.base.config.get("auto_map") else "."),
+        ))  # fmt: skip
+        return None
+
+    # all modules ----------------------------------------------------------------------------------
+
+    def _check_targets(self) -> None:
+        """The modules that the config selects in the base against those in the file."""
+        names = self.architecture.likely_modules()
+        missing = self._missing(names or [])
+        if missing or names is None:  # a module on disk need not exist in memory: ask the model
+            exact = self.architecture.linear_modules(head=not self._is_all_linear())
+            if exact is not None:
+                names, missing = exact, self._missing(exact)
+        if missing:
+            rule = rule_of(self.config, self.adapter.modules, names or [])
+            if rule is not None and not self._is_all_linear():
+                self._say(warning(
+                    "target-rule-changed", CONFIG_NAME,
+                    f"selects {len(missing)} more modules by today's rules, first {missing[0]}; "
+                    f"by those of PEFT {rule} exactly the ones in the file, which are taken",
+                ))  # fmt: skip
+                missing = []
+        for module in missing:
+            self._say(error(
+                "target-without-tensors", module, "is selected by the config, but has no tensors",
+                "Incomplete adapter, or another base?",
+            ))  # fmt: skip
+        self._check_names()
+
+    def _is_all_linear(self) -> bool:
+        targets = self.config.target_modules
+        return isinstance(targets, str) and targets.lower() == "all-linear"
+
+    def _missing(self, names: Sequence[str]) -> list[str]:
+        if self.config.target_modules is None:
+            return []
+        selected = list(names) if self._is_all_linear() else select(self.config, names)
+        return [module for module in selected if module not in self.adapter.roles]
+
+    def _check_names(self) -> None:
+        targets = self.config.target_modules
+        if targets is None or isinstance(targets, str):
+            return
+        for target in targets:
+            if not any(m == target or m.endswith(f".{target}") for m in self.adapter.modules):
+                self._say(
+                    note("target-name-unmatched", CONFIG_NAME, f"{target!r} selects no module")
+                )
+
+    def _check_orientation(self) -> None:
+        flag, kinds = self.config.fan_in_fan_out, {t.transposed for t in self.targets.values()}
+        if kinds and flag not in kinds:
+            self._say(warning(
+                "fan-in-fan-out-mismatch", CONFIG_NAME,
+                f"fan_in_fan_out is {str(flag).lower()}, but the layers are "
+                f"{'nn.Linear' if flag else 'Conv1D'}; the layer decides",
+            ))  # fmt: skip
+
+
+def _unused(key_map: Mapping[str, str], adapter: Adapter) -> Iterator[Finding]:
+    """Renamings that rename nothing: most likely misspelt."""
+    names = [*adapter.modules, *adapter.biases, *adapter.saved]
+    for name in key_map:
+        if not any(known == name or known.startswith(f"{name}.") for known in names):
+            yield warning(
+                "key-map-unmatched", name, "is named by --key-map, but begins no module here",
+                near_misses(name, names),
+            )  # fmt: skip
+
+
+def _stored(transposed: bool) -> str:
+    return "(in, out)" if transposed else "(out, in)"

@@ -1,0 +1,104 @@
+"""Whether the weights of a base are quantised, and how: by its config, or by its tensors alone.
+
+Names of methods are those of transformers 5.23 (quantizers/auto.py), names of tensors those that
+its integrations and the libraries behind them write.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from gralora_convert.disk import FLOATING, Checkpoint
+
+__all__ = [
+    "ADVICE",
+    "nested",
+    "quantisation",
+]
+
+
+ADVICE = (
+    "Merge into the original 16-bit model (or dequantise this one first), then quantise the result."
+)
+
+
+class _Sign(NamedTuple):
+    """A tensor `STEM.leaf` that only this method writes, if one of `beside` stands beside it."""
+
+    method: str
+    beside: tuple[str, ...] = ()
+
+
+_SIGNS: Mapping[str, tuple[_Sign, ...]] = {
+    "weight_scale_inv": (_Sign("fp8, block scales", ("weight",)),),
+    "absmax": (_Sign("bitsandbytes 4-bit"),),
+    "quant_map": (_Sign("bitsandbytes 4-bit"),),
+    "SCB": (_Sign("bitsandbytes 8-bit"),),
+    "qweight": (
+        _Sign("FP-Quant", ("dqweight", "forward_hadamard_matrix")),
+        _Sign("GPTQ", ("g_idx",)),
+        _Sign("GPTQ or AWQ"),
+    ),
+    "codes": (_Sign("AQLM", ("codebooks",)),),
+    "centroids": (_Sign("VPTQ"),),
+    "indices": (_Sign("VPTQ", ("centroids", "centroids.weight")),),
+    "dense_weights": (_Sign("SpQR", ("row_offsets",)),),
+    "weight_scales": (_Sign("EETQ", ("weight",)),),
+    "tables2": (_Sign("HIGGS", ("scales",)),),
+    "W_q": (_Sign("HQQ"),),
+    "_data": (_Sign("quanto"),),
+    "weight_packed": (_Sign("compressed-tensors"),),
+    "weight_scale_2": (_Sign("NVFP4 (ModelOpt)"),),
+    "weight_sf": (_Sign("NVFP4"),),
+    "quantized_weight_values": (_Sign("FourOverSix"),),
+    "_weight_qdata": (_Sign("torchao"),),
+    "weight:qdata": (_Sign("torchao"),),
+}
+_SCALED = ("weight_scale", "scales", "scale", "weight_zero_point", "input_scale", "scale_weight")
+_BY_DTYPE = {"U32": "MLX or Metal", "I32": "packed integers", "U8": "packed integers", "I8": "int8"}
+
+
+def quantisation(base: Checkpoint) -> str | None:
+    """The name of the quantisation of a base, None when its weights are plain numbers."""
+    return _by_config(base) or _by_tensors(base)
+
+
+def _by_config(base: Checkpoint) -> str | None:
+    for config in nested(base.config):
+        inside = config.get("quantization")
+        if isinstance(inside, Mapping) and "bits" in inside:
+            return f"MLX {inside['bits']}-bit"
+        for name in ("quantization_config", "compression_config"):
+            found = config.get(name)
+            if not isinstance(found, Mapping) or not found:
+                continue
+            method = found.get("quant_method") or found.get("quant_algo")
+            if found.get("load_in_4bit") or found.get("load_in_8bit"):
+                method = f"bitsandbytes {4 if found.get('load_in_4bit') else 8}-bit"
+            return str(method or f"a {name} of its config")
+    return None
+
+
+def _by_tensors(base: Checkpoint) -> str | None:
+    tensors = base.tensors
+    for name, spec in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        for sign in _SIGNS.get(leaf, ()):
+            if not sign.beside or any(f"{stem}.{other}" in tensors for other in sign.beside):
+                return sign.method
+        if leaf.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in tensors:
+            return "MXFP4"
+        if leaf == "weight" and len(spec.shape) == 2 and spec.dtype not in FLOATING:
+            scaled = any(f"{stem}.{other}" in tensors for other in _SCALED)
+            if spec.dtype in _BY_DTYPE:
+                return _BY_DTYPE[spec.dtype]
+            if scaled:
+                return f"{spec.dtype} with scales"
+    return None
+
+
+def nested(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+    """A config and all objects in it."""
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from nested(value)

@@ -1,0 +1,256 @@
+"""Parameters that are one and the same in the base, of which an adapter changes some.
+
+PEFT's own merge changes all of them (0.21.2: a targeted `lm_head` changes the embeddings, too).
+Here the changed ones get tensors of their own, and every other keeps the base's values. A tie that
+transformers makes by name while it loads gives way to a tensor on disk that differs (5.23,
+`PreTrainedModel.tie_weights`); the flag in the config says so to older loaders as well. A module
+that sits in two places of the model can hold one value only: that is refused.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from gralora_convert.base.architecture import Architecture
+from gralora_convert.base.recipe import Replacement, Target
+from gralora_convert.disk import TensorSpec, same_values
+from gralora_convert.errors import Finding, error, note
+
+__all__ = [
+    "Claims",
+    "Settlement",
+    "settle",
+]
+
+
+@dataclass(slots=True)
+class Claims:
+    """What an adapter does to parameters in memory, by their names.
+
+    `targets` get a delta, `trained` a value of their own; `frozen` are copies of base values that
+    PEFT loads over the base, for all names that share the parameter. So are the trained values of
+    `in_place`: biases, which PEFT trains where they are, and not in a copy of the module.
+    """
+
+    targets: dict[str, Target] = field(default_factory=dict)
+    trained: dict[str, tuple[Replacement, ...]] = field(default_factory=dict)
+    frozen: dict[str, TensorSpec] = field(default_factory=dict)
+    in_place: frozenset[str] = frozenset()
+
+    def names(self) -> Iterator[str]:
+        yield from dict.fromkeys((*self.targets, *self.trained, *self.frozen))
+
+
+@dataclass(slots=True)
+class Settlement:
+    """The claims as they are carried out; `flags` are paths of configs in `config.json` whose
+    `tie_word_embeddings` becomes false, `untied` the other parameters that lose their tie by it."""
+
+    targets: list[Target] = field(default_factory=list)
+    replacements: list[Replacement] = field(default_factory=list)
+    flags: list[tuple[str, ...]] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def settle(claims: Claims, architecture: Architecture) -> Settlement:
+    """Gives each claim its tensor in the output, and copies to those that lose a shared one."""
+    settlement = Settlement()
+    done: set[str] = set()
+    for name in claims.names():
+        if name in done:
+            continue
+        group = architecture.sharing(name)
+        done.update(group)
+        _Group(group, claims, architecture, settlement).settle()
+    for name in dict.fromkeys(settlement.untied):
+        _Group(architecture.sharing(name), claims, architecture, settlement).keep(name)
+    _require_separate(settlement)
+    return settlement
+
+
+class _Group:
+    """All names of one parameter, in places of the model: names in one place change together."""
+
+    def __init__(
+        self, names: Sequence[str], claims: Claims, architecture: Architecture,
+        settlement: Settlement,
+    ) -> None:  # fmt: skip
+        self.names, self.claims, self.settlement = names, claims, settlement
+        self.architecture, self.base = architecture, architecture.base
+        self.places: dict[object, list[str]] = {}
+        blueprint = architecture.blueprint if len(names) > 1 else None
+        for name in names:
+            place = name if blueprint is None else blueprint.slot(name)
+            self.places.setdefault(place, []).append(name)
+        self.stored = {
+            name: origins[0].tensor
+            for name in names
+            if len(origins := architecture.locate(name)) == 1
+        }
+
+    def settle(self) -> None:
+        self._settle_frozen()
+        claimed = [names for names in self.places.values() if self._claim(names) is not None]
+        if not claimed:
+            return
+        if len(self.places) > 1 and not self._is_one_value():
+            if not self._is_separable():
+                return self._refuse(claimed)
+            for names in claimed:
+                name = self._claim(names)
+                self.settlement.findings.append(note(
+                    "tied-target", name, "shares its values in the base; the output unties it",
+                ))  # fmt: skip
+            self._keep_others(self._untie_flag())
+        if self._is_one_value():
+            claimed = [list(self.names)]
+        for names in claimed:
+            self._emit(names)
+
+    def keep(self, name: str) -> None:
+        """Gives `name`, which is no longer tied, the value that it has in the adapted model."""
+        place = next(names for names in self.places.values() if name in names)
+        if self._is_one_value():
+            parts = self.claims.trained[self._claim(self.names) or ""]
+            self._add(parts[0].source, name)
+        elif self._claim(place) is None:
+            self._copy(name, self.names)
+
+    def _claim(self, names: Sequence[str]) -> str | None:
+        """The one of these names that has a delta or a trained value."""
+        every = {**self.claims.targets, **self.claims.trained}
+        return next((name for name in names if name in every), None)
+
+    def _is_one_value(self) -> bool:
+        """Whether the trained values of all places are the same, so that they may stay shared."""
+        given = [name for name in self.names if name in self.claims.trained]
+        if given and self.claims.in_place.issuperset(given) and not self._has_target():
+            parts = [part for name in given for part in self.claims.trained[name]]
+            return all(same_values(parts[0].source, part.source) for part in parts[1:])
+        found = [self.claims.trained.get(self._claim(n) or "", ()) for n in self.places.values()]
+        if not all(len(parts) == 1 for parts in found):
+            return False
+        return all(same_values(found[0][0].source, parts[0].source) for parts in found[1:])
+
+    def _has_target(self) -> bool:
+        return any(name in self.claims.targets for name in self.names)
+
+    def _settle_frozen(self) -> None:
+        """A frozen copy that differs from the base becomes the value of all its names."""
+        given = [self.claims.frozen[name] for name in self.names if name in self.claims.frozen]
+        if not given:
+            return
+        kept = [] if self._claim(self.names) is None else [self._claim(self.names)]
+        for tensor in dict.fromkeys(self.stored.values()):
+            if not any(self.stored.get(name) == tensor for name in kept if name):
+                self.settlement.replacements.append(Replacement(given[0], tensor))
+
+    def _is_separable(self) -> bool:
+        """Whether every place but one is tied while loading only."""
+        blueprint = self.architecture.blueprint
+        if blueprint is None:
+            return True
+        fixed = [
+            names for names in self.places.values()
+            if not any(blueprint.is_tied_by_loader(name) for name in names)
+        ]  # fmt: skip
+        return len(fixed) <= 1
+
+    def _refuse(self, claimed: Sequence[Sequence[str]]) -> None:
+        others = [names[0] for names in self.places.values() if names not in claimed]
+        first = self._claim(claimed[0]) or ""
+        other = others[0] if others else self._claim(claimed[1]) or ""
+        self.settlement.findings.append(error(
+            "shared-parameter", first, f"is one and the same with {other} in the base, and only "
+            "one of them is adapted" if others else f"is one and the same with {other} in the "
+            "base, and both are adapted",
+            "A dense checkpoint cannot hold two values of one weight: serve the adapter unmerged.",
+        ))  # fmt: skip
+
+    def _untie_flag(self) -> bool:
+        """Whether the config is told; it is not where its flag means more than these ties."""
+        blueprint = self.architecture.blueprint
+        if self.architecture.tie_flag_means_more:
+            return False
+        if blueprint is None:
+            self.settlement.flags.append(())
+            return True
+        flag = blueprint.tie_flag(self.names)
+        if flag is None or flag.embeddings.isdisjoint(self.names):
+            return False
+        self.settlement.flags.append(flag.path)
+        for name in flag.tied:  # a false flag unties these, too
+            if name not in self.names and not self.architecture.locate(name):
+                self.settlement.untied.append(name)
+        return True
+
+    def _keep_others(self, flag_is_off: bool) -> None:
+        """Copies of the base's values for places that would lose them."""
+        blueprint = self.architecture.blueprint
+        for names in self.places.values():
+            if self._claim(names) is not None or any(name in self.stored for name in names):
+                continue
+            sources = {blueprint.tie_source(name) for name in names} if blueprint else set()
+            followed = [n for n in self.places.values() if not sources.isdisjoint(n)]
+            kept = followed and all(
+                self._claim(n) is None and any(name in self.stored for name in n) for n in followed
+            )
+            if flag_is_off or not kept:
+                self._copy(names[0], self.names)
+
+    def _copy(self, name: str, shared: Sequence[str]) -> None:
+        """Gives `name` a tensor of its own, with the value that all `shared` names have."""
+        source = self._shared_value((name, *shared))
+        if source is not None:
+            self._add(source, name)
+
+    def _add(self, source: TensorSpec, name: str) -> None:
+        new = Replacement(source, self.architecture.disk_name(name))
+        if all(new.output != held.output for held in self.settlement.replacements):
+            self.settlement.replacements.append(new)
+
+    def _shared_value(self, names: Sequence[str]) -> TensorSpec | None:
+        """The adapter's copy of a value (its vocabulary may be resized), else the base's."""
+        for name in names:
+            if name in self.claims.frozen:
+                return self.claims.frozen[name]
+        for name in names:
+            origins = self.architecture.locate(name)
+            if len(origins) == 1 and origins[0].order is None:
+                return self.base.tensors[origins[0].tensor]
+        return None
+
+    def _emit(self, names: Sequence[str]) -> None:
+        """Carries out the claim on one place, in every tensor on disk that holds it."""
+        name = self._claim(names)
+        assert name is not None
+        stored = list(dict.fromkeys(self.stored[n] for n in names if n in self.stored))
+        frozen = next((self.claims.frozen[n] for n in self.names if n in self.claims.frozen), None)
+        if name in self.claims.targets:
+            target = self.claims.targets[name]
+            pieces = [replace(piece, source=frozen) for piece in target.pieces]
+            outputs = [tensor for tensor in stored if tensor != pieces[0].output]
+            if stored and not target.untied:
+                pieces += [replace(pieces[0], tensor=t, output=t) for t in outputs]
+            self.settlement.targets.append(replace(target, pieces=tuple(pieces)))
+            return
+        parts = self.claims.trained[name]
+        self.settlement.replacements += parts
+        if len(parts) == 1 and parts[0].start is None:
+            for output in stored:
+                if output != parts[0].output:
+                    self.settlement.replacements.append(replace(parts[0], output=output))
+
+
+def _require_separate(settlement: Settlement) -> None:
+    """Two modules must not add to the same rows: they would share a weight."""
+    users: dict[tuple[str, int], str] = {}
+    for target in settlement.targets:
+        for piece in target.pieces:
+            first = users.setdefault((piece.output, piece.start), target.module)
+            if first != target.module:
+                settlement.findings.append(error(
+                    "shared-parameter", target.module,
+                    f"has the weight {piece.tensor} on disk, and so has {first}; both are adapted",
+                    "A dense checkpoint cannot hold two values of one weight.",
+                ))  # fmt: skip

@@ -1,0 +1,440 @@
+"""The command line: parse, call one verb, print what it returns.
+
+stdout is the result, stderr is progress and notes. Exit status: 0 done / yes, 1 the answer is no,
+2 refused or misused, 70 a bug, 130 interrupted.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from gralora_convert.cli.options import (
+    PATH,
+    Run,
+    Wanted,
+    base_option,
+    device_option,
+    examples,
+    json_option,
+    key_map_option,
+    parse_key_map,
+    plot_option,
+    progress_option,
+    shape_options,
+    some_base_option,
+    trust_option,
+    writing_options,
+)
+from gralora_convert.cli.terminal import (
+    EXIT_NO,
+    EXIT_REFUSED,
+    Choice,
+    bar,
+    quiet_option,
+    show,
+    show_json,
+    show_notes,
+)
+from gralora_convert.disk import is_file
+from gralora_convert.errors import MisuseError, printable
+from gralora_convert.version import __version__
+
+if TYPE_CHECKING:
+    from gralora_convert.delta import Method
+    from gralora_convert.errors import Finding, Report
+    from gralora_convert.verbs import Equivalence
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="gralora-convert")
+def commands() -> None:
+    """Model surgery on GraLoRA adapters: inspect, validate, merge, convert, extract, verify."""
+
+
+@commands.command(
+    epilog=examples(
+        "gralora-convert inspect ./adapter",
+        "gralora-convert inspect ./adapter --plot adapter.png",
+    )
+)
+@click.argument("path", type=PATH)
+@plot_option
+@some_base_option(
+    "For --plot: norms against this model's.  [default: the adapter's, if it is here]"
+)
+@progress_option
+@quiet_option
+@json_option
+def inspect(
+    path: str, plot: str | None, base: str | None, progress: bool | None, as_json: bool
+) -> int:
+    """What is PATH? An adapter or a checkpoint; reads headers only.
+
+    Exits 0 when it could be told, 1 when it is an adapter with errors, 2 when it is neither.
+    """
+    from gralora_convert.cli.pages import inspection_page
+    from gralora_convert.verbs import inspect
+
+    if plot is not None:
+        from gralora_convert.cli.plots import require_drawable
+
+        require_drawable(plot)
+    found = inspect(path)
+    nothing = _nothing_to_read(found.report)
+    if as_json:
+        show_json({**found.document, **({"error": _nothing_read(nothing)} if nothing else {})})
+    else:
+        show(inspection_page(found))
+    if plot is not None and found.report.ok:
+        _plot_adapter(path, found.document, plot, base, progress)
+    return EXIT_REFUSED if nothing else 0 if found.report.ok else EXIT_NO
+
+
+def _plot_adapter(
+    path: str,
+    document: Mapping[str, object],
+    plot: str,
+    base: str | None,
+    progress: bool | None,
+) -> None:
+    if document["kind"] not in ("gralora", "hybrid", "lora"):
+        raise MisuseError(
+            "--plot draws one adapter, which this is not", where=path,
+            hint="`verify --plot` draws a merge.",
+        )  # fmt: skip
+    from gralora_convert.adapters import Adapter
+    from gralora_convert.cli.plots import draw_anatomy
+    from gralora_convert.verbs import dissect
+
+    adapter = Adapter.open(path)
+    total = sum(adapter.factor_bytes(module) for module in adapter.modules)
+    with bar(total, progress) as advance:
+        draw_anatomy(dissect(adapter, base, progress=advance), plot)
+    show_notes([f"drawn: {plot}"])
+
+
+@commands.command(
+    epilog=examples("gralora-convert validate ./adapter --base ./model --format github")
+)
+@click.argument("adapters", type=PATH, metavar="ADAPTER...", nargs=-1, required=True)
+@base_option
+@click.option("--format", "style", type=Choice(["text", "json", "github"]), default="text",
+              show_default=True, help="github prints workflow annotations.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.  [default: off]")
+@quiet_option
+@key_map_option
+@trust_option
+def validate(
+    adapters: Sequence[str],
+    base: str | None,
+    style: str,
+    as_json: bool,
+    key_map: Sequence[str],
+    trust_remote_code: bool,
+) -> int:
+    """Is ADAPTER intact, does it fit the base? One finding per line.
+
+    A merged checkpoint is checked against its receipt: is it still what was written?
+
+    An adapter is named by its folder or by one of its files.
+
+    Exits 0 when it is valid, 1 when it has errors, 2 when there is nothing to read.
+    """
+    from gralora_convert.verbs import validate
+
+    mapping = parse_key_map(key_map)
+    reports = {
+        adapter: validate(adapter, base, key_map=mapping, trust_remote_code=trust_remote_code)
+        for adapter in _folders(adapters)
+    }
+    _print_reports(reports, "json" if as_json else style)
+    return max(
+        EXIT_REFUSED if _nothing_to_read(report) else 0 if report.ok else EXIT_NO
+        for report in reports.values()
+    )
+
+
+def _print_reports(reports: Mapping[str, "Report"], style: str) -> None:
+    match style:
+        case "json":
+            documents = {adapter: _report_json(report) for adapter, report in reports.items()}
+            everything = {"ok": all(r.ok for r in reports.values()), "adapters": documents}
+            show_json(everything if len(documents) > 1 else next(iter(documents.values())))
+        case "github":
+            for adapter, report in reports.items():
+                if report.findings:
+                    titled = len(reports) > 1  # annotations name files within an adapter only
+                    lines = [f"::group::{printable(adapter)}"] if titled else []
+                    click.echo("\n".join([*lines, report.as_annotations()]))
+                    click.echo("::endgroup::\n" if titled else "", nl=False)
+        case _:
+            for adapter, report in reports.items():
+                if report.findings:
+                    show(report.as_text())
+                errors = len(report.errors)
+                verdict = f"{errors} error(s)" if errors else "valid"
+                show(f"{printable(adapter)}: {verdict}")
+
+
+def _folders(names: Sequence[str]) -> list[str]:
+    """Each adapter once, where several were given by their files (as pre-commit does)."""
+    if len(names) == 1:
+        return list(names)
+    return list(dict.fromkeys(str(Path(n).parent) if is_file(n) else n for n in names))
+
+
+def _report_json(report: "Report") -> dict[str, object]:
+    nothing = _nothing_to_read(report)
+    return report.as_json() | ({"error": _nothing_read(nothing)} if nothing else {})
+
+
+def _nothing_to_read(report: "Report") -> "Finding | None":
+    """The finding that says that a folder holds no adapter."""
+    missing = ("config-missing", "weights-missing")
+    return next((finding for finding in report.errors if finding.code in missing), None)
+
+
+def _nothing_read(finding: "Finding") -> dict[str, str]:
+    """The refusal that goes with a folder in which there is no adapter to read."""
+    fields = {"message": finding.message, "where": finding.where, "hint": finding.hint}
+    return {"kind": "unreadable", **fields}
+
+
+@commands.command(
+    epilog=examples(
+        "gralora-convert merge ./adapter --base ./model -o ./merged",
+        "torchrun --nproc-per-node 4 -m gralora_convert merge ./adapter --base ./model -o ./merged",
+    )
+)
+@click.argument("adapters", type=PATH, metavar="ADAPTER...", nargs=-1, required=True)
+@base_option
+@click.option("--weight", "weights", type=float, multiple=True, metavar="FLOAT",
+              help="One per ADAPTER, in order.  [default: 1.0]")  # fmt: skip
+@click.option("--shard-size", default="keep", show_default=True, metavar="keep|SIZE",
+              help="keep = the base's own files; else a size such as 5GB.")  # fmt: skip
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from what a broken run left, and leave what is done if this one breaks.  "
+    "[default: off]",
+)
+@click.option("--digests/--no-digests", default=None,
+              help="State the sha256 of every file in the receipt.  "
+              "[default: for outputs up to 256 MiB]")  # fmt: skip
+@click.option(
+    "--again", is_flag=True, help="Merge even if the base holds ADAPTER already.  [default: off]"
+)
+@writing_options
+@key_map_option
+@trust_option
+def merge(
+    adapters: Sequence[str],
+    base: str | None,
+    weights: Sequence[float],
+    shard_size: str,
+    resume: bool,
+    digests: bool | None,
+    again: bool,
+    run: Run,
+    key_map: Sequence[str],
+    trust_remote_code: bool,
+) -> int:
+    """Add ADAPTER's update to the base: a dense checkpoint that every server loads.
+
+    Several adapters are summed in float32 and rounded once. Under torchrun, srun or mpirun the
+    processes share the work, a file at a time.
+    """
+    from gralora_convert.cli.pages import merge_summary
+    from gralora_convert.output import Ranks
+    from gralora_convert.verbs import merge
+
+    plan = merge(
+        *adapters,
+        base=base,
+        weights=weights or None,
+        dtype=run.dtype,
+        shard_size=shard_size,
+        device=run.device,
+        verify=run.verify,
+        again=again,
+        key_map=parse_key_map(key_map),
+        trust_remote_code=trust_remote_code,
+    )
+    ranks = Ranks.from_environment()
+    return run.carry_out(plan, merge_summary, resume=resume, digests=digests, ranks=ranks)
+
+
+@commands.command(
+    epilog=examples(
+        "gralora-convert convert ./lora --to gralora --k 2 -o ./gralora",
+        "gralora-convert convert ./gralora --to lora -o ./servable",
+    )
+)
+@click.argument("adapter", type=PATH)
+@shape_options
+@click.option("--allow-inexact", is_flag=True,
+              help="Approximate optimally, print the error.  [default: off]")  # fmt: skip
+@some_base_option(
+    "The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  [default: none]"
+)
+@writing_options
+@key_map_option
+@trust_option
+def convert(
+    adapter: str,
+    wanted: Wanted,
+    allow_inexact: bool,
+    base: str | None,
+    run: Run,
+    key_map: Sequence[str],
+    trust_remote_code: bool,
+) -> int:
+    """Write ADAPTER as GraLoRA, Hybrid GraLoRA or LoRA, exactly unless told otherwise."""
+    from gralora_convert.cli.pages import adapter_summary
+    from gralora_convert.verbs import convert
+
+    plan = convert(
+        adapter,
+        to=wanted.to,
+        base=base,
+        k=wanted.k,
+        r=wanted.r,
+        hybrid_r=wanted.hybrid_r,
+        alpha=wanted.alpha,
+        max_error=wanted.max_error,
+        allow_inexact=allow_inexact,
+        dtype=run.dtype,
+        device=run.device,
+        verify=run.verify,
+        key_map=parse_key_map(key_map),
+        trust_remote_code=trust_remote_code,
+    )
+    return run.carry_out(plan, adapter_summary)
+
+
+@commands.command(
+    epilog=examples("gralora-convert extract --base ./model --tuned ./tuned --to lora -o ./adapter")
+)
+@click.option("--base", type=PATH, required=True, metavar="MODEL", help="Folder, file or Hub id.")
+@click.option("--tuned", type=PATH, required=True, metavar="MODEL", help="The fine-tuned model.")
+@shape_options
+@click.option("--include", multiple=True, metavar="PATTERN",
+              help="Only modules like this, such as '*.q_proj'.  [default: all]")  # fmt: skip
+@click.option("--exclude", multiple=True, metavar="PATTERN",
+              help="No modules like this.  [default: none]")  # fmt: skip
+@click.option("--svd", type=Choice(["auto", "exact", "randomised"]), default="auto",
+              show_default=True,
+              help="auto = randomised where a block's side is above 512.")  # fmt: skip
+@writing_options
+@trust_option
+def extract(
+    base: str,
+    tuned: str,
+    wanted: Wanted,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    svd: "Method",
+    run: Run,
+    trust_remote_code: bool,
+) -> int:
+    """Find the adapter that takes the base to a fine-tuned model, optimally for its rank."""
+    from gralora_convert.cli.pages import adapter_summary
+    from gralora_convert.verbs import extract
+
+    plan = extract(
+        base=base,
+        tuned=tuned,
+        to=wanted.to,
+        k=wanted.k,
+        r=wanted.r,
+        hybrid_r=wanted.hybrid_r,
+        alpha=wanted.alpha,
+        max_error=wanted.max_error,
+        include=include,
+        exclude=exclude,
+        svd=svd,
+        dtype=run.dtype,
+        device=run.device,
+        verify=run.verify,
+        trust_remote_code=trust_remote_code,
+    )
+    return run.carry_out(plan, adapter_summary)
+
+
+@commands.command(
+    epilog=examples("gralora-convert verify ./adapter --base ./model --merged ./merged")
+)
+@click.argument("adapter", type=PATH)
+@base_option
+@click.option(
+    "--merged", type=PATH, required=True, metavar="MODEL", help="The checkpoint to audit."
+)
+@click.option("--level", type=Choice(["weights", "modules", "model"]), default="model",
+              show_default=True, help="How deep; each includes those before it.")  # fmt: skip
+@click.option("--slack", type=float, default=1.0, show_default=True,
+              help="Widen every bound by this factor.")  # fmt: skip
+@click.option("--text",
+              help="Run the model on this text, through its own tokenizer.  "
+              "[default: random token ids]")  # fmt: skip
+@plot_option
+@device_option
+@progress_option
+@quiet_option
+@json_option
+@key_map_option
+@trust_option
+def verify(
+    adapter: str,
+    base: str | None,
+    merged: str,
+    level: str,
+    slack: float,
+    text: str | None,
+    plot: str | None,
+    device: str,
+    progress: bool | None,
+    as_json: bool,
+    key_map: Sequence[str],
+    trust_remote_code: bool,
+) -> int:
+    """Do base + ADAPTER and a merged checkpoint compute the same? Whoever made the merge.
+
+    Exits 0 when they do, 1 when they do not; then it says what happened.
+    """
+    from gralora_convert.cli.plots import require_drawable
+    from gralora_convert.disk import Checkpoint
+    from gralora_convert.verbs import verify
+
+    if plot is not None:
+        require_drawable(plot)
+    opened = Checkpoint.open(merged)
+    with bar(opened.nbytes, progress) as advance:
+        found = verify(
+            adapter,
+            base=base,
+            merged=opened,
+            level=level,
+            slack=slack,
+            device=device,
+            text=text,
+            key_map=parse_key_map(key_map),
+            trust_remote_code=trust_remote_code,
+            progress=advance,
+        )
+    _print_equivalence(found, plot, as_json)
+    return 0 if found.ok else EXIT_NO
+
+
+def _print_equivalence(found: "Equivalence", plot: str | None, as_json: bool) -> None:
+    from gralora_convert.cli.plots import draw_equivalence
+
+    show_notes(found.notes)
+    if plot is not None:
+        draw_equivalence(found, plot)
+        show_notes([f"drawn: {plot}"])
+    if as_json:
+        show_json(found.as_json())
+    else:
+        show(found.as_text())

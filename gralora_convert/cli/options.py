@@ -1,0 +1,246 @@
+"""The options that several commands share, and what those do alike that write."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import click
+
+from gralora_convert.cli.terminal import Choice, bar, quiet_option, show, show_json, show_notes
+from gralora_convert.errors import MisuseError, printable
+
+if TYPE_CHECKING:
+    from gralora_convert.delta import Kind
+    from gralora_convert.output import Plan, Ranks
+
+__all__ = [
+    "PATH",
+    "Run",
+    "Wanted",
+    "base_option",
+    "device_option",
+    "examples",
+    "json_option",
+    "key_map_option",
+    "parse_key_map",
+    "plot_option",
+    "progress_option",
+    "shape_options",
+    "some_base_option",
+    "trust_option",
+    "writing_options",
+]
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _options(
+    *options: Callable[[Callable[P, T]], Callable[P, T]],
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Several options as one decorator, in the order in which the help shows them."""
+    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
+
+
+def _gathered(
+    name: str,
+    into: type[object],
+    *options: Callable[[Callable[..., int]], Callable[..., int]],
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Several options as one decorator; the command gets their values as one `into`, the argument
+    `name`. Those that are no field of it stay arguments."""
+    names = [field.name for field in fields(into)]  # type: ignore[arg-type]
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(command)
+        def gathering(**given: object) -> int:
+            value = into(**{field: given.pop(field) for field in names})
+            return command(**given, **{name: value})
+
+        return _options(*options)(gathering)
+
+    return decorate
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help."""
+    return "\n".join(
+        ["\b", "Example:" if len(lines) == 1 else "Examples:", *(f"  {x}" for x in lines)]
+    )
+
+
+def some_base_option(meaning: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """`--base`, which has another default where a base is not always needed."""
+    return click.option("--base", type=PATH, metavar="MODEL", help=meaning)
+
+
+EXIT_UNTOLD = 2  # as for an output that cannot be told of for any other reason
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+PATH = click.Path()  # no check here: it may be a Hub id; a shell completes names of files
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON document on stdout.  [default: off]"
+)
+base_option = some_base_option(
+    "Base model: folder, file or Hub id.  [default: the adapter's base_model_name_or_path]"
+)
+device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute.")
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True,
+    help="Let transformers run code of the model's folder.  [default: off]",
+)  # fmt: skip
+key_map_option = click.option(
+    "--key-map", multiple=True, metavar="FROM=TO",
+    help="Module FROM of the adapter is TO in the base (a whole name or a leading part).  "
+    "[default: the same names]",
+)  # fmt: skip
+plot_option = click.option(
+    "--plot", type=PATH, metavar="FILE",
+    help="Draw it, as PNG, SVG or PDF by the suffix of FILE.  [default: no picture]",
+)  # fmt: skip
+progress_option = click.option(
+    "--progress/--no-progress", default=None, help="A bar on stderr.  [default: on a terminal]"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the three writing commands do alike: dry run, progress, the closing lines."""
+
+    output: str
+    dtype: str
+    jobs: int | None
+    dry_run: bool
+    overwrite: bool
+    verify: bool
+    device: str
+    progress: bool | None
+    as_json: bool
+
+    def carry_out(
+        self,
+        plan: "Plan",
+        summary: Callable[[Mapping[str, object], str], str],
+        *,
+        resume: bool = False,
+        digests: bool | None = None,
+        ranks: "Ranks | None" = None,
+    ) -> int:
+        is_speaker = ranks is None or ranks.is_leader
+        if self.dry_run:
+            plan.require_allowed(self.output, overwrite=self.overwrite)
+            if is_speaker:
+                self._print_plan(plan)
+            return 0
+        if is_speaker:
+            show_notes(plan.notes)
+        if resume and is_speaker and (left := plan.resumable_bytes(self.output)):
+            show_notes([f"goes on: {left:,} bytes are there already"])
+        tensors = sum(file.data_nbytes for file in plan.files)
+        with bar(tensors, self.progress if is_speaker else False) as advance:
+            receipt = plan.write(
+                self.output,
+                overwrite=self.overwrite,
+                resume=resume,
+                jobs=self.jobs,
+                verify=self.verify,
+                digests=digests,
+                progress=advance,
+                ranks=ranks,
+                note=lambda sentence: show_notes([sentence]),
+            )
+        if not is_speaker:
+            return 0
+        try:
+            if self.as_json:
+                show_json(receipt)
+            else:
+                show(summary(receipt, printable(self.output)))
+        except KeyboardInterrupt:  # nobody may be reading, so nothing more goes there
+            place = printable(self.output)
+            show(f"error: {place}: is complete, but telling so was interrupted.", err=True)
+            return EXIT_UNTOLD
+        return 0
+
+    def _print_plan(self, plan: "Plan") -> None:
+        document = plan.as_json(Path(self.output), self.jobs)
+        if self.as_json:
+            show_json(document)
+            return
+        for file in plan.files:
+            click.echo(f"{file.name}  {len(file.parts)} tensors, {file.nbytes:,} bytes")
+            for part in file.parts:
+                how = "copy" if type(part.source).__name__ == "Copied" else "compute"
+                click.echo(f"  {how:7}  {part.dtype:5} {list(part.shape)}  {part.name}")
+        for name in sorted({*plan.texts, *plan.sidecars}):
+            click.echo(f"{name}  {'edited' if name in plan.texts else 'copy'}")
+        click.echo(
+            f"total {plan.nbytes:,} bytes, {document['bytes']:,} of them in weight files, "
+            f"{document['computed']} of {document['tensors']} tensors computed; "
+            f"peak memory about {plan.peak_memory(self.jobs) / 1e6:,.0f} MB; "
+            f"{document['free_disk']:,} bytes free on the disk. Nothing was written."
+        )
+        for note in plan.notes:
+            show(f"note: {note}")
+
+
+writing_options = _gathered(
+    "run", Run,
+    click.option("-o", "--output", type=PATH, required=True, metavar="DIR",
+                 help="New folder; must not exist, or be empty, unless --overwrite."),
+    click.option("--dtype", type=Choice(DTYPES), default="keep", show_default=True,
+                 help="dtype of the tensors written; keep = each tensor's own."),
+    click.option("--jobs", type=click.IntRange(min=1), help="Worker threads.  [default: the CPUs]"),
+    click.option("--dry-run", is_flag=True,
+                 help="Print the plan and write nothing.  [default: off]"),
+    click.option("--overwrite", is_flag=True, help="Replace DIR, atomically.  [default: off]"),
+    click.option("--verify/--no-verify", default=True, show_default=True,
+                 help="Check what was written before publishing it."),
+    device_option, progress_option, quiet_option, json_option,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The shape of the adapter that is asked for."""
+
+    to: "Kind"
+    k: int | None
+    r: int | None
+    hybrid_r: int | None
+    alpha: float | None
+    max_error: float | None
+
+
+shape_options = _gathered(
+    "wanted", Wanted,
+    click.option("--to", type=Choice(["gralora", "hybrid", "lora"]), required=True,
+                 help="Kind of the result."),
+    click.option("--k", type=click.IntRange(min=1),
+                 help="Blocks per side.  [default: the source's, or 2]"),
+    click.option("--r", type=click.IntRange(min=1),
+                 help="Rank.  [default: the smallest exact; extract: 32]"),
+    click.option("--hybrid-r", type=click.IntRange(min=0),
+                 help="Rank of the general part.  [default: the source's, or a LoRA's rank; "
+                 "extract: r / 2]"),
+    click.option("--alpha", type=float,
+                 help="Numerator of the scaling.  [default: keep the scaling]"),
+    click.option("--max-error", type=float,
+                 help="Smallest rank with this relative Frobenius error; excludes --r.  "
+                 "[default: off]"),
+)  # fmt: skip
+
+
+def parse_key_map(entries: Sequence[str]) -> dict[str, str]:
+    """`FROM=TO` options as a mapping."""
+    mapping = {}
+    for entry in entries:
+        name, equals, to = entry.partition("=")
+        if not equals or not name or not to:
+            raise MisuseError(
+                f"--key-map {entry!r} is not FROM=TO", hint="Give two names of modules."
+            )
+        mapping[name] = to
+    return mapping

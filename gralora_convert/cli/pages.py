@@ -1,0 +1,332 @@
+"""The pages of `inspect`: the facts of its JSON documents as text, with the next commands to type.
+
+Every line is made printable, so that no name in a hostile file breaks out of its line.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gralora_convert.adapters import NAMES, Group
+from gralora_convert.disk import is_cached, is_there
+from gralora_convert.errors import printable
+from gralora_convert.verbs import SERVED_RANKS, served_rank, serving_lines
+
+if TYPE_CHECKING:
+    from gralora_convert.verbs import Inspection
+
+__all__ = ["adapter_summary", "inspection_page", "merge_summary"]
+
+
+Json = Mapping[str, object]
+LONGEST = 40  # lines of one list on a page
+EXACT = 1e-6  # as in delta/resizing.py: relative errors below it are those of float32 factors
+
+
+def inspection_page(found: "Inspection") -> str:
+    """What was found, for people."""
+    if found.inner:
+        return _adapters_page(found)
+    return _checkpoint_page(found) if found.document["kind"] == "dense" else _adapter_page(found)
+
+
+def _adapter_page(found: "Inspection") -> str:
+    """What an adapter is, how it is served, whether it is sound, what can be done with it."""
+    name, facts, report = found.name, found.document, found.report
+    sound = report.ok
+    verdict = (
+        "no errors in config, names and shapes; `validate` reads the values, too"
+        if sound
+        else f"{len(report.errors)} error(s); what follows from them is not told above"
+    )
+    findings = _shortened([str(finding) for finding in report.findings])
+    fields = [
+        ("base", _base(facts["base_model"])),
+        ("shape", _shape(facts)),
+        ("as a LoRA", _serving(facts)),
+        ("size", _size(facts)),
+        ("also", ", ".join(_names(facts.get("also")))),
+        ("made by", _provenance(found.receipt)),
+        ("modules" if sound else "tensors", _table(found.groups)),
+        ("health", [verdict, *findings]),
+        ("next", _next_of_adapter(name, facts, sound)),
+    ]
+    return _page(f"{name}: {_kind(facts)}", fields)
+
+
+def _adapters_page(found: "Inspection") -> str:
+    """Several adapters in sub-folders, a line each."""
+    rows = [
+        (folder, _kind(inner.document) + f", {_short_shape(inner.document)}"
+         + ("" if inner.report.ok else f", {len(inner.report.errors)} error(s)"))
+        for folder, inner in found.inner.items()
+    ]  # fmt: skip
+    first = shlex.quote(str(Path(found.name) / next(iter(found.inner))))
+    title = f"{found.name}: {len(found.inner)} adapter(s) in sub-folders"
+    return _page(title, [*rows, ("next", f"gralora-convert inspect {first}")])
+
+
+def _checkpoint_page(found: "Inspection") -> str:
+    """What a dense checkpoint is and where it comes from."""
+    name, facts, receipt = found.name, found.document, found.receipt
+    method = facts["quantisation"]
+    architectures = ", ".join(_names(facts["architectures"]))
+    files = _names(facts["files"])
+    numbers = [
+        f"{value:,} {word}"
+        for key, word in (
+            ("layers", "layers"), ("hidden_size", "wide"), ("vocabulary", "tokens"),
+        )
+        if isinstance(value := facts[key], int)
+    ]  # fmt: skip
+    dtypes = facts["dtype"]
+    assert isinstance(dtypes, Mapping)
+    fields = [
+        ("model", "; ".join(filter(None, [str(facts["model_type"] or ""), ", ".join(numbers)]))),
+        ("size", f"{facts['tensors']} tensors, {facts['parameters']:,} parameters, "
+                 + ", ".join(f"{count} x {dtype}" for dtype, count in dtypes.items())
+                 + f", {_bytes(facts['bytes'])}"),
+        ("files", files[0] + (f" ... {files[-1]} ({len(files)} files)" if files[1:] else "")),
+        ("ties", "the output head is the input embedding" if facts["tied"] else "none"),
+        ("quantised", f"{method}: adapters are merged into the model before it" if method
+                      else "no"),
+        ("made by", _provenance(receipt)),
+        ("weights", _table(found.groups)),
+        ("next", [] if method else _next_of_checkpoint(name, receipt)),
+    ]  # fmt: skip
+    what = architectures or "of an unknown architecture (no config.json)"
+    return _page(f"{name}: dense checkpoint, {what}", fields)
+
+
+# layout -------------------------------------------------------------------------------------------
+
+
+def _page(title: str, fields: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A title and `  name  value` lines, values with several lines set off by empty ones."""
+    held = [(name, [v] if isinstance(v, str) else v) for name, v in fields if v]
+    width = max([9, *(len(name) for name, _ in held)])
+    lines = [printable(title)]
+    apart = True
+    for name, values in held:
+        if apart or len(values) > 1:
+            lines.append("")
+        apart = len(values) > 1
+        for i, value in enumerate(values):
+            lines.append(f"  {'' if i else printable(name):<{width}}  {printable(value)}")
+    return "\n".join(lines)
+
+
+def _table(groups: Sequence[Group]) -> list[str]:
+    """How many, of what shape, which."""
+    if not groups:
+        return []
+    sizes = [" x ".join(map(str, g.shape)) or "scalar" for g in groups]
+    width, digits = max(map(len, sizes)), len(str(max(g.count for g in groups)))
+    return _shortened([
+        f"{g.count:>{digits}}  {size:>{width}}  {g.name}"
+        for g, size in zip(groups, sizes, strict=True)
+    ])  # fmt: skip
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    more = len(lines) - LONGEST
+    return lines if more <= 1 else [*lines[:LONGEST], f"... and {more} more"]
+
+
+def _names(value: object) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list | tuple) else []
+
+
+def _bytes(count: object) -> str:
+    """A number of bytes for people, and exactly."""
+    assert isinstance(count, int)
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit} ({count:,} bytes)"
+    return f"{count:,} bytes"
+
+
+# adapters -----------------------------------------------------------------------------------------
+
+
+def _kind(facts: Json) -> str:
+    kind, version = facts["kind"], facts["peft_version"]
+    if kind is None:
+        return "an adapter of a method that is not read here"
+    writer = f"PEFT {version}" if version else "PEFT"
+    if facts["dialect"] == "authors":
+        writer = "the original authors' code"
+    return f"{NAMES[str(kind)]} adapter, written by {writer}"
+
+
+def _base(base: object) -> str:
+    if not isinstance(base, str) or not base:
+        return "not named; give --base"
+    if is_there(base):
+        return f"{base} (here)"
+    return f"{base} ({'in the cache of the Hub' if is_cached(base) else 'not here'})"
+
+
+def _short_shape(facts: Json) -> str:
+    if facts["kind"] == "lora":
+        return f"r={facts['r']}"
+    return f"r={facts['r']} k={facts['k']} hybrid_r={facts['hybrid_r']}"
+
+
+def _shape(facts: Json) -> str:
+    r, k, h, scaling = facts["r"], facts["k"], facts["hybrid_r"], facts["scaling"]
+    line = f"{_short_shape(facts)}, alpha={facts['alpha']}"
+    if isinstance(scaling, float | int):
+        line += f", scaling={scaling:g}"
+    if facts["kind"] == "lora" or not (type(r) is int and type(k) is int and k > 0 and r % k == 0):
+        return line
+    general = f" beside a LoRA of rank {h}" if h else ""
+    return f"{line}: {k} x {k} blocks of rank {r // k}{general}"
+
+
+def _serving(facts: Json) -> str:
+    """The rank, whether a server takes it, and what servers would refuse or misread."""
+    exact = facts["exact_lora_rank"]
+    if not isinstance(exact, int):
+        return ""
+    rank = served_rank(exact)
+    line = f"{'it is one' if facts['kind'] == 'lora' else 'the same function'} at rank {exact}; "
+    if rank is None:
+        line += f"above vLLM's largest ({SERVED_RANKS[-1]}): merge it, or convert with --max-error"
+    else:
+        line += f"vLLM serves it with --max-lora-rank {rank}"
+    odd = _names(facts["unsupported"])
+    if odd:
+        line += f"; {', '.join(odd)}: not every server reads that"
+    elif facts["biases"] or facts["saved"]:
+        line += "; its biases and saved modules only live in a merged model"
+    return line
+
+
+def _size(facts: Json) -> str:
+    if not facts["tensors"]:
+        return "no tensors"
+    return (
+        f"{len(_names(facts['modules']))} modules, {facts['parameters']:,} parameters, "
+        f"{', '.join(_names(facts['dtype']))}, {_bytes(facts['bytes'])} in {facts['file']}"
+    )
+
+
+def _next_of_adapter(name: str, facts: Json, sound: bool) -> list[str]:
+    named = facts["base_model"]
+    path = shlex.quote(name)
+    model = shlex.quote(named) if isinstance(named, str) and named else "MODEL"
+    if not sound:
+        return [f"gralora-convert validate {path}"]
+    lines = [f"gralora-convert validate {path} --base {model}"]
+    if facts["kind"] != "lora":
+        lines.append(f"gralora-convert convert {path} --to lora -o OUT")
+    elif not facts["beyond_factors"]:
+        lines.append(f"gralora-convert convert {path} --to hybrid -o OUT")
+    if not facts["beyond_factors"]:
+        lines.append(f"gralora-convert merge {path} --base {model} -o OUT")
+    return lines
+
+
+# checkpoints --------------------------------------------------------------------------------------
+
+
+def _next_of_checkpoint(name: str, receipt: Json | None) -> list[str]:
+    path = shlex.quote(name)
+    if receipt is not None and receipt.get("command") == "merge":
+        base, adapters = _inputs(receipt)
+        if base and len(adapters) == 1:
+            return [
+                f"gralora-convert verify {shlex.quote(adapters[0])} --base {shlex.quote(base)} "
+                f"--merged {path}"
+            ]
+    return [
+        f"gralora-convert merge ADAPTER --base {path} -o OUT",
+        f"gralora-convert extract --base {path} --tuned TUNED --to gralora -o OUT",
+    ]
+
+
+def _provenance(receipt: Json | None) -> str:
+    """What a receipt says, in words."""
+    if receipt is None:
+        return ""
+    base, others = _inputs(receipt)
+    modules, kept, error = (receipt.get(key) for key in ("modules", "survival", "error"))
+    line = f"{receipt.get('tool')} {receipt.get('version')} {receipt.get('command')}: "
+    line += " + ".join([*([base] if base else []), *others])
+    if isinstance(modules, list):
+        line += f"; {len(modules)} modules"
+    if isinstance(kept, Mapping) and isinstance(kept.get("kept"), float):
+        line += f", rounding kept {kept['kept']:.1%} of the update"
+    if isinstance(error, float):
+        line += ", exact" if error <= EXACT else f", relative error {error:.3g}"
+    return line
+
+
+def _inputs(receipt: Json) -> tuple[str, list[str]]:
+    """The base, and the other inputs (adapters, a tuned model), that a receipt lists."""
+    inputs = receipt.get("inputs")
+    base, others = "", []
+    for key, value in inputs.items() if isinstance(inputs, Mapping) else ():
+        for entry in value if isinstance(value, list) else [value]:
+            place = entry.get("source") or entry.get("path") if isinstance(entry, Mapping) else None
+            if isinstance(place, str) and key == "base":
+                base = place
+            elif isinstance(place, str):
+                others.append(place)
+    return base, others
+
+
+def adapter_summary(receipt: Mapping[str, object], output: str) -> str:
+    """The closing lines: what was written, what was lost, how to serve a LoRA."""
+    kind, r, error = receipt["to"], receipt["r"], receipt["error"]
+    modules, k, h = receipt["modules"], receipt["k"], receipt["hybrid_r"]
+    assert isinstance(modules, list)
+    assert isinstance(error, float)
+    assert isinstance(r, int)
+    assert kind == "gralora" or kind == "hybrid" or kind == "lora"
+    shape = f"r={r}" + ("" if kind == "lora" else f" k={k} hybrid_r={h}")
+    lines = [f"wrote {len(modules)} modules as {NAMES[kind]} {shape} to {output}"]
+    if error <= EXACT:
+        lines.append("exact: the update is the same, up to the rounding of stored factors")
+    else:
+        worst = max(modules, key=lambda row: row["error"])
+        lines.append(
+            f"approximate: relative error {error:.3g} (Frobenius), worst module "
+            f"{worst['module']} {worst['error']:.3g}"
+        )
+    for key, what in (
+        ("lora_error", "a LoRA of the same number of parameters would have relative error"),
+        ("rounding_floor", "rounding of the tuned model alone accounts for"),
+    ):
+        value = receipt.get(key)
+        if isinstance(value, float):
+            lines.append(f"{what} {value:.3g}")
+    if kind == "lora":
+        lines += serving_lines(r, output)
+    return "\n".join(lines)
+
+
+def merge_summary(receipt: Mapping[str, object], output: str) -> str:
+    """The closing lines of a merge."""
+    modules, survival = receipt["modules"], receipt["survival"]
+    assert isinstance(modules, list)
+    lines = [
+        f"merged {len(modules)} modules into {output} "
+        f"({receipt['tensors']} tensors, {receipt['bytes']:,} bytes)"
+    ]
+    replaced = receipt["replaced"]
+    if isinstance(replaced, list) and replaced:
+        lines.append(f"replaced or added {len(replaced)} tensors (biases, saved modules)")
+    if isinstance(survival, Mapping):
+        lines.append(
+            f"checked: {survival['kept']:.1%} of the update kept, rounding noise "
+            f"{survival['noise']:.1%} of it, {survival['changed']:.1%} of the weights changed"
+        )
+        if survival["kept"] < 0.9 or survival["noise"] > 0.5:
+            lines.append(
+                "the stored dtype loses much of this update: write --dtype float32 or serve the "
+                "adapter unmerged"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""The mathematics of delta weights: forms, exact conversions, best fits, rounding. No files."""
+
+from gralora_convert.delta.exact import (
+    direct_sum,
+    gralora_to_hybrid,
+    gralora_to_lora,
+    hybrid_to_gralora,
+    lora_to_gralora,
+    lora_to_hybrid,
+    pad,
+    pad_lora,
+    permute_rows,
+    with_scaling,
+)
+from gralora_convert.delta.fit import (
+    Fit,
+    exact_rank,
+    smallest_rank,
+    spectra,
+    to_gralora,
+    to_hybrid,
+    to_lora,
+)
+from gralora_convert.delta.forms import (
+    Delta,
+    Dense,
+    Gralora,
+    Lora,
+    is_finite,
+    require_device,
+    terms,
+    to_device,
+)
+from gralora_convert.delta.forward import forward_path, gralora_product
+from gralora_convert.delta.mistakes import BlockSums, Evidence, explain, features
+from gralora_convert.delta.products import Stack, delta_weight, dense, rows
+from gralora_convert.delta.resizing import (
+    EXACT,
+    Kind,
+    Loss,
+    Made,
+    Shape,
+    blocks_for,
+    loss_json,
+    relative,
+    require_divisible,
+    require_same,
+    require_sensible,
+    rounded,
+    shape_of,
+)
+from gralora_convert.delta.rounding import (
+    Survival,
+    admissible,
+    half_ulp,
+    magnitude_rows,
+    survival,
+    tolerance,
+    worst_ratio,
+)
+from gralora_convert.delta.svd import Method, block_norms, energies, squared_norm
+from gralora_convert.delta.variants import Start, dora, start_of, without_start
+
+__all__ = [
+    "EXACT", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora", "Loss",
+    "Made", "Method", "Shape", "Stack", "Start", "Survival", "admissible", "block_norms",
+    "blocks_for", "delta_weight", "dense", "direct_sum", "dora", "energies", "exact_rank",
+    "explain", "features", "forward_path", "gralora_product", "gralora_to_hybrid",
+    "gralora_to_lora", "half_ulp", "hybrid_to_gralora", "is_finite", "lora_to_gralora",
+    "lora_to_hybrid", "loss_json", "magnitude_rows", "pad", "pad_lora", "permute_rows", "relative",
+    "require_device", "require_divisible", "require_same", "require_sensible", "rounded", "rows",
+    "shape_of", "smallest_rank", "spectra", "squared_norm", "start_of", "survival", "terms",
+    "to_device", "to_gralora", "to_hybrid", "to_lora", "tolerance", "with_scaling", "without_start",
+    "worst_ratio",
+]  # fmt: skip

@@ -1,0 +1,221 @@
+"""The shape of an adapter that is asked for, and what it costs to bring a delta into it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar, get_args
+
+import torch
+
+from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora
+from gralora_convert.delta.forward import forward_path
+from gralora_convert.errors import CheckFailedError, MisuseError, is_number
+
+__all__ = [
+    "Kind",
+    "Loss",
+    "Shape",
+    "loss_json",
+    "require_same",
+    "require_sensible",
+    "rounded",
+]
+
+
+Made = TypeVar("Made", Gralora, Lora)
+Kind = Literal["gralora", "hybrid", "lora"]
+Factor = Literal["A", "B", "general_A", "general_B"]
+EXACT = 1e-6  # relative errors below it are those of float32 factors
+PROBES = 32
+
+# What one module lost: squared error and squared norm (Frobenius).
+Loss = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What every module of the result looks like; `k` is 1 for LoRA."""
+
+    kind: Kind
+    k: int
+    r: int
+    hybrid_r: int
+    scaling: float
+
+    @property
+    def alpha(self) -> float:
+        """scaling * (r + hybrid_r), whole where it can be."""
+        alpha = self.scaling * (self.r + self.hybrid_r)
+        return int(alpha) if float(alpha).is_integer() else alpha
+
+    def sizes(self, rows: int, columns: int) -> dict[Factor, tuple[int, ...]]:
+        """The shapes of a module's tensors by role, for a weight (rows, columns) = (out, in)."""
+        if self.kind == "lora":
+            return {"A": (self.r, columns), "B": (rows, self.r)}
+        blocks: dict[Factor, tuple[int, ...]] = {
+            "A": (self.k, columns // self.k, self.r),
+            "B": (self.k, self.r, rows // self.k),
+        }
+        if not self.hybrid_r:
+            return blocks
+        return blocks | {"general_A": (self.hybrid_r, columns), "general_B": (rows, self.hybrid_r)}
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "to": self.kind,
+            "r": self.r,
+            "k": self.k,
+            "hybrid_r": self.hybrid_r,
+            "alpha": self.alpha,
+            "scaling": self.scaling,
+        }
+
+
+def require_sensible(
+    to: Kind,
+    k: int | None,
+    r: int | None,
+    hybrid_r: int | None,
+    alpha: float | None,
+    max_error: float | None,
+) -> None:
+    """Raises `MisuseError` unless the numbers that ask for a shape can be meant."""
+    if to not in get_args(Kind):
+        raise MisuseError(f"the result {to!r} is none of {', '.join(get_args(Kind))}")
+    for name, value, least in (("k", k, 1), ("r", r, 1), ("hybrid_r", hybrid_r, 0)):
+        if value is not None and (type(value) is not int or value < least):
+            raise MisuseError(f"{name}={value!r} is not a whole number of at least {least}")
+    if alpha is not None and not is_number(alpha):
+        raise MisuseError(f"alpha={alpha!r} is not a finite number")
+    if max_error is None:
+        return
+    if not is_number(max_error) or not 0 < max_error < 1:
+        raise MisuseError(f"--max-error {max_error!r} is not a number between 0 and 1")
+    if r is not None:
+        raise MisuseError("--max-error chooses the rank and excludes --r", hint="Give one of them.")
+    if to == "hybrid":
+        raise MisuseError(
+            "--max-error chooses the rank of a LoRA or GraLoRA, not of a Hybrid", hint="Give --r."
+        )
+
+
+def blocks_for(to: Kind, k: int | None, hybrid_r: int | None, default: int) -> int:
+    """k of the result, when the options go together.
+
+    Raises:
+        MisuseError: they do not.
+    """
+    if to == "lora" and (k is not None or hybrid_r):
+        raise MisuseError("a LoRA has neither k nor hybrid_r", hint="Leave them out.")
+    if to == "gralora" and hybrid_r:
+        raise MisuseError("a pure GraLoRA has no hybrid_r", hint="Use --to hybrid.")
+    return 1 if to == "lora" else k or default
+
+
+def shape_of(to: Kind, k: int, r: int, hybrid_r: int, alpha: float | None, scaling: float) -> Shape:
+    """The shape of the result, with `alpha` in place of `scaling` where it is given.
+
+    Raises:
+        MisuseError: k does not divide r, or the scaling is zero or not finite.
+    """
+    if r < 1 or r % k:
+        raise MisuseError(f"r={r} is not a positive multiple of k={k}")
+    scaling = scaling if alpha is None else alpha / (r + hybrid_r)
+    if not math.isfinite(scaling) or scaling == 0:
+        raise MisuseError(f"a scaling of {scaling} cannot carry an update")
+    return Shape(to, k, r, hybrid_r, scaling)
+
+
+def require_divisible(k: int, module: str, weight: tuple[int, int], or_else: str = "") -> None:
+    """Raises `MisuseError` unless k divides both sides of a module's weight."""
+    if k < 1 or any(size % k for size in weight):
+        raise MisuseError(
+            f"k={k} does not divide its {weight[0]} x {weight[1]} weight",
+            where=module,
+            hint=f"Choose a k that divides every adapted layer{or_else}.",
+        )
+
+
+def rounded(module: str, delta: Gralora | Lora, dtype: torch.dtype) -> Gralora | Lora:
+    """The factors in the dtype that is written, on the CPU.
+
+    Raises:
+        CheckFailedError: they lose more than rounding may: float16 ends at 65504, and below 6e-5
+            it has few digits left.
+    """
+
+    def stored(factor: torch.Tensor) -> torch.Tensor:
+        made = factor.to("cpu", dtype)
+        if dtype == torch.float16 and factor.dtype != dtype:
+            held = factor.to("cpu").double()
+            lost = float((made.double() - held).norm())
+            if not lost <= torch.finfo(dtype).eps * float(held.norm()):
+                raise CheckFailedError(
+                    "float16 cannot hold its factors: values up to "
+                    f"{float(held.abs().max()):.3g} would lose more than by rounding",
+                    where=module, hint="Give --dtype float32 or bfloat16.",
+                )  # fmt: skip
+        return made
+
+    if isinstance(delta, Lora):
+        return replace(delta, A=stored(delta.A), B=stored(delta.B))
+    general = (None if t is None else stored(t) for t in (delta.general_A, delta.general_B))
+    return Gralora(stored(delta.A), stored(delta.B), delta.scaling, *general)
+
+
+def require_same(
+    module: str, source: Delta, made: Gralora | Lora, error2: float, dtype: torch.dtype
+) -> None:
+    """The forward paths of source and result (as stored) on probe inputs, in float64.
+
+    For normal inputs the mean squared difference is the squared Frobenius error: beyond twice the
+    expected error and the rounding of the stored factors, chance is less than 1e-12.
+
+    Raises:
+        CheckFailedError: they differ by more than that.
+    """
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(PROBES, made.in_features, dtype=torch.float64, generator=generator)
+    device = source.weight.device if isinstance(source, Dense) else source.A.device
+    difference = forward_path(made, x) - forward_path(source, x.to(device)).cpu()
+    found = float(difference.norm()) / math.sqrt(PROBES)
+    rounding = 4 * torch.finfo(dtype).eps * (_size(made) + _size(source))
+    allowed = 2 * math.sqrt(error2) + rounding
+    if not found <= allowed:
+        raise CheckFailedError(
+            f"gives other outputs than its source: difference {found:.3g}, up to {allowed:.3g} "
+            "was expected",
+            where=module,
+            hint="Nothing was published. Please report this with the inputs.",
+        )
+
+
+def _size(delta: Delta) -> float:
+    """What bounds the norm of a delta, and the rounding of its factors: |A| |B|."""
+    match delta:
+        case Dense(weight=weight):
+            return float(weight.norm())
+        case Lora(A=A, B=B):
+            return abs(delta.scaling) * float(A.double().norm() * B.double().norm())
+        case Gralora(A=A, B=B):
+            size = float(A.double().norm() * B.double().norm())
+            if delta.general_A is not None and delta.general_B is not None:
+                size += float(delta.general_A.double().norm() * delta.general_B.double().norm())
+            return abs(delta.scaling) * size
+
+
+def relative(losses: Mapping[str, Loss]) -> float:
+    """The relative error of several modules together, summed in the order of their names, so that
+    it does not depend on which thread was first."""
+    error2, norm2 = (sum(losses[module][i] for module in sorted(losses)) for i in (0, 1))
+    return math.sqrt(error2 / norm2) if norm2 else 0.0
+
+
+def loss_json(losses: Mapping[str, Loss]) -> dict[str, object]:
+    """Overall error, worst module and a row for each, for a receipt."""
+    errors = {module: relative({module: losses[module]}) for module in sorted(losses)}
+    return {
+        "error": relative(losses),
+        "worst_module": max(errors, key=errors.__getitem__, default=""),
+        "modules": [{"module": module, "error": error} for module, error in errors.items()],
+    }

@@ -1,0 +1,53 @@
+"""Files of others, read defensively: JSON, tensors, the Hub, whole checkpoints. No torch."""
+
+from gralora_convert.disk.checkpoint import Checkpoint, locate
+from gralora_convert.disk.files import (
+    RECEIPT_NAME,
+    Measure,
+    file_stamp,
+    is_file,
+    is_folder,
+    is_there,
+    measured,
+    open_regular,
+    pread_exact,
+    reading,
+    require_stamp,
+)
+from gralora_convert.disk.folders import sidecars
+from gralora_convert.disk.hub import config_errors, fetch, is_cached, parse_name
+from gralora_convert.disk.numbers import INFINITY, is_zero, largest_magnitude, look, same_values
+from gralora_convert.disk.specs import (
+    DTYPE_BITS,
+    DTYPE_OF_TORCH,
+    FLOATING,
+    WRITTEN,
+    Origin,
+    TensorFile,
+    TensorFileError,
+    TensorSpec,
+    nbytes_of,
+    written_dtype,
+)
+from gralora_convert.disk.strictjson import JsonError, dump_json, load_json, parse_json
+from gralora_convert.disk.tensors import (
+    bytes_of,
+    encode_header,
+    read_bytes,
+    read_into,
+    read_rows,
+    read_safetensors,
+    read_tensor_file,
+    read_torch,
+    torch_dtype,
+)
+
+__all__ = [
+    "DTYPE_BITS", "DTYPE_OF_TORCH", "FLOATING", "INFINITY", "RECEIPT_NAME", "WRITTEN", "Checkpoint",
+    "JsonError", "Measure", "Origin", "TensorFile", "TensorFileError", "TensorSpec", "bytes_of",
+    "config_errors", "dump_json", "encode_header", "fetch", "file_stamp", "is_cached", "is_file",
+    "is_folder", "is_there", "is_zero", "largest_magnitude", "load_json", "locate", "look",
+    "measured", "nbytes_of", "open_regular", "parse_json", "parse_name", "pread_exact",
+    "read_bytes", "read_into", "read_rows", "read_safetensors", "read_tensor_file", "read_torch",
+    "reading", "require_stamp", "same_values", "sidecars", "torch_dtype", "written_dtype",
+]  # fmt: skip

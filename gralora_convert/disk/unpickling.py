@@ -1,0 +1,317 @@
+"""What a pickle of `torch.save` says, worked out by a machine that cannot call anything.
+
+Python's own unpickler calls what a pickle names, sets attributes, and allocates as much as a pickle
+asks for. This one knows numbers, strings, lists, dictionaries and tensors, each an inert value, and
+needs memory and time in proportion to the bytes that it reads.
+Opcodes after CPython 3.13, Lib/pickletools.py; calls after torch 2.13, torch/_utils.py.
+"""
+
+import pickle
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from gralora_convert.disk.specs import DTYPE_OF_TORCH
+
+__all__ = [
+    "DamagedPickleError",
+    "PickledTensor",
+    "UnsafePickleError",
+    "unpickle",
+]
+
+
+_STORAGES: Mapping[str, str] = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
+    "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
+}  # fmt: skip
+_DTYPES: Mapping[str, str] = {
+    **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
+    **{f"torch.{name}": dtype for name, dtype in DTYPE_OF_TORCH.items()},
+    "torch.storage.UntypedStorage": "U8",
+}
+_WORD = 2**64
+_NAMES = frozenset(
+    {
+        "collections.OrderedDict",
+        "torch.Size",
+        "torch.Tensor",
+        "torch._tensor._rebuild_from_type_v2",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch.nn.parameter.Parameter",
+    }
+)
+
+
+class UnsafePickleError(Exception):
+    """The pickle names or calls something that is no part of a tensor; it was not run."""
+
+
+class DamagedPickleError(Exception):
+    """No pickle, or one that was cut or changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class PickledTensor:
+    """A tensor as the pickle describes it; `offset`, `shape` and `strides` are not checked."""
+
+    dtype: str
+    storage: str
+    offset: object
+    shape: object
+    strides: object
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Dtype:
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: str
+    key: str
+
+
+def unpickle(data: bytes) -> object:
+    """The value that `data` describes: dictionaries, lists, tuples, numbers, strings and tensors.
+
+    Raises:
+        UnsafePickleError: it names anything else.
+        DamagedPickleError: it is no pickle.
+    """
+    return _Machine(data).run()
+
+
+class _Machine:
+    def __init__(self, data: bytes) -> None:
+        self._data, self._position = data, 0
+        self._stack: list[object] = []
+        self._below: list[list[object]] = []  # the stacks under each open mark
+        self._memo: dict[int, object] = {}
+
+    def run(self) -> object:
+        try:
+            while (code := self._take(1)) != pickle.STOP:
+                operation = _OPERATIONS.get(code)
+                if operation is None:
+                    raise UnsafePickleError(f"it holds the opcode {code!r}")
+                operation(self)
+            return self._pop()
+        except (IndexError, KeyError, UnicodeDecodeError) as error:
+            raise DamagedPickleError(
+                f"it makes no sense before byte {self._position} ({type(error).__name__})"
+            ) from error
+
+    def _take(self, length: int) -> bytes:
+        end = self._position + length
+        if end > len(self._data):
+            raise DamagedPickleError("it ends too early")
+        start, self._position = self._position, end
+        return self._data[start:end]
+
+    def _unsigned(self, width: int) -> int:
+        return int.from_bytes(self._take(width), "little")
+
+    def _line(self) -> str:
+        end = self._data.find(b"\n", self._position)
+        if end < 0:
+            raise DamagedPickleError("it ends too early")
+        line = self._take(end - self._position).decode()
+        self._position += 1
+        return line
+
+    def _push(self, value: object) -> None:
+        self._stack.append(value)
+
+    def _pop(self) -> object:
+        return self._stack.pop()
+
+    def _above_mark(self) -> list[object]:
+        values, self._stack = self._stack, self._below.pop()
+        return values
+
+    def proto(self) -> None:
+        self._take(1)
+
+    def frame(self) -> None:
+        self._take(8)
+
+    def integer(self, width: int, *, signed: bool = False) -> None:
+        self._push(int.from_bytes(self._take(width), "little", signed=signed))
+
+    def long(self) -> None:
+        self.integer(self._unsigned(1), signed=True)
+
+    def real(self) -> None:
+        self._push(struct.unpack(">d", self._take(8))[0])
+
+    def string(self, width: int) -> None:
+        self._push(self._take(self._unsigned(width)).decode())
+
+    def mark(self) -> None:
+        self._below.append(self._stack)
+        self._stack = []
+
+    def tuple_above_mark(self) -> None:
+        values = tuple(self._above_mark())
+        self._push(values)
+
+    def tuple_of(self, length: int) -> None:
+        values = [self._pop() for _ in range(length)]
+        self._push(tuple(reversed(values)))
+
+    def append(self, values: list[object]) -> None:
+        target = self._stack[-1]
+        if not isinstance(target, list):
+            raise DamagedPickleError("it appends to something that is no list")
+        target.extend(values)
+
+    def set_items(self, values: list[object]) -> None:
+        target = self._stack[-1]
+        if not isinstance(target, dict) or len(values) % 2:
+            raise DamagedPickleError("it sets items of something that is no dictionary")
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            if not isinstance(key, (str, int, float)) and key is not None:
+                raise UnsafePickleError("a key of a dictionary is neither a string nor a number")
+            if isinstance(key, int) and abs(key) >= _WORD:  # longer ones can be made to collide
+                raise UnsafePickleError("a key of a dictionary is a number of more than 64 bits")
+            if key in target:
+                raise DamagedPickleError(
+                    f"the key {str(key)[:200]!r} stands twice in one dictionary"
+                )
+            target[key] = value
+
+    def put(self, place: int) -> None:
+        self._memo[place] = self._stack[-1]
+
+    def get(self, place: int) -> None:
+        self._push(self._memo[place])
+
+    def name(self, module: object, name: object) -> None:
+        text = f"{module}.{name}"
+        if text in _DTYPES:
+            self._push(_Dtype(_DTYPES[text]))
+        elif text.removeprefix("torch.storage.") in _STORAGES:
+            self._push(_Dtype(_STORAGES[text.removeprefix("torch.storage.")]))
+        elif text in _NAMES:
+            self._push(_Name(text))
+        else:
+            raise UnsafePickleError(f"it names {text}, which is no dense tensor")
+
+    def global_(self) -> None:
+        self.name(self._line(), self._line())
+
+    def stack_global(self) -> None:
+        name, module = self._pop(), self._pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise DamagedPickleError("a name is no string")
+        self.name(module, name)
+
+    def reduce(self) -> None:
+        arguments, function = self._pop(), self._pop()
+        if not isinstance(function, _Name) or not isinstance(arguments, tuple):
+            raise UnsafePickleError("it calls something that is no function of torch.save")
+        self._push(_called(function.text, arguments))
+
+    def build(self) -> None:
+        """Attributes (`_metadata` of a state dict) are dropped."""
+        self._pop()
+        if not isinstance(self._stack[-1], (dict, PickledTensor)):
+            raise UnsafePickleError("it sets attributes of something that has none")
+
+    def persistent(self) -> None:
+        match self._pop():
+            case ("storage", _Dtype(dtype=dtype), str(key), _, int()):
+                self._push(_Storage(dtype, key))
+            case _:
+                raise UnsafePickleError("it refers to something that is no storage")
+
+
+def _called(name: str, arguments: tuple[object, ...]) -> object:
+    match name, arguments:
+        case "collections.OrderedDict", ():
+            return {}
+        case "torch.Size", (tuple(sizes),):
+            return sizes
+        case (
+            "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor",
+            (_Storage(dtype=dtype, key=key), offset, shape, strides, *rest),
+        ):
+            _require_plain(rest[2:])  # after requires_grad and the backward hooks
+            return PickledTensor(dtype, key, offset, shape, strides)
+        case (  # an untyped storage; the dtype stands beside it (float8 and the like)
+            "torch._utils._rebuild_tensor_v3",
+            (_Storage(key=key), offset, shape, strides, _, _, _Dtype(dtype=dtype), *rest),
+        ):
+            _require_plain(rest)
+            return PickledTensor(dtype, key, offset, shape, strides)
+        case (
+            "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state",
+            (PickledTensor() as tensor, *_),
+        ):
+            return tensor
+        case (  # a tensor with attributes of its own; they are dropped
+            "torch._tensor._rebuild_from_type_v2",
+            (_Name(text=inner), _, tuple(of_inner), _),
+        ) if inner != name:
+            return _called(inner, of_inner)
+    raise UnsafePickleError(f"it calls {name} in a way that torch.save does not")
+
+
+def _require_plain(metadata: Sequence[object]) -> None:
+    """Refuses the tensors whose values are not those of their storage."""
+    if any(metadata):
+        raise UnsafePickleError("a tensor is a negated or conjugated view")
+
+
+def _pushes(make: Callable[[], object]) -> Callable[[_Machine], None]:
+    return lambda machine: machine._push(make())
+
+
+_OPERATIONS: Mapping[bytes, Callable[[_Machine], None]] = {
+    pickle.PROTO: _Machine.proto,
+    pickle.FRAME: _Machine.frame,
+    pickle.NONE: _pushes(lambda: None),
+    pickle.NEWTRUE: _pushes(lambda: True),
+    pickle.NEWFALSE: _pushes(lambda: False),
+    pickle.EMPTY_TUPLE: _pushes(tuple),
+    pickle.EMPTY_LIST: _pushes(list),
+    pickle.EMPTY_DICT: _pushes(dict),
+    pickle.BININT: lambda machine: machine.integer(4, signed=True),
+    pickle.BININT1: lambda machine: machine.integer(1),
+    pickle.BININT2: lambda machine: machine.integer(2),
+    pickle.LONG1: _Machine.long,
+    pickle.BINFLOAT: _Machine.real,
+    pickle.BINUNICODE: lambda machine: machine.string(4),
+    pickle.SHORT_BINUNICODE: lambda machine: machine.string(1),
+    pickle.MARK: _Machine.mark,
+    pickle.TUPLE: _Machine.tuple_above_mark,
+    pickle.TUPLE1: lambda machine: machine.tuple_of(1),
+    pickle.TUPLE2: lambda machine: machine.tuple_of(2),
+    pickle.TUPLE3: lambda machine: machine.tuple_of(3),
+    pickle.APPEND: lambda machine: machine.append([machine._pop()]),
+    pickle.APPENDS: lambda machine: machine.append(machine._above_mark()),
+    pickle.SETITEM: lambda machine: machine.set_items([machine._pop(), machine._pop()][::-1]),
+    pickle.SETITEMS: lambda machine: machine.set_items(machine._above_mark()),
+    pickle.BINPUT: lambda machine: machine.put(machine._unsigned(1)),
+    pickle.LONG_BINPUT: lambda machine: machine.put(machine._unsigned(4)),
+    pickle.MEMOIZE: lambda machine: machine.put(len(machine._memo)),
+    pickle.BINGET: lambda machine: machine.get(machine._unsigned(1)),
+    pickle.LONG_BINGET: lambda machine: machine.get(machine._unsigned(4)),
+    pickle.GLOBAL: _Machine.global_,
+    pickle.STACK_GLOBAL: _Machine.stack_global,
+    pickle.REDUCE: _Machine.reduce,
+    pickle.BUILD: _Machine.build,
+    pickle.BINPERSID: _Machine.persistent,
+}

@@ -1,0 +1,405 @@
+"""Adapters on a live model: the forward path of every adapted layer, put on and taken off.
+
+An adapter says which delta belongs to which module; no file format is known here.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from gralora_convert.adapters import PREFIX, Adapter, GraloraConfig, LoraConfig
+from gralora_convert.delta import Delta, Gralora, Lora
+from gralora_convert.disk import TensorSpec, read_torch
+from gralora_convert.errors import Finding, MisuseError, Report, error
+from gralora_convert.models.layer import (
+    Branch,
+    GraloraLinear,
+    bare,
+    branch_of,
+    misfits,
+    require_name,
+)
+from gralora_convert.output import config_of, folder_of
+
+__all__ = [
+    "AdapterLike",
+    "Attachment",
+    "attach",
+]
+
+
+# On a value that an attached adapter brought: the adapter's name.
+_MARK = "_gralora_convert_adapter"
+_TRAINED_ON = "Is this the model it was trained on?"
+
+
+class AdapterLike(Protocol):
+    """What `attach` reads of an adapter on disk; `gralora_convert.Adapter` is one."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> GraloraConfig | LoraConfig: ...
+    @property
+    def modules(self) -> tuple[str, ...]: ...
+    @property
+    def biases(self) -> Mapping[str, TensorSpec]: ...
+    @property
+    def saved(self) -> Mapping[str, TensorSpec]: ...
+    def delta(self, module: str) -> Gralora | Lora: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One adapted module: where it sits in the tree, and the parameters to put there."""
+
+    module: str
+    parent: nn.Module
+    leaf: str
+    branch: Branch
+
+    def install(self, name: str) -> GraloraLinear:
+        layer = self.parent._modules[self.leaf]
+        assert layer is not None
+        adapted = layer if isinstance(layer, GraloraLinear) else GraloraLinear(layer, {})
+        adapted.install(name, self.branch)
+        if adapted is not layer:
+            setattr(self.parent, self.leaf, adapted)
+        return adapted
+
+
+@dataclass(frozen=True, slots=True)
+class _Replacement:
+    """A parameter or buffer whose whole value the adapter brings (biases, modules_to_save)."""
+
+    path: str
+    owner: nn.Module
+    leaf: str
+    original: Tensor
+    value: Tensor
+
+    def install(self) -> None:
+        setattr(self.owner, self.leaf, self.value)
+
+    def restore(self) -> None:
+        now, original = getattr(self.owner, self.leaf), self.original
+        moved = (now.device, now.dtype) != (original.device, original.dtype)
+        if moved and not original.is_meta:
+            original.data = original.data.to(now)  # model.to(...) did not reach it
+        setattr(self.owner, self.leaf, original)
+
+
+class Attachment:
+    """An adapter on a live model, until `detach`; as a context manager it detaches at the end.
+
+    `layers` are the adapted layers by module name, `replaced` the parameters and buffers by path
+    whose values the adapter brought along (biases, modules_to_save). `config` is the adapter's
+    own; None where deltas were attached.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layers: Mapping[str, GraloraLinear],
+        slots: Sequence[_Slot],
+        replacements: Sequence[_Replacement],
+        config: GraloraConfig | LoraConfig | None = None,
+    ) -> None:
+        self.name, self.layers, self.config = name, layers, config
+        self._slots, self._replacements = slots, replacements
+        self._attached = True
+
+    @property
+    def replaced(self) -> Mapping[str, Tensor]:
+        return {change.path: self._now(change) for change in self._replacements}
+
+    def _now(self, change: _Replacement) -> Tensor:
+        """The value as the model has it: moving a model makes new buffers."""
+        found = getattr(change.owner, change.leaf) if self._attached else change.value
+        assert isinstance(found, Tensor)
+        return found
+
+    def deltas(self) -> dict[str, Gralora | Lora]:
+        """The delta weights by module as they are now (after training), copies."""
+        return {slot.module: slot.branch.value() for slot in self._slots}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that this adapter put there, once each: what an optimiser should train."""
+        factors = (slot.branch.parameters() for slot in self._slots)
+        values = self.replaced.values()
+        found = [*chain.from_iterable(factors), *(v for v in values if isinstance(v, nn.Parameter))]
+        return list({id(parameter): parameter for parameter in found}.values())
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Writes the adapter as it is now (after training) into `folder`, complete or not at all,
+        as PEFT 0.21.2 reads it.
+
+        The config is the adapter's own. For deltas it is made from them: it needs all of one shape
+        and scaling, and names neither a task nor a base model.
+
+        Raises:
+            MisuseError: deltas that one config cannot describe.
+            OutputError: the folder exists (and not `overwrite`), or cannot be written.
+            UnsupportedError: a LoRA whose factors PEFT stores in pieces.
+
+        >>> from tempfile import TemporaryDirectory
+        >>> from gralora_convert.adapters import Adapter
+        >>> delta = Gralora(torch.ones(2, 2, 2), torch.ones(2, 2, 3), scaling=0.5)
+        >>> with TemporaryDirectory() as folder:
+        ...     attached = attach(nn.Sequential(nn.Linear(4, 6)), {"0": delta})
+        ...     attached.save_pretrained(f"{folder}/adapter")
+        ...     Adapter.open(f"{folder}/adapter").kind
+        'gralora'
+        """
+        deltas = self.deltas()
+        config = self.config or self._implied_config(deltas)
+        folder_of(config, deltas, self.replaced).write(folder, overwrite=overwrite)
+
+    def _implied_config(self, deltas: Mapping[str, Gralora | Lora]) -> GraloraConfig:
+        rates = [slot.branch.rate for slot in self._slots]
+        across = [not isinstance(bare(layer), nn.Linear) for layer in self.layers.values()]
+        return config_of(deltas, dropout=max(rates), fan_in_fan_out=any(across))
+
+    def detach(self) -> None:
+        """Takes the adapter off: the model has its own modules and parameters again.
+
+        They are the very objects that were there, bit for bit as they were left. Other adapters on
+        the same layers stay. Calling it again does nothing.
+        """
+        if not self._attached:
+            return
+        self._attached = False
+        for slot in self._slots:
+            layer = self.layers[slot.module]
+            if self.name in layer.adapters:
+                layer.remove(self.name)
+            if not layer.adapters and slot.parent._modules.get(slot.leaf) is layer:
+                setattr(slot.parent, slot.leaf, layer.base_layer)
+        for change in reversed(self._replacements):
+            change.restore()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+
+def attach(
+    model: nn.Module,
+    adapter: AdapterLike | Mapping[str, Delta] | str | Path,
+    *,
+    name: str = "default",
+    dropout: float | None = None,
+    trainable: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Attachment:
+    """Puts an adapter on a live model: the complete forward path, until `detach`.
+
+    `adapter` is an `Adapter`, its folder or Hub id, or the deltas by module name. Each adapted
+    layer is replaced in its parent by a `GraloraLinear` around it (see there for numerics, dtypes
+    and `state_dict`). Biases and saved modules of the adapter replace the model's values; the
+    model's own parameters are put aside, not written to, so whatever shares them (tied weights)
+    keeps its values. A tied `lm_head` that is adapted changes the head only.
+
+    * `dropout` None means the adapter's own (0 for deltas); it acts in training mode only.
+    * `trainable` lets factors, biases and saved modules require gradients. The rest of the model
+      is left as it is: freeze it, or give the optimiser `handle.parameters()`.
+    * Several adapters: attach each under its own `name`; their parts are summed. Only one of them
+      may bring a value for the same bias or saved parameter.
+
+    Nothing is changed when an error is raised.
+
+    Raises:
+        InvalidAdapterError: a module is missing or not one that can be adapted, shapes disagree, or
+            a bias or head has no place; carries a finding for each.
+        MisuseError: the name is taken or cannot be one, or there is nothing to attach.
+        UnreadableError: a folder that is not there.
+        UnsupportedError: a dense delta.
+
+    >>> model = nn.Sequential(nn.Linear(4, 6))
+    >>> delta = Gralora(torch.ones(2, 2, 2), torch.ones(2, 2, 3), scaling=0.5)
+    >>> before = model(torch.ones(4))
+    >>> with attach(model, {"0": delta}):
+    ...     (model(torch.ones(4)) - before).detach().round()
+    tensor([2., 2., 2., 2., 2., 2.])
+    >>> bool((model(torch.ones(4)) == before).all())
+    True
+
+    After PEFT 0.21.2, tuners/gralora/model.py, which also takes the `out_proj` of an
+    nn.MultiheadAttention (without effect) and writes biases into the base for good.
+    """
+    require_name(name)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{model!r:.99} is not a torch.nn.Module")
+    source = _source(Adapter.open(adapter) if isinstance(adapter, str | Path) else adapter)
+    tree = dict(model.named_modules(remove_duplicate=False))
+    rate = source.dropout if dropout is None else dropout
+    slots: list[_Slot] = []
+    problems: list[Finding] = []
+    for module in source.modules:
+        delta = source.delta(module)
+        if found := list(_target_problems(tree, module, delta, name)):
+            problems += found
+            continue
+        branch = branch_of(tree[module], delta, dropout=rate, trainable=trainable, dtype=dtype)
+        parent, _, leaf = module.rpartition(".")
+        slot = _Slot(module, tree[parent], leaf, branch)
+        problems += _same_place(slots, slot)
+        slots.append(slot)
+    changes, others = _replacements(tree, source.values, name, trainable)
+    Report.of([*problems, *others]).require_ok(source.where)
+    if not slots and not changes:
+        raise MisuseError("there is nothing to attach: no modules", where=source.where)
+    for change in changes:
+        change.install()
+    layers = {slot.module: slot.install(name) for slot in slots}
+    return Attachment(name, layers, slots, changes, source.config)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What an adapter, or a plain mapping, brings."""
+
+    where: str
+    modules: Sequence[str]
+    delta: Callable[[str], Delta]
+    values: Mapping[str, Tensor]
+    dropout: float
+    config: GraloraConfig | LoraConfig | None = None
+
+
+def _source(adapter: AdapterLike | Mapping[str, Delta]) -> _Source:
+    if isinstance(adapter, Mapping):
+        return _Source("", tuple(adapter), adapter.__getitem__, {}, 0.0)
+    if not hasattr(adapter, "biases"):
+        raise TypeError(f"{adapter!r:.99} is neither an adapter, its folder nor deltas by module")
+    specs = {f"{module}.bias": spec for module, spec in adapter.biases.items()}
+    values = {path: read_torch(spec) for path, spec in {**specs, **adapter.saved}.items()}
+    rate, config = _dropout(adapter), adapter.config
+    return _Source(str(adapter.path), adapter.modules, adapter.delta, values, rate, config)
+
+
+def _dropout(adapter: AdapterLike) -> float:
+    match adapter.config:
+        case GraloraConfig() as config:
+            return config.gralora_dropout
+        case LoraConfig() as config:
+            return config.lora_dropout
+
+
+# Where it goes, and why it may not: each function yields what is wrong and changes nothing.
+
+
+def _target_problems(
+    tree: Mapping[str, nn.Module], module: str, delta: Delta, name: str
+) -> Iterator[Finding]:
+    parent, layer = tree.get(module.rpartition(".")[0]), tree.get(module)
+    if not module:
+        hint = "Wrap it instead: GraloraLinear(model, ...)."
+        yield error("module-not-in-base", "", "the model itself cannot be replaced", hint)
+    elif layer is None:
+        hint = _nearest(tree, module) + _TRAINED_ON
+        if PREFIX + module in tree:
+            hint = "This is a model of PEFT's: attach to model.get_base_model()."
+        yield error("module-not-in-base", module, "the model has no such module", hint)
+    elif isinstance(parent, nn.MultiheadAttention):
+        found = "nn.MultiheadAttention uses the weight of this layer and never calls it"
+        hint = "An adapter has no effect there, with PEFT neither; take it out of the adapter."
+        yield error("attention-out-proj", module, found, hint)
+    else:
+        if isinstance(layer, GraloraLinear):
+            layer.require_free(name)
+        yield from misfits(layer, delta, module)
+
+
+def _same_place(slots: Sequence[_Slot], slot: _Slot) -> Iterator[Finding]:
+    for other in slots:
+        if other.parent is slot.parent and other.leaf == slot.leaf:
+            found = f"is the same layer as {other.module}, and the adapter has a delta for each"
+            yield error("shared-module", slot.module, found, "Attach one of the two.")
+
+
+def _nearest(tree: Mapping[str, nn.Module], module: str) -> str:
+    leaf = module.rpartition(".")[2]
+    same = [name for name in tree if name.rpartition(".")[2] == leaf]
+    cutoff = 0.0 if same else 0.6
+    close = difflib.get_close_matches(module, same or list(tree), n=1, cutoff=cutoff)
+    return f"The nearest name in the model is {close[0]}. " if close else ""
+
+
+def _replacements(
+    tree: Mapping[str, nn.Module], values: Mapping[str, Tensor], name: str, trainable: bool
+) -> tuple[list[_Replacement], list[Finding]]:
+    changes: list[_Replacement] = []
+    problems: list[Finding] = []
+    for path, value in values.items():
+        prefix, _, leaf = path.rpartition(".")
+        owner = bare(tree[prefix]) if prefix in tree else None
+        found = list(_value_problems(owner, path, value))
+        problems += found
+        if owner is None or found:
+            continue
+        original: Tensor = getattr(owner, leaf)
+        new = _value_like(original, value, trainable)
+        for earlier in changes:  # what was tied stays tied, if the adapter says the same of both
+            if earlier.original is original and torch.equal(earlier.value, new):
+                new = earlier.value
+        setattr(new, _MARK, name)
+        changes.append(_Replacement(path, owner, leaf, original, new))
+    return changes, problems
+
+
+def _value_like(original: Tensor, value: Tensor, trainable: bool) -> Tensor:
+    device = value.device if original.is_meta else original.device
+    new = value.to(device, original.dtype, copy=True)
+    if isinstance(original, nn.Parameter):
+        return nn.Parameter(new, requires_grad=trainable and new.is_floating_point())
+    return new
+
+
+def _value_problems(owner: nn.Module | None, path: str, value: Tensor) -> Iterator[Finding]:
+    module, _, leaf = path.rpartition(".")
+    shape, rows = tuple(value.shape), value.shape[0] if value.ndim else 1
+    if owner is None:
+        found = f"the adapter brings {leaf} {shape}, and the model has no such module"
+        hint = (
+            "If it is a trained head, load the base with it, for instance "
+            f"AutoModelForSequenceClassification.from_pretrained(..., num_labels={rows})."
+        )
+        yield error("module-not-in-base", module, found, hint)
+        return
+    current = _current(owner, leaf)
+    if current is None:
+        code = "bias-unexpected" if leaf == "bias" else "module-not-in-base"
+        found = f"the adapter brings {leaf} {shape}, and this {type(owner).__name__} has none"
+        yield error(code, module, found, _TRAINED_ON)
+    elif tuple(current.shape) != shape:
+        found = f"has shape {shape} in the adapter and {tuple(current.shape)} in the model"
+        yield error("modules-to-save-shape", path, found, _resize(owner, current, value))
+    elif hasattr(current, _MARK):
+        found = f"the attached adapter {getattr(current, _MARK)!r} replaces it already"
+        yield error("already-replaced", path, found, "Detach that adapter first.")
+
+
+def _current(owner: nn.Module, leaf: str) -> Tensor | None:
+    found = owner._parameters.get(leaf)
+    return owner._buffers.get(leaf) if found is None else found
+
+
+def _resize(owner: nn.Module, current: Tensor, value: Tensor) -> str:
+    if value.ndim == 0 or current.shape[1:] != value.shape[1:]:
+        return _TRAINED_ON
+    rows = value.shape[0]
+    if isinstance(owner, nn.Embedding):
+        return f"Call model.resize_token_embeddings({rows}) first."
+    return (
+        f"Load the model with num_labels={rows}, or, if this is the vocabulary, call "
+        f"model.resize_token_embeddings({rows}) first."
+    )

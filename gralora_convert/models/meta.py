@@ -1,0 +1,471 @@
+"""The base's model without its weights: built by transformers on the meta device.
+
+It answers what config and headers cannot: which class a module has, which parameters are one and
+the same, and where the rows of each parameter lie on disk. transformers renames tensors while it
+loads them, and for some architectures cuts, joins or permutes them (core_model_loading.py,
+conversion_mapping.py, 5.23): renames are asked key by key, from the real names on disk, and where
+values move, every row is followed through the conversion.
+"""
+
+import contextlib
+import copy
+import re
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gralora_convert.disk import Checkpoint, Origin, config_errors
+from gralora_convert.errors import printable
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+__all__ = [
+    "Blueprint",
+    "TieFlag",
+    "absurd_count",
+    "bare_shapes",
+    "build_problem",
+    "first_line",
+    "foreign_errors",
+    "has_absurd_counts",
+    "on_meta",
+]
+
+
+_COUNTED = re.compile(r"n_layer|num_blocks|depths?|(.*_)?layers|(num|n)_(.*_)?experts")
+_MOST_COUNTED = 1000  # of models without weights, of which the tensors say nothing
+
+
+def foreign_errors() -> tuple[type[Exception], ...]:
+    """What transformers may raise for a folder or config that it cannot read, build or convert:
+    whatever its code stumbles over."""
+    return (
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
+        RuntimeError, TypeError, ValueError, *config_errors(),
+    )  # fmt: skip
+
+
+def first_line(error: BaseException) -> str:
+    """What such an error says, on one printable line."""
+    name, line = type(error).__name__, next(iter(str(error).splitlines()), "")
+    return printable(f"{name}: {line}" if isinstance(error, LookupError) else line or name)
+
+
+@dataclass(frozen=True, slots=True)
+class TieFlag:
+    """A `tie_word_embeddings` of the config: its path in `config.json`, and the parameters that it
+    makes others share."""
+
+    path: tuple[str, ...]
+    tied: tuple[str, ...]
+    embeddings: frozenset[str]
+
+
+class Blueprint:
+    """The model of one class, on the meta device, beside the checkpoint that it would load."""
+
+    def __init__(self, model: torch.nn.Module, base: Checkpoint) -> None:
+        self.model, self.base = model, base
+        self.prefix = str(getattr(model, "base_model_prefix", ""))
+        self.state: dict[str, torch.Tensor] = dict(model.state_dict())
+
+    @classmethod
+    def build(
+        cls,
+        base: Checkpoint,
+        class_names: Sequence[str],
+        modules: Sequence[str],
+        *,
+        trust_remote_code: bool = False,
+    ) -> "Blueprint | None":
+        """The first of the classes that has all `modules`, else the one that has most of them;
+        None when transformers can build none of them."""
+        best: tuple[int, Blueprint] | None = None
+        with _quiet():
+            for model in _models(base, class_names, trust_remote_code):
+                names = {name for name, _ in model.named_modules()}
+                hits = sum(module in names for module in modules)
+                if best is None or hits > best[0]:
+                    best = hits, cls(model, base)
+                if hits == len(modules):
+                    break
+        return None if best is None else best[1]
+
+    # modules ------------------------------------------------------------------------------------
+
+    @cached_property
+    def _modules(self) -> Mapping[str, torch.nn.Module]:
+        return dict(self.model.named_modules())
+
+    def has(self, module: str) -> bool:
+        return module in self._modules
+
+    def kind(self, module: str) -> str | None:
+        """`Linear` (or a subclass of it), `Conv1D`, or the class's own name; None if unknown."""
+        found = self._modules.get(module)
+        if found is None:
+            return None
+        parent = self._modules.get(module.rpartition(".")[0])
+        if isinstance(parent, torch.nn.MultiheadAttention):
+            return "MultiheadAttention"
+        return "Linear" if isinstance(found, torch.nn.Linear) else type(found).__name__
+
+    def classes(self, module: str) -> tuple[str, ...]:
+        """The names of a module's class and of those that it derives from."""
+        found = self._modules.get(module)
+        return () if found is None else tuple(cls.__name__ for cls in type(found).__mro__)
+
+    def is_listed(self, module: str) -> bool:
+        """Whether its parent keeps a module in a plain list, too, where nobody replaces it."""
+        found, parent = self._modules.get(module), self._modules.get(module.rpartition(".")[0])
+        lists = [held for held in vars(parent).values() if isinstance(held, list | tuple)]
+        return found is not None and any(item is found for held in lists for item in held)
+
+    def linear(self, *, head: bool) -> list[str]:
+        """Names of all nn.Linear and Conv1D; without `head`, but the output embedding (PEFT 0.21.2,
+        tuners_utils.py, `_maybe_include_all_linear_layers`)."""
+        excluded = None if head else self._output_embedding()
+        return [
+            name
+            for name, module in self._modules.items()
+            if self.kind(name) in ("Linear", "Conv1D", "MultiheadAttention")
+            and isinstance(getattr(module, "weight", None), torch.nn.Parameter)
+            and module is not excluded
+        ]
+
+    def _output_embedding(self) -> torch.nn.Module | None:
+        getter = getattr(self.model, "get_output_embeddings", None)
+        try:
+            found = getter() if getter is not None else None
+        except foreign_errors():
+            return None
+        return found if isinstance(found, torch.nn.Module) else None
+
+    # ties ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def _groups(self) -> Mapping[str, tuple[str, ...]]:
+        owners: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owners[id(parameter)].append(name)
+        shared = [tuple(names) for names in owners.values() if len(names) > 1]
+        return {name: names for names in shared for name in names}
+
+    def sharing(self, parameter: str) -> tuple[str, ...]:
+        """All names of one parameter in memory, itself included, in the model's order."""
+        return self._groups.get(parameter, (parameter,))
+
+    def slot(self, parameter: str) -> tuple[int, str]:
+        """Names with the same slot are one place in memory: what PEFT puts there serves them all.
+
+        PEFT replaces a module in its parent, so one that has two parents is adapted in one only.
+        """
+        module, _, leaf = parameter.rpartition(".")
+        parent, _, name = module.rpartition(".")
+        owner = self.model.get_submodule(parent) if parent else self.model
+        return id(owner), f"{name}.{leaf}"
+
+    def is_tied_by_loader(self, parameter: str) -> bool:
+        """Whether the sharing is made while loading, by name, so that two differing tensors on
+        disk stay two (transformers 5.23, `PreTrainedModel.tie_weights`)."""
+        return parameter in self._tied_keys
+
+    @cached_property
+    def _tied_keys(self) -> Mapping[str, str]:
+        """Name that is tied -> name that it is tied to."""
+        found = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return {str(target): str(source) for target, source in found.items()}
+
+    def tie_source(self, parameter: str) -> str | None:
+        return self._tied_keys.get(parameter)
+
+    def tie_flag(self, parameters: Iterable[str]) -> TieFlag | None:
+        """The flag that ties these, if one alone does and its place in the config is known."""
+        wanted = {p for name in parameters for p in self.sharing(name)} & self._tied_keys.keys()
+        for name, module in self._modules.items():
+            getter = getattr(module, "get_expanded_tied_weights_keys", None)
+            if getter is None:
+                continue
+            dot = f"{name}." if name else ""
+            tied = tuple(f"{dot}{target}" for target in getter(all_submodels=False))
+            if wanted and wanted <= set(tied):
+                path = _config_path(self.model.config, module.config)
+                embeddings = frozenset(_embeddings(module, dot))
+                return None if path is None else TieFlag(path, tied, embeddings)
+        return None
+
+    # names --------------------------------------------------------------------------------------
+
+    @cached_property
+    def _mapping(self) -> tuple[list["WeightRenaming"], list["WeightConverter"]]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        mapping = get_model_conversion_mapping(self.model)
+        return (
+            [entry for entry in mapping if isinstance(entry, WeightRenaming)],
+            [entry for entry in mapping if isinstance(entry, WeightConverter)],
+        )
+
+    def loaded_name(self, key: str) -> tuple[str, str | None]:
+        """The parameter that a tensor on disk becomes, and the pattern of the conversion that
+        moves its values (None: they stay); after transformers' own loading loop."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(key, *self._mapping, self.prefix, self.state)
+        if name not in self.state and key in self.state:
+            name, pattern = rename_source_key(key, [], [], self.prefix, self.state)
+        return name, pattern
+
+    @cached_property
+    def loaded(self) -> frozenset[str]:
+        """Every parameter that some tensor on disk has a part in."""
+        _, converters = self._mapping
+        targets_of = {p: c.target_patterns for c in converters for p in c.source_patterns}
+        found = set()
+        for key in self.base.tensors:
+            name, pattern = self.loaded_name(key)
+            found.add(name)
+            targets = [] if pattern is None else targets_of[pattern]
+            found.update(name.replace(targets[0], target) for target in targets)
+        return frozenset(found)
+
+    def lacking(self, given: Iterable[str]) -> list[str]:
+        """Parameters that neither the disk nor `given` has, under any of their names."""
+        known = self.loaded.union(given)
+        return [
+            name
+            for name, _ in self.model.named_parameters()
+            if known.isdisjoint(self.sharing(name))
+        ]
+
+    @cached_property
+    def origins(self) -> Mapping[str, tuple[Origin, ...]]:
+        """Name of a parameter -> where its rows lie on disk. Parameters whose values do not lie
+        there as whole rows are left out."""
+        from transformers.core_model_loading import dot_natural_key
+
+        found: dict[str, tuple[Origin, ...]] = {}
+        moved: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for key in sorted(self.base.tensors, key=dot_natural_key):
+            name, pattern = self.loaded_name(key)
+            if name not in self.state:
+                continue
+            if pattern is not None:
+                moved[name].append((key, pattern))
+            elif self.base.tensors[key].shape:
+                found.setdefault(name, (Origin(key, 0, self.base.tensors[key].shape[0]),))
+        for name, keys in moved.items():
+            if self.state[name].ndim <= 2:  # stacks of experts cannot be adapted
+                found |= self._followed(name, keys)
+        return found
+
+    def _followed(
+        self, first: str, keys: Sequence[tuple[str, str]]
+    ) -> Mapping[str, tuple[Origin, ...]]:
+        """Origins of the parameters that one conversion makes of `keys`: their rows are numbered,
+        sent through it, and recognised."""
+        _, converters = self._mapping
+        pattern_of = {pattern: c for c in converters for pattern in c.source_patterns}
+        converter = copy.deepcopy(pattern_of[keys[0][1]])
+        starts, names, position = [], [], 0
+        for key, pattern in keys:
+            shape = self.base.tensors[key].shape
+            if not shape:
+                return {}
+            rows = torch.arange(position, position + shape[0], dtype=torch.int64)
+            numbered = rows.view(-1, *[1] * (len(shape) - 1))
+            converter.add_tensor(first, key, pattern, numbered)
+            starts.append(position)
+            names.append(key)
+            position += shape[0]
+        try:
+            made = converter.convert(first, model=self.model, config=self.model.config)
+        except foreign_errors():
+            return {}
+        found = {}
+        for name, value in made.items():
+            tensor = value[0] if isinstance(value, list) else value
+            if name in self.state and tuple(tensor.shape) == self._numbered_shape(name):
+                found[name] = tuple(_segments(tensor.flatten().tolist(), starts, names))
+        return found
+
+    def _numbered_shape(self, name: str) -> tuple[int, ...]:
+        shape = tuple(self.state[name].shape)
+        return shape[:1] + (1,) * (len(shape) - 1)
+
+    def disk_name(self, parameter: str) -> str:
+        """The name under which a parameter that is not on disk is loaded when it is put there."""
+        candidates = [
+            self._reverted(parameter), parameter, parameter.removeprefix(f"{self.prefix}."),
+        ]  # fmt: skip
+        for name in candidates:
+            if name is not None and self.loaded_name(name)[0] == parameter:
+                return name
+        return parameter
+
+    def _reverted(self, parameter: str) -> str | None:
+        renamings, _ = self._mapping
+        try:
+            reverse = [entry.reverse_transform() for entry in reversed(renamings)]
+            for entry in reverse:
+                parameter, _ = entry.rename_source_key(parameter)
+        except foreign_errors():
+            return None
+        return parameter
+
+    def outer_name(self, key: str) -> str | None:
+        """The name of a tensor on disk with the base-model prefix put before it, None when it
+        would be loaded elsewhere then."""
+        name = f"{self.prefix}.{key}"
+        return name if self.loaded_name(name) == self.loaded_name(key) else None
+
+
+def _segments(rows: Sequence[int], starts: Sequence[int], names: Sequence[str]) -> Iterator[Origin]:
+    """Runs of rows on disk that hold a parameter whose row i is number `rows[i]`."""
+    pairs = sorted((number, row) for row, number in enumerate(rows))
+    first = 0
+    while first < len(pairs):
+        source = bisect_right(starts, pairs[first][0]) - 1
+        limit = starts[source + 1] if source + 1 < len(starts) else pairs[-1][0] + 1
+        stop = first + 1
+        while (
+            stop < len(pairs) and pairs[stop][0] < limit
+            and pairs[stop][0] == pairs[stop - 1][0] + 1
+        ):  # fmt: skip
+            stop += 1
+        order = tuple(row for _, row in pairs[first:stop])
+        start = pairs[first][0] - starts[source]
+        if order == tuple(range(order[0], order[0] + len(order))):
+            yield Origin(names[source], start, stop - first, order[0])
+        else:
+            yield Origin(names[source], start, stop - first, 0, order)
+        first = stop
+
+
+def has_absurd_counts(base: Checkpoint) -> bool:
+    """Whether its config counts more layers or experts than its tensors could be of."""
+    return absurd_count(base.config, len(base.tensors)) != ""
+
+
+def absurd_count(config: Mapping[str, object], tensors: int) -> str:
+    """The setting that counts more layers or experts than so many tensors could be of, '' if none
+    does: building them would take hours."""
+    most = max(_MOST_COUNTED, tensors)
+    entries: list[tuple[str, object]] = list(config.items())
+    while entries:
+        name, value = entries.pop()
+        if isinstance(value, dict):
+            entries += value.items()
+        elif isinstance(value, list):
+            entries += [(name, item) for item in value]
+        elif isinstance(value, int) and value > most and _COUNTED.fullmatch(name):
+            return name
+    return ""
+
+
+def on_meta(maker: Any, config: object, **options: object) -> torch.nn.Module:
+    """A model of a class, or by an auto class (with its `options`), on the meta device."""
+    with torch.device("meta"):
+        is_class = hasattr(maker, "config_class")
+        model: torch.nn.Module = maker(config) if is_class else maker.from_config(config, **options)
+        return model
+
+
+def _models(
+    base: Checkpoint, class_names: Sequence[str], trust_remote_code: bool
+) -> Iterator[torch.nn.Module]:
+    """The models of those classes that transformers can build, and of its default class."""
+    import transformers
+
+    if has_absurd_counts(base):
+        return
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            base.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except foreign_errors():
+        return
+    custom = [n for n in getattr(config, "auto_map", None) or {} if n.startswith("AutoModel")]
+    for name in dict.fromkeys([*class_names, *custom, "AutoModel"]):
+        maker = getattr(transformers, name, None)
+        if not isinstance(maker, type):
+            continue
+        try:
+            model = on_meta(maker, config, trust_remote_code=trust_remote_code)
+        except foreign_errors():
+            continue
+        yield model
+
+
+def build_problem(base: Checkpoint, class_name: str) -> str:
+    """Why transformers cannot build a class of its own from a model's config; '' when it can."""
+    import transformers
+
+    maker: Any = getattr(transformers, class_name, None)
+    if not isinstance(maker, type) or class_name.startswith("Auto"):
+        return ""
+    if name := absurd_count(base.config, len(base.tensors)):
+        return f"{name} counts more than its tensors could be of"
+    with _quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(base.folder, local_files_only=True)
+            on_meta(maker, config)
+        except foreign_errors() as error:
+            return first_line(error)
+    return ""
+
+
+def bare_shapes(config: Mapping[str, object]) -> Mapping[str, tuple[int, ...]] | None:
+    """The parameters of the bare model that a config describes, with their shapes; None when
+    transformers cannot build it."""
+    import transformers
+
+    with _quiet():
+        try:
+            model = on_meta(transformers.AutoModel, transformers.AutoConfig.for_model(**config))
+        except foreign_errors():
+            return None
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _config_path(root: "PretrainedConfig", wanted: object) -> tuple[str, ...] | None:
+    """The names that lead from a config to one of its sub-configs; () for itself."""
+    if root is wanted:
+        return ()
+    for name, value in vars(root).items():
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            inner = _config_path(value, wanted)
+            if inner is not None:
+                return (name, *inner)
+    return None
+
+
+def _embeddings(module: torch.nn.Module, dot: str) -> Iterator[str]:
+    """Names of the weights of a model's input and output embeddings."""
+    names = {id(part): name for name, part in module.named_modules()}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(*foreign_errors()):
+            part = getattr(module, getter)()
+            if id(part) in names:
+                yield f"{dot}{names[id(part)]}.weight"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' remarks about a config off stderr."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

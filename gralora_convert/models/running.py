@@ -1,0 +1,218 @@
+"""Whole models in memory: loaded from a folder, run once, their outputs."""
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gralora_convert.adapters import Adapter
+from gralora_convert.disk import Checkpoint, torch_dtype
+from gralora_convert.errors import MisuseError
+from gralora_convert.models.inputs import Inputs, inputs_for
+from gralora_convert.models.meta import first_line, foreign_errors, on_meta
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+SPARE_PARAMETERS = 1 << 24  # of a new head, or a part that was never trained
+
+
+def memory_needed(merged: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of a model in `dtype`, of the two values that each weight may have, as stored, and a
+    quarter for what is computed."""
+    specs = merged.tensors.values()
+    return sum(dtype.itemsize * spec.numel + 2 * spec.nbytes for spec in specs) * 5 // 4
+
+
+class CannotRunError(Exception):
+    """Why a whole model cannot be run; weights and modules still decide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model, its parameters that are not on disk, and those that have another shape there."""
+
+    model: "PreTrainedModel"
+    missing: frozenset[str]
+    mismatched: Mapping[str, tuple[object, object]]
+
+    def undecided(self, known: frozenset[str]) -> str:
+        """Why the model is not what is on disk; `known` parameters are not on the base's, too."""
+        for name, (found, needed) in sorted(self.mismatched.items()):
+            return f"{name} is {found} on disk, {needed} by its config.json{_more(self.mismatched)}"
+        drawn = sorted(self.missing - known)
+        if drawn:
+            return f"{drawn[0]} is not on disk, so transformers draws it at random{_more(drawn)}"
+        return ""
+
+
+def load(
+    source: Checkpoint,
+    class_name: str,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    trained: Path | None = None,
+    labels: int | None = None,
+) -> Loaded:
+    """`source` as a model of the class `class_name` in evaluation mode, with its own config, or
+    with the one in the folder `trained` and its own vocabulary, which is what can be loaded.
+
+    Raises:
+        CannotRunError: transformers does not load it.
+    """
+    import transformers
+
+    cls = getattr(transformers, class_name, None) or transformers.AutoModel
+    trust = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source.folder, **trust)
+        if trained is not None:
+            vocabulary = config.get_text_config().vocab_size
+            config = transformers.AutoConfig.from_pretrained(trained, **trust)
+            config.get_text_config().vocab_size = vocabulary
+        if labels is not None:
+            config.num_labels = labels
+        require_size(source, cls, config)
+        torch.manual_seed(0)  # a head that the source lacks is drawn at random, then replaced
+        model, info = cls.from_pretrained(
+            source.folder, config=config, dtype=dtype, ignore_mismatched_sizes=True,
+            output_loading_info=True, **trust,
+        )  # fmt: skip
+    except foreign_errors() as error:
+        raise CannotRunError(
+            f"transformers cannot load {source.source}: {first_line(error)}"
+        ) from error
+    mismatched = {name: (tuple(disk), tuple(live)) for name, disk, live in info["mismatched_keys"]}
+    return Loaded(model.to(device).eval(), frozenset(info["missing_keys"]), mismatched)
+
+
+def require_size(source: Checkpoint, cls: Any, config: object) -> None:
+    """Refuses a config that describes far more parameters than are there: transformers would make
+    room for all of them."""
+    try:
+        model = on_meta(cls, config)
+    except foreign_errors():
+        return  # loading says more
+    described = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(spec.numel for spec in source.tensors.values())
+    if described > 2 * held + SPARE_PARAMETERS:
+        raise CannotRunError(
+            f"the config.json of {source.source} describes {described:,} parameters, "
+            f"{held:,} are on disk"
+        )
+
+
+def first_that_runs(
+    model: "PreTrainedModel", merged: Checkpoint, given: Inputs | None
+) -> tuple[Inputs, Tensor]:
+    """The inputs of the richest kind that the model takes, and what it makes of them."""
+    failed = CannotRunError("its config.json describes no input that is known here")
+    for inputs in [given] if given is not None else inputs_for(model, merged.config):
+        try:
+            return inputs, outputs_of(model, inputs)
+        except CannotRunError as reason:
+            failed = reason
+    raise failed
+
+
+def stored_dtype(merged: Checkpoint, module: str) -> torch.dtype:
+    """The dtype of a module's weight on disk; the commonest one when its name differs there."""
+    spec = merged.tensors.get(f"{module}.weight")
+    if spec is None:
+        dtypes = [s.dtype for s in merged.tensors.values() if len(s.shape) == 2]
+        return torch_dtype(max(set(dtypes), key=dtypes.count))
+    return torch_dtype(spec.dtype)
+
+
+def holder_of(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """The part of the model whose modules the adapter names: the whole, or the bare base model."""
+    names = {name for name, _ in model.named_modules()}
+    inner = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
+    fits = adapter.modules[0] in names
+    return inner if not fits and isinstance(inner, nn.Module) else model
+
+
+def outputs_of(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        try:
+            result = model(**{name: _like(value, model) for name, value in inputs.items()})
+        except foreign_errors() as error:
+            raise CannotRunError(
+                f"it does not take {', '.join(inputs)} alone: {first_line(error)}"
+            ) from error
+    values = result.values() if isinstance(result, Mapping) else result
+    for name in ("logits", "start_logits", "last_hidden_state"):
+        if isinstance(result, Mapping) and isinstance(result.get(name), Tensor):
+            found: Tensor = result[name]
+            return found.double().cpu()
+    first = next((value for value in values if isinstance(value, Tensor)), None)
+    if first is None:
+        raise CannotRunError("it returns no tensor")
+    return first.double().cpu()
+
+
+def _like(value: Tensor, model: "PreTrainedModel") -> Tensor:
+    """On the model's device, and in its dtype unless it counts or selects."""
+    return value.to(model.device, model.dtype if value.is_floating_point() else None)
+
+
+def _more(names: Collection[object]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def tokenised(merged: Checkpoint, text: str, trust_remote_code: bool) -> Inputs:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            merged.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except foreign_errors() as error:
+        raise MisuseError(
+            f"--text needs a tokenizer, and none can be loaded: {first_line(error)}",
+            where=merged.path,
+            hint="Copy the tokenizer's files there, or leave --text out.",
+        ) from error
+    encoded = tokenizer(text, return_tensors="pt")
+    inputs: Inputs = {"input_ids": encoded["input_ids"]}
+    if merged.config.get("is_encoder_decoder"):
+        inputs = {**inputs, "decoder_input_ids": encoded["input_ids"]}
+    return inputs
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its control group."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((_CONTROL_GROUP / "memory.max").read_text())
+        free = min(free, limit - int((_CONTROL_GROUP / "memory.current").read_text()))
+    return free
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' bars and warnings off stderr: what matters is in the comparison."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    enabled = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if enabled:
+            logging.enable_progress_bar()
+        if bars is None:
+            os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)

@@ -1,0 +1,37 @@
+"""What will be written (a plan), and its bytes: complete or not at all."""
+
+from typing import TYPE_CHECKING
+
+from gralora_convert.doors import opened
+from gralora_convert.output.cards import CARD_NAME, adapter_card, merged_card
+from gralora_convert.output.plan import Plan
+from gralora_convert.output.ranks import Ranks
+from gralora_convert.output.receipt import adapter_receipt_findings, checkpoint_receipt_findings
+from gralora_convert.output.shards import index_json, lay_out
+from gralora_convert.output.workers import default_jobs, one_arithmetic_thread
+from gralora_convert.output.writing import Computed, Copied, OutputFile, Part
+
+if TYPE_CHECKING:
+    from gralora_convert.output.adapter_files import Workshop, config_of, copied, folder_of
+    from gralora_convert.output.tiles import (
+        CastTensor,
+        Contribution,
+        MergedTensor,
+        Patch,
+        PatchedTensor,
+        are_finite,
+        taken,
+    )
+
+__all__ = [
+    "CARD_NAME", "CastTensor", "Computed", "Contribution", "Copied", "MergedTensor", "OutputFile",
+    "Part", "Patch", "PatchedTensor", "Plan", "Ranks", "Workshop", "adapter_card",
+    "adapter_receipt_findings", "are_finite", "checkpoint_receipt_findings", "config_of", "copied",
+    "default_jobs", "folder_of", "index_json", "lay_out", "merged_card", "one_arithmetic_thread",
+    "taken",
+]  # fmt: skip
+
+__getattr__ = opened(__name__, {
+    "adapter_files": "Workshop config_of copied folder_of",
+    "tiles": "CastTensor Contribution MergedTensor Patch PatchedTensor are_finite taken",
+})  # fmt: skip

@@ -1,0 +1,314 @@
+"""Sizes now, bytes later: what a verb will write, complete or not at all.
+
+A verb states its whole output as a `Plan`: every file, every tensor with dtype and shape, and for
+each tensor either the place whose bytes it copies or the tiles that compute it. `Plan.write` makes
+the bytes in a folder beside the output and publishes that folder with one rename.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gralora_convert.disk import (
+    RECEIPT_NAME,
+    TensorFile,
+    dump_json,
+    measured,
+    read_safetensors,
+    reading,
+)
+from gralora_convert.errors import CheckFailedError, MisuseError
+from gralora_convert.output.journal import (
+    Done,
+    Journal,
+    clear_journals,
+    journal_names,
+    read_journals,
+)
+from gralora_convert.output.ranks import Follower, Leader, Ranks
+from gralora_convert.output.staging import Staging
+from gralora_convert.output.workers import default_jobs
+from gralora_convert.output.writing import Computed, OutputFile, copy_file, write_files, write_text
+from gralora_convert.version import __version__
+
+__all__ = [
+    "Plan",
+]
+
+
+DIGESTED_BYTES = 256 * 1024 * 1024  # outputs up to this size get digests unasked: below 0.3 s
+CONSTANT_MEMORY = 260 * 1024 * 1024  # interpreter, torch and its allocator, measured at import
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that one command will write.
+
+    `texts` are small files by name, `sidecars` files to copy; `inputs` must not change while the
+    plan is carried out. `receipt` is called once, when all tensors are written: it may raise
+    `CheckFailedError`, and what it returns is written into the output and returned by `write`.
+    `settings` is what decides the bytes beside files and inputs. `resumable` says that everything
+    which making a tensor finds out is in the account of its part, so that others may make it.
+    `meanwhile` is called once while tensors are made: work that the receipt needs done.
+    """
+
+    command: str
+    files: tuple[OutputFile, ...]
+    receipt: Callable[[], dict[str, object]]
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+    sidecars: Mapping[str, Path] = field(default_factory=dict)
+    inputs: tuple[TensorFile, ...] = ()
+    protected: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    settings: Mapping[str, object] = field(default_factory=dict)
+    resumable: bool = False
+    meanwhile: Callable[[], object] = lambda: None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files of the output; the receipt's few KiB are not counted."""
+        return (
+            sum(file.nbytes for file in self.files)
+            + sum(len(text) for text in self.texts.values())
+            + sum(_size(path) for path in self.sidecars.values())
+        )
+
+    def contents(self) -> dict[str, object]:
+        """The weight files, as plans and receipts state them: `bytes` is their size on the disk."""
+        return {
+            "tensors": sum(len(file.parts) for file in self.files),
+            "bytes": sum(file.nbytes for file in self.files),
+            "files": [file.name for file in self.files],
+        }
+
+    def peak_memory(self, jobs: int | None = None) -> int:
+        """An upper estimate of the anonymous memory of `write`, in bytes."""
+        jobs = jobs or default_jobs()
+        computed = [
+            part.source
+            for file in self.files
+            for part in file.parts
+            if isinstance(part.source, Computed)
+        ]
+        tile = max((source.tile_bytes for source in computed), default=0)
+        factors = sorted((source.memory for source in computed), reverse=True)[: jobs + 1]
+        # a tile lives as stored bytes, as float32 sums and, for the check, as float64 samples
+        return CONSTANT_MEMORY + jobs * 6 * tile + 3 * sum(factors)
+
+    def as_json(self, output: Path, jobs: int | None = None) -> dict[str, object]:
+        """The plan as `--dry-run --json` prints it."""
+        return {
+            "command": self.command,
+            "dry_run": True,
+            "output": str(output),
+            **self.contents(),
+            "files": [file.name for file in self.files] + sorted({*self.texts, *self.sidecars}),
+            "computed": sum(
+                isinstance(part.source, Computed) for file in self.files for part in file.parts
+            ),
+            "total_bytes": self.nbytes,
+            "peak_memory": self.peak_memory(jobs),
+            "free_disk": Staging.free_bytes(output),
+            "notes": list(self.notes),
+        }
+
+    def fingerprint(self) -> str:
+        """A digest of all that decides the bytes: runs with the same one can share their work."""
+        digest = hashlib.sha256()
+        for known in (__version__, self.command, dict(self.settings)):
+            digest.update(json.dumps(known, sort_keys=True).encode() + b"\0")
+        for file in self.files:
+            digest.update(file.name.encode() + b"\0" + file.header)
+        for read in self.inputs:
+            _, size, modified = read.stamp
+            digest.update(f"{read.path.name} {size} {modified}\0".encode())
+        return digest.hexdigest()
+
+    def resumable_bytes(self, output: str | Path) -> int:
+        """Bytes of tensors that a broken run to `output` has left and `resume` need not make."""
+        if not self.resumable:
+            return 0
+        return self._done_bytes(Staging(Path(output)).folder, self.fingerprint())
+
+    def _done_bytes(self, folder: Path, fingerprint: str) -> int:
+        done = read_journals(folder, fingerprint)
+        return sum(
+            part.nbytes
+            for file in self.files
+            for part in file.parts[: done.parts.get(file.name, 0)]
+        )
+
+    def require_allowed(self, output: str | Path, *, overwrite: bool = False) -> None:
+        """Raises as `write` does where `output` may not be written."""
+        self._staging(output, overwrite, keep=False).require_allowed()
+
+    def _staging(self, output: str | Path, overwrite: bool, keep: bool) -> Staging:
+        if not str(output):
+            raise MisuseError("the output has an empty name", hint="Name a folder: -o DIR.")
+        return Staging(Path(output), overwrite=overwrite, protected=self._protected(), keep=keep)
+
+    def write(
+        self,
+        output: str | Path,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        jobs: int | None = None,
+        verify: bool = True,
+        digests: bool | None = None,
+        progress: Callable[[int], None] | None = None,
+        ranks: Ranks | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> dict[str, object]:
+        """Makes the output folder, complete or not at all, and returns its receipt.
+
+        The bytes depend neither on `jobs` (worker threads; default: the CPUs this process may use)
+        nor on `ranks`, nor on how often the run was broken off and resumed.
+
+        Arguments:
+            resume: goes on from what a broken run of the same plan has left, and leaves what is
+                done when it breaks off itself, as several ranks always do.
+            digests: whether the receipt states the sha256 of every file, for `validate` to compare
+                (None: of outputs up to 256 MiB).
+            progress: is called with the number of bytes just written, from any worker.
+            ranks: which of several processes this is, that call `write` with the same plan; all
+                but rank 0 write their share of the files and return {}.
+            note: is told in a sentence what is waited for, when other ranks do not come soon.
+
+        Raises:
+            MisuseError: a plan that cannot be resumed or shared.
+            OutputError: the output exists (and not `overwrite`), overlaps an input, cannot be
+                written, or does not fit on the disk; another rank has failed.
+            UnreadableError, ChangedInputError: an input failed or changed on the way.
+            CheckFailedError: with `verify`, when what was written is not what was planned.
+        """
+        ranks = ranks or Ranks()
+        jobs = max(1, default_jobs() // ranks.local) if jobs is None else jobs
+        self._require_possible(jobs, resume, ranks)
+        staging = self._staging(output, overwrite, keep=resume or ranks.size > 1)
+        plan = self.fingerprint()
+        work = _Work(self, plan, ranks, jobs, progress or (lambda count: None))
+        note = note or (lambda sentence: None)
+        if not ranks.is_leader:
+            staging.require_allowed()
+            follower = Follower(staging.output, ranks, plan, note)
+            with follower.join():
+                work.write_tensors(staging.folder, follower.require_leader)
+            return {}
+        leader = Leader(staging.output, ranks, plan, note)
+        left = self._done_bytes(staging.folder, plan) if resume else 0
+        with (
+            leader.heard(),
+            staging.open(self.nbytes - left, work.begun if resume else None) as folder,
+            leader.gather(),
+        ):
+            work.write_tensors(folder, leader.require_others)
+            leader.wait()
+            work.take_over(folder)
+            digested = self.nbytes <= DIGESTED_BYTES if digests is None else digests
+            receipt = self._finish(folder, verify, digested)
+            staging.publish()
+        return receipt
+
+    def _require_possible(self, jobs: int, resume: bool, ranks: Ranks) -> None:
+        if type(jobs) is not int or jobs < 1:
+            raise MisuseError(f"{jobs!r} jobs were asked for, a whole number from 1 on is needed")
+        if not self.resumable and (resume or ranks.size > 1):
+            raise MisuseError(f"{self.command} runs in one process and in one go")
+
+    def _protected(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys((*self.protected, *(file.path for file in self.inputs))))
+
+    def _finish(self, folder: Path, verify: bool, digests: bool) -> dict[str, object]:
+        """Everything beside the tensors; returns the receipt."""
+        for name, path in self.sidecars.items():
+            copy_file(path, folder / name)
+        for name, text in self.texts.items():
+            write_text(folder / name, text)
+        for file in self.inputs:
+            file.require_unchanged()
+        if verify:
+            self._require_as_planned(folder)
+        receipt = self.receipt() | self.contents()
+        receipt["outputs"] = self._outputs(folder, digests)
+        clear_journals(folder)
+        write_text(folder / RECEIPT_NAME, (dump_json(receipt) + "\n").encode())
+        return receipt
+
+    def _outputs(self, folder: Path, digests: bool) -> dict[str, dict[str, object]]:
+        """What was written, by file, for the receipt; a model card is there to be edited."""
+        names = {*(file.name for file in self.files), *self.texts, *self.sidecars} - {"README.md"}
+        return {name: measured(folder / name, digest=digests).as_json() for name in sorted(names)}
+
+    def _require_as_planned(self, folder: Path) -> None:
+        for file in self.files:
+            found = read_safetensors(folder / file.name).tensors
+            wanted = {part.name: (part.dtype, part.shape) for part in file.parts}
+            if wanted != {name: (spec.dtype, spec.shape) for name, spec in found.items()}:
+                raise CheckFailedError(
+                    "the file written does not hold the tensors planned",
+                    where=file.name,
+                    hint="Nothing was published. Is the disk failing?",
+                )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one process does for a plan: the tensors of its own files."""
+
+    plan: Plan
+    fingerprint: str
+    ranks: Ranks
+    jobs: int
+    progress: Callable[[int], None]
+
+    @property
+    def files(self) -> list[OutputFile]:
+        shares = self.ranks.share([file.nbytes for file in self.plan.files])
+        return [self.plan.files[place] for place in shares]
+
+    def begun(self, folder: Path) -> set[str]:
+        """The files in `folder` that a broken run of this plan has begun, and its journals."""
+        names = journal_names(folder, self.fingerprint)
+        return {*read_journals(folder, self.fingerprint).parts, *names}
+
+    def write_tensors(self, folder: Path, tick: Callable[[], object]) -> None:
+        """Makes what the journals do not have yet; `tick` may stop it by raising."""
+        resumable = self.plan.resumable
+        write_files(
+            folder,
+            self.files,
+            jobs=self.jobs,
+            progress=self.progress,
+            journal=Journal(folder, self.fingerprint) if resumable else None,
+            done=read_journals(folder, self.fingerprint) if resumable else None,
+            tick=tick,
+            meanwhile=self.plan.meanwhile if self.ranks.is_leader else lambda: None,
+        )
+        for file in self.plan.inputs:
+            file.require_unchanged()
+
+    def take_over(self, folder: Path) -> None:
+        """What other ranks have found out, for the receipt.
+
+        Raises:
+            CheckFailedError: one of their files is not complete.
+        """
+        mine = {file.name for file in self.files}
+        others = [file for file in self.plan.files if file.name not in mine]
+        done = read_journals(folder, self.fingerprint) if others else Done()
+        for file in others:
+            if done.parts.get(file.name, 0) < len(file.parts):
+                raise CheckFailedError(
+                    "was not finished by the rank that should write it", where=file.name
+                )
+            for part in file.parts:
+                if part.account is not None:
+                    part.account.restore(done.states[part.name])
+
+
+def _size(path: Path) -> int:
+    with reading(path):
+        return path.stat().st_size

@@ -1,0 +1,192 @@
+"""A receipt against the files beside it: is what this tool wrote still what is there?
+
+The receipt (`gralora_convert.json`) states what was made of what: tensors, bytes, the digest of the
+base's headers, and the size and, where they were asked for, sha256 of every file written.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gralora_convert.disk import RECEIPT_NAME, Checkpoint, Measure, load_json, measured
+from gralora_convert.errors import ConvertError, Finding, UnreadableError, error, note, warning
+
+__all__ = [
+    "adapter_receipt_findings",
+    "checkpoint_receipt_findings",
+]
+
+
+_REMADE = "Was it edited, trained on or replaced? Then remove the receipt; else make it again."
+
+
+@dataclass(frozen=True, slots=True)
+class _Receipt:
+    """What a receipt states, as far as files can be held against it; None: it does not say.
+
+    `tensors` and `nbytes` count those of all weight files; `tensor_names` are those computed,
+    `module_names` the adapted modules.
+    """
+
+    outputs: Mapping[str, Measure] | None
+    tensors: int | None
+    nbytes: int | None
+    base_digest: str | None
+    tensor_names: frozenset[str]
+    module_names: frozenset[str]
+
+
+def checkpoint_receipt_findings(folder: Path, base: Checkpoint | None) -> Iterator[Finding]:
+    """Everything in which the merged checkpoint `folder` is not what its receipt says.
+
+    Its weights must be those that were written; other files may have been edited since.
+    """
+    try:
+        receipt = _read(folder)
+    except ConvertError as problem:
+        yield error("receipt-unreadable", RECEIPT_NAME, problem.message, problem.hint)
+        return
+    try:
+        merged = Checkpoint.open(folder)
+        beside = merged.sidecars()
+    except ConvertError as problem:
+        where = str(problem.where).removeprefix(f"{folder}/")
+        yield error("weights-unreadable", where, problem.message, problem.hint)
+        return
+    weights = {name: file.path for name, file in merged.layout.items()}
+    if merged.index_name is not None:
+        weights[merged.index_name] = folder / merged.index_name
+    yield from _count_findings(receipt, merged)
+    yield from _file_findings(receipt, weights, beside)
+    if base is not None and receipt.base_digest not in (None, base.digest()):
+        yield error(
+            "receipt-base-mismatch", RECEIPT_NAME,
+            f"the merge was made from a base of other tensors or another config than {base.source}",
+            "Name the base that the receipt names under inputs.",
+        )  # fmt: skip
+
+
+def adapter_receipt_findings(
+    folder: Path, weights: Path, modules: frozenset[str]
+) -> Iterator[Finding]:
+    """In what an adapter is not what the receipt beside it says; warnings, because to train on or
+    to copy another one over is normal. `weights` is its file, `modules` what it adapts."""
+    try:
+        receipt = _read(folder)
+    except ConvertError as problem:
+        yield warning("receipt-unreadable", RECEIPT_NAME, problem.message, problem.hint)
+        return
+    beside = {path.name: path for path in (folder / "adapter_config.json", weights)}
+    yield from _file_findings(receipt, {}, beside)
+    if receipt.outputs is None and receipt.module_names != modules:
+        yield warning(
+            "receipt-mismatch", RECEIPT_NAME,
+            f"states {len(receipt.module_names)} modules, the adapter has {len(modules)} "
+            "(or others)",
+            _REMADE,
+        )  # fmt: skip
+
+
+def _count_findings(receipt: _Receipt, merged: Checkpoint) -> Iterator[Finding]:
+    tensors = len(merged.tensors)
+    nbytes = sum(file.stamp[1] for file in merged.layout.values())
+    for what, stated, found in (
+        ("tensors", receipt.tensors, tensors), ("bytes", receipt.nbytes, nbytes),
+    ):  # fmt: skip
+        if stated not in (None, found):
+            yield error(
+                "receipt-mismatch", RECEIPT_NAME,
+                f"states {stated} {what} of weights, the files hold {found}", _REMADE,
+            )  # fmt: skip
+    lacking = sorted(receipt.tensor_names - merged.tensors.keys())
+    if lacking:
+        yield error(
+            "receipt-mismatch", lacking[0],
+            f"is one of {len(lacking)} merged tensors that the files do not hold", _REMADE,
+        )  # fmt: skip
+
+
+def _file_findings(
+    receipt: _Receipt, weights: Mapping[str, Path], beside: Mapping[str, Path]
+) -> Iterator[Finding]:
+    """Files that are missing, added or changed; errors for `weights`, warnings for others."""
+    if receipt.outputs is None or any(of.sha256 is None for of in receipt.outputs.values()):
+        yield note(
+            "receipt-without-digests", RECEIPT_NAME,
+            "states no digests of the files: tensors and bytes were compared, not their values",
+            "Large merges get them with `merge --digests`; `verify` compares every element.",
+        )  # fmt: skip
+    if receipt.outputs is None:
+        return
+    for name, stated in receipt.outputs.items():
+        path = weights.get(name) or beside.get(name)
+        is_weights = bool(weights) and name.endswith((".safetensors", ".index.json"))
+        kind = error if is_weights else warning
+        if path is None:
+            yield kind("receipt-mismatch", name, "was written and is not there any more", _REMADE)
+            continue
+        found = measured(path, digest=stated.sha256 is not None)
+        if found != stated:
+            yield kind(
+                "receipt-mismatch", name,
+                f"has {_described(found)}; {_described(stated)} were written", _REMADE,
+            )  # fmt: skip
+    for name in weights.keys() - receipt.outputs.keys():
+        yield error("receipt-mismatch", name, "holds weights that were not written", _REMADE)
+
+
+def _described(measure: Measure) -> str:
+    digest = f", sha256 {measure.sha256[:12]}..." if measure.sha256 else ""
+    return f"{measure.nbytes} bytes{digest}"
+
+
+def _read(folder: Path) -> _Receipt:
+    """The receipt in `folder`; `UnreadableError` when it is missing, or another program's."""
+    path = folder / RECEIPT_NAME
+    values = load_json(path)
+    try:
+        return _parsed(values)
+    except (KeyError, TypeError) as problem:
+        raise UnreadableError(f"is no receipt of this tool: {problem}", where=path) from problem
+
+
+def _parsed(values: Mapping[str, object]) -> _Receipt:
+    """Raises `KeyError` or `TypeError` for what is not as this tool writes it."""
+    base = _object(_object(values["inputs"]).get("base", {}))
+    outputs = None
+    if "outputs" in values:
+        stated = {name: _object(of) for name, of in _object(values["outputs"]).items()}
+        outputs = {
+            name: Measure(_number(of["bytes"]), _text(of["sha256"]) if "sha256" in of else None)
+            for name, of in stated.items()
+        }
+    modules = values["modules"]
+    if not isinstance(modules, list):
+        raise TypeError("modules is no list")
+    rows = [_object(row) for row in modules]
+    return _Receipt(
+        outputs,
+        _number(values["tensors"]) if "tensors" in values else None,
+        _number(values["bytes"]) if "bytes" in values else None,
+        _text(base["headers_sha256"]) if base else None,
+        frozenset(_text(row["tensor"]) for row in rows if "tensor" in row),
+        frozenset(_text(row["module"]) for row in rows if "module" in row),
+    )
+
+
+def _object(value: object) -> Mapping[str, object]:
+    if not isinstance(value, dict):
+        raise TypeError(f"an object was needed, it holds {value!r:.60}")
+    return value
+
+
+def _number(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"a whole number was needed, it holds {value!r:.60}")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a string was needed, it holds {value!r:.60}")
+    return value

@@ -1,0 +1,510 @@
+"""One dense tensor, made tile by tile: read rows, add updates in float32, round once, check.
+
+The workers of a plan call `MergedTensor.produce` for different tiles at the same time. Factors are
+read when the first tile of a tensor needs them and dropped after its last; stored bytes and sums
+live in buffers that each worker uses again and again.
+"""
+
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+from gralora_convert.delta import (
+    Gralora,
+    Lora,
+    Stack,
+    Survival,
+    is_finite,
+    magnitude_rows,
+    require_device,
+    rows,
+    survival,
+    terms,
+    tolerance,
+    worst_ratio,
+)
+from gralora_convert.disk import (
+    DTYPE_BITS,
+    FLOATING,
+    INFINITY,
+    TensorSpec,
+    bytes_of,
+    largest_magnitude,
+    open_regular,
+    pread_exact,
+    read_into,
+    read_torch,
+    torch_dtype,
+)
+from gralora_convert.errors import CheckFailedError, InvalidAdapterError, UnsupportedError
+from gralora_convert.output.writing import Account, Computed, Copied
+
+__all__ = [
+    "CastTensor",
+    "Contribution",
+    "MergedTensor",
+    "Patch",
+    "PatchedTensor",
+    "are_finite",
+    "taken",
+]
+
+
+# Of sums. What fits a second-level cache is slower: small tiles make workers wait for Python's
+# lock, where most of a small tile's time goes.
+TILE_BYTES = 4 * 1024 * 1024
+CHECKED_SHARE = 64  # one row in so many is recomputed while it is hot
+PARTS = 4  # a tensor is checked in at least so many places
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One module's update of a stored tensor: delta rows `[delta_start, +count)` are added to its
+    rows `[start, +count)`, times `weight`. `blocks` is the k of its factors, `memory` their
+    size in bytes."""
+
+    module: str
+    load: Callable[[], Gralora | Lora]
+    weight: float
+    start: int
+    count: int
+    delta_start: int
+    transposed: bool
+    blocks: int
+    memory: int
+
+    def within(self, start: int, stop: int) -> tuple[slice, int] | None:
+        """Which of the rows `start:stop` of the tensor it adds to, counted from `start`, and the
+        first delta row there; None where it adds to none of them."""
+        first, last = max(start, self.start), min(stop, self.start + self.count)
+        if first >= last:
+            return None
+        return slice(first - start, last - start), first - self.start + self.delta_start
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """A contribution with its factors: as they are, and laid out for adding."""
+
+    contribution: Contribution
+    delta: Gralora | Lora
+    stack: Stack
+
+
+class _Shared:
+    """An update that is read at its first use and dropped after its last."""
+
+    def __init__(self, contribution: Contribution, dtype: torch.dtype, uses: int) -> None:
+        self.contribution, self._dtype, self._uses = contribution, dtype, uses
+        self._value: _Update | None = None
+        self._lock = threading.Lock()
+
+    def get(self) -> _Update:
+        with self._lock:
+            if self._value is None:
+                delta = self.contribution.load()
+                stack = Stack(delta, self._dtype, transposed=self.contribution.transposed)
+                self._value = _Update(self.contribution, delta, stack)
+            return self._value
+
+    def release(self) -> None:
+        with self._lock:
+            self._uses -= 1
+            if self._uses == 0:
+                self._value = None
+
+
+class _Buffer(NamedTuple):
+    """A matrix in memory that is used again, and its bytes."""
+
+    tensor: torch.Tensor
+    data: memoryview
+
+
+class _Buffers(threading.local):
+    """Each worker's own memory, by purpose, which only grows, and the file that it reads.
+
+    Views are kept, too: whoever makes one lets go of Python's lock, and other workers wake for it.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype, int, int], _Buffer] = {}
+        self._path: Path | None = None
+        self._file: BinaryIO | None = None
+
+    def read(self, spec: TensorSpec, start: int, buffer: memoryview) -> None:
+        """As `read_into`, but the file stays open for the next tile."""
+        if spec.strides is not None:
+            read_into(spec, start, buffer)
+            return
+        if self._file is None or self._path != spec.file:
+            self._file, self._path = open_regular(spec.file), spec.file
+        pread_exact(self._file.fileno(), buffer, spec.offset + start, spec.file)
+
+    def get(self, purpose: str, rows: int, columns: int, dtype: torch.dtype) -> _Buffer:
+        key = (purpose, dtype, rows, columns)
+        found = self._views.get(key)
+        if found is not None:
+            return found
+        count = rows * columns
+        memory = self._memory.get((purpose, dtype))
+        if memory is None or memory.numel() < count:
+            memory = self._memory[purpose, dtype] = torch.empty(count, dtype=dtype)
+            self._views = {k: v for k, v in self._views.items() if k[:2] != (purpose, dtype)}
+        tensor = memory[:count].view(rows, columns)
+        found = self._views[key] = _Buffer(tensor, bytes_of(tensor))
+        return found
+
+
+_buffers = _Buffers()
+
+
+class _Tiles:
+    """A stored matrix cut into tiles of whole rows, each read and cast by a worker."""
+
+    def __init__(self, spec: TensorSpec, dtype: str) -> None:
+        for name in (spec.dtype, dtype):
+            if name not in FLOATING:
+                raise UnsupportedError(
+                    f"tensor {spec.name!r} has dtype {name}, a floating dtype of 16 bits or more "
+                    "was needed",
+                    where=spec.file,
+                )
+        self.spec, self.dtype = spec, dtype
+        self.columns = math.prod(spec.shape[1:]) if spec.shape else 1
+        self.rows = spec.shape[0] if spec.shape else 1
+        self.stored, self.written = torch_dtype(spec.dtype), torch_dtype(dtype)
+        wide = torch.float64 in (self.stored, self.written)
+        self.sums = torch.float64 if wide else torch.float32
+        # of checked rows; float32 is exact enough for a rounding to 16 bits (`tolerance` allows)
+        short = self.written.itemsize == 2 and not wide
+        self.checks = torch.float32 if short else torch.float64
+        row_bytes = self.columns * self.sums.itemsize
+        self.tile_rows = max(1, min(self.rows, TILE_BYTES // max(row_bytes, 1)))
+        self.count = math.ceil(self.rows / self.tile_rows)
+
+    def source(self) -> Computed:
+        size = self.tile_rows * self.row_bytes
+        return Computed(size, self.produce, self.memory, self.account)
+
+    def produce(self, tile: int) -> memoryview:
+        """The bytes of one tile, in this worker's buffer."""
+        raise NotImplementedError
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the tiles keep alive together."""
+        return 0
+
+    @property
+    def account(self) -> Account | None:
+        return None
+
+    @property
+    def row_bytes(self) -> int:
+        return self.columns * DTYPE_BITS[self.dtype] // 8
+
+    def span(self, tile: int) -> tuple[int, int]:
+        start = tile * self.tile_rows
+        return start, min(start + self.tile_rows, self.rows)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `start:stop` as stored, in this worker's buffer."""
+        stored = _buffers.get("stored", stop - start, self.columns, self.stored)
+        width = self.columns * self.stored.itemsize
+        _buffers.read(self.spec, start * width, stored.data)
+        return stored.tensor
+
+    def round(
+        self,
+        sums: torch.Tensor,
+        stored: Callable[[], torch.Tensor],
+        *,
+        keep_infinite: bool = False,
+    ) -> _Buffer:
+        """The sums in the dtype that is written: the one rounding. `stored` reads them again.
+
+        With `keep_infinite`, what was NaN or infinite may stay so (a mask, a buffer).
+
+        Raises:
+            CheckFailedError: a sum is no number or exceeds that dtype.
+        """
+        if self.written == sums.dtype and sums.device.type == "cpu":
+            written = _Buffer(sums, bytes_of(sums))
+        else:
+            written = _buffers.get("written", len(sums), self.columns, self.written)
+            written.tensor.copy_(sums)
+        if are_finite(written.data, self.written):
+            return written
+        was_finite = stored().isfinite()
+        if keep_infinite and torch.equal(was_finite, written.tensor.isfinite()):
+            return written
+        if bool(was_finite.all()):
+            largest = torch.finfo(self.written).max
+            raise CheckFailedError(
+                f"the result exceeds the largest {_name(self.written)} ({largest:g}) or is not a "
+                "number",
+                where=self.spec.name,
+                hint="Write a wider dtype (--dtype float32), or check the adapter's values.",
+            )
+        raise CheckFailedError(
+            "holds NaN or infinity in the base", where=f"{self.spec.file}: {self.spec.name}"
+        )
+
+
+class CastTensor(_Tiles):
+    """A tensor of the base in another dtype."""
+
+    def produce(self, tile: int) -> memoryview:
+        stored = self.read(*self.span(tile))
+        return self.round(stored, lambda: stored, keep_infinite=True).data
+
+
+class TrainedTensor(_Tiles):
+    """A full tensor of an adapter (a head, a bias), in the dtype that is written."""
+
+    def produce(self, tile: int) -> memoryview:
+        stored = self.read(*self.span(tile))
+        _require_finite(stored, self.spec)
+        return self.round(stored, lambda: stored).data
+
+
+def taken(spec: TensorSpec, dtype: str) -> Copied | Computed:
+    """A full tensor of an adapter as the output holds it; its values must be finite."""
+    if not spec.nbytes or (spec.dtype == dtype and dtype not in FLOATING):
+        return Copied(spec)
+    return TrainedTensor(spec, dtype).source()
+
+
+def _require_finite(values: torch.Tensor, spec: TensorSpec) -> None:
+    """Raises `InvalidAdapterError` for trained values that are no numbers."""
+    if not is_finite(values):
+        raise InvalidAdapterError(
+            f"{spec.name}: holds NaN or infinity", where=spec.file,
+            hint="Training diverged, or the file is damaged: use an earlier checkpoint.",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Rows `[start, start + count)` of a tensor become the rows `[source_start, ...)` of `source`,
+    or, with `order`, those that it lists."""
+
+    source: TensorSpec
+    start: int
+    count: int
+    source_start: int = 0
+    order: tuple[int, ...] | None = None
+
+
+class PatchedTensor(_Tiles):
+    """A tensor of the base of which some rows are replaced (a bias that is fused on disk)."""
+
+    def __init__(self, spec: TensorSpec, dtype: str, patches: Sequence[Patch]) -> None:
+        super().__init__(spec, dtype)
+        self.patches = tuple(patches)
+
+    @property
+    def memory(self) -> int:
+        return sum(patch.source.nbytes for patch in self.patches)
+
+    def produce(self, tile: int) -> memoryview:
+        start, stop = self.span(tile)
+        rows = self.read(start, stop)
+        for patch in self.patches:
+            first, last = max(start, patch.start), min(stop, patch.start + patch.count)
+            if first >= last:
+                continue
+            values = read_torch(patch.source).reshape(-1, self.columns)
+            _require_finite(values, patch.source)
+            if patch.order is not None:
+                values = values[list(patch.order[first - patch.start : last - patch.start])]
+            else:
+                begin = first - patch.start + patch.source_start
+                values = values[begin : begin + last - first]
+            rows[first - start : last - start] = values
+        return self.round(rows, lambda: rows).data
+
+
+class MergedTensor(_Tiles):
+    """A tensor of the base plus the updates of one or several modules.
+
+    With `check`, one row in 64 is recomputed by the formula of the forward path and compared with
+    the bytes about to be written; `worst` is then the largest difference relative to the bound that
+    one rounding allows, and `survival` says how much of the update came through.
+    """
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        dtype: str,
+        contributions: Sequence[Contribution],
+        *,
+        device: str = "cpu",
+        check: bool = True,
+    ) -> None:
+        super().__init__(spec, dtype)
+        self.contributions = tuple(contributions)
+        self.device = require_device(device)
+        groups = max(PARTS, *(c.blocks for c in contributions)) if check else 0
+        self._checked = self._samples(min(groups, self.rows)) if groups else {}
+        self._shared = [_Shared(c, self.sums, self.count) for c in contributions]
+        self._lock = threading.Lock()
+        self.worst = 0.0
+        self.changed = False
+        self._kept: dict[int, Survival] = {}  # by first row, so that threads do not change sums
+
+    @property
+    def survival(self) -> Survival:
+        """What rounding kept of the update, over the rows that were checked."""
+        return sum((self._kept[row] for row in sorted(self._kept)), Survival())
+
+    @property
+    def memory(self) -> int:
+        return sum(contribution.memory for contribution in self.contributions)
+
+    @property
+    def account(self) -> Account:
+        return self
+
+    def save(self) -> dict[str, object]:
+        """What making the tiles has found out."""
+        with self._lock:
+            kept = {str(row): dataclasses.astuple(found) for row, found in self._kept.items()}
+            return {"worst": self.worst, "changed": self.changed, "kept": kept}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Takes over what another run has saved in place of making the tiles."""
+        self.worst, self.changed = saved["worst"], saved["changed"]
+        self._kept = {int(row): Survival(*found) for row, found in saved["kept"].items()}
+
+    def produce(self, tile: int) -> memoryview:
+        start, stop = self.span(tile)
+        stored = self.read(start, stop)
+        updates = [s.get() for s in self._shared if s.contribution.within(start, stop)]
+        checked = self._checked.get(tile, ())
+        try:
+            before = [stored[sample].to(self.checks, copy=True) for sample in checked]
+            unchanged = None if self.changed else stored.clone()
+            sums = self._sum(stored, start, stop, updates)
+            written = self.round(sums, lambda: self.read(start, stop))
+            if unchanged is not None and not torch.equal(
+                unchanged.to(self.written), written.tensor
+            ):
+                self.changed = True
+            for sample, rows_before in zip(checked, before, strict=True):
+                self._check_rows(rows_before, written.tensor[sample], start + sample.start, updates)
+        finally:
+            for shared in self._shared:
+                shared.release()
+        return written.data
+
+    def _sum(
+        self, stored: torch.Tensor, start: int, stop: int, updates: Sequence[_Update]
+    ) -> torch.Tensor:
+        """Rows `start:stop` of base + updates; in place where the dtype allows it."""
+        if self.device.type != "cpu":
+            sums = stored.to(self.device, self.sums)
+        elif self.stored == self.sums:
+            sums = stored
+        else:
+            sums = _buffers.get("sums", stop - start, self.columns, self.sums).tensor
+            sums.copy_(stored)
+        for update in updates:
+            if met := update.contribution.within(start, stop):
+                place, first = met
+                update.stack.add_rows_(sums[place], first, weight=update.contribution.weight)
+        return sums
+
+    def _samples(self, groups: int) -> dict[int, list[slice]]:
+        """Tile -> the rows in it that are checked: a run of rows from each of `groups` equal parts
+        of the tensor, so that no block of an update goes unseen; its place differs from part to
+        part."""
+        samples: dict[int, list[slice]] = {}
+        height = self.rows / groups
+        count = max(1, round(height / CHECKED_SHARE))
+        for group in range(groups):
+            place = (group * 0.6180339887498949) % 1.0
+            row = int(height * group + place * max(height - count, 0))
+            tile = row // self.tile_rows
+            start = row - tile * self.tile_rows
+            first, last = self.span(tile)
+            samples.setdefault(tile, []).append(slice(start, min(start + count, last - first)))
+        return samples
+
+    def _check_rows(
+        self,
+        before: torch.Tensor,
+        written: torch.Tensor,
+        start: int,
+        updates: Sequence[_Update],
+    ) -> None:
+        """Compares checked rows (from row `start` of the tensor) with base + delta, in `checks`."""
+        stop = start + len(before)
+        updates = [update for update in updates if update.contribution.within(start, stop)]
+        delta = self._rows(rows, start, stop, updates)
+        after, exact = written.to(self.checks), before + delta
+        products = sum(terms(update.delta) for update in updates)
+
+        def worst(magnitude: torch.Tensor) -> float:
+            magnitude += before.abs()
+            bound = tolerance(after, exact, magnitude=magnitude, terms=products, dtype=self.written)
+            return worst_ratio(after, exact, bound)
+
+        # |delta| is at most the magnitude of its products, at hand, and nearly always enough
+        ratio = worst(delta.abs())
+        if ratio > 1:
+            ratio = worst(self._rows(magnitude_rows, start, stop, updates))
+        kept = survival(before, after, delta)
+        with self._lock:
+            self.worst = max(self.worst, ratio)
+            self._kept[start] = kept
+
+    def _rows(
+        self, of: Callable[..., torch.Tensor], start: int, stop: int, updates: Sequence[_Update]
+    ) -> torch.Tensor:
+        """Rows `start:stop` of the sum over updates of `of`: of `rows` or of `magnitude_rows`."""
+        parts = []
+        for update in updates:
+            met = update.contribution.within(start, stop)
+            assert met is not None
+            place, first = met
+            span, turned = (first, first + place.stop - place.start), update.contribution.transposed
+            part = of(update.delta, *span, self.checks, transposed=turned).cpu()
+            weight = update.contribution.weight
+            if weight != 1:
+                part.mul_(weight if of is rows else abs(weight))
+            parts.append((place, part))
+        if len(parts) == 1 and len(parts[0][1]) == stop - start:
+            return parts[0][1]
+        total = torch.zeros(stop - start, self.columns, dtype=self.checks)
+        for place, part in parts:
+            total[place] += part
+        return total
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_INFINITY = {
+    torch.float64: INFINITY["F64"], torch.float32: INFINITY["F32"],
+    torch.float16: INFINITY["F16"], torch.bfloat16: INFINITY["BF16"],
+}  # fmt: skip
+
+
+def are_finite(data: memoryview, dtype: torch.dtype) -> bool:
+    """Whether the values of a floating dtype of 16 bits or more, given by their bytes, are finite:
+    many times faster than torch.isfinite.
+
+    >>> are_finite(memoryview(bytes.fromhex("803f 807f")), torch.bfloat16)  # 1 and infinity
+    False
+    """
+    return largest_magnitude(data, dtype.itemsize) < _INFINITY[dtype]

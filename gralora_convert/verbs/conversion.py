@@ -1,0 +1,489 @@
+"""`convert`: the same update as another kind of adapter, exactly where mathematics allows.
+
+The shape of the result is chosen first (config and tensor sizes), then each module is converted
+when its tensors are written, from its factors; the dense matrix is formed only where an
+approximate Hybrid is asked for, or the source is a DoRA.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import assert_never
+
+import torch
+
+from gralora_convert.adapters import (
+    CONFIG_NAME,
+    PEFT_VERSION,
+    Adapter,
+    GraloraConfig,
+    LoraConfig,
+    key_of,
+)
+from gralora_convert.delta import (
+    EXACT,
+    Delta,
+    Dense,
+    Fit,
+    Gralora,
+    Kind,
+    Lora,
+    Loss,
+    Made,
+    Shape,
+    blocks_for,
+    exact_rank,
+    gralora_to_lora,
+    hybrid_to_gralora,
+    lora_to_hybrid,
+    loss_json,
+    pad,
+    pad_lora,
+    relative,
+    require_device,
+    require_divisible,
+    require_same,
+    require_sensible,
+    rounded,
+    shape_of,
+    smallest_rank,
+    spectra,
+    squared_norm,
+    to_gralora,
+    to_hybrid,
+    to_lora,
+    with_scaling,
+)
+from gralora_convert.disk import (
+    FLOATING,
+    Checkpoint,
+    bytes_of,
+    sidecars,
+    torch_dtype,
+    written_dtype,
+)
+from gralora_convert.errors import InexactError, MisuseError
+from gralora_convert.output import (
+    CARD_NAME,
+    Computed,
+    OutputFile,
+    Part,
+    Plan,
+    Workshop,
+    adapter_card,
+    copied,
+    one_arithmetic_thread,
+)
+from gralora_convert.verbs.serving import serving_notes
+from gralora_convert.verbs.updates import Source
+from gralora_convert.version import __version__
+
+__all__ = [
+    "convert",
+]
+
+
+def convert(
+    adapter: Adapter | str | Path,
+    *,
+    to: Kind,
+    base: Checkpoint | str | Path | None = None,
+    k: int | None = None,
+    r: int | None = None,
+    hybrid_r: int | None = None,
+    alpha: float | None = None,
+    max_error: float | None = None,
+    allow_inexact: bool = False,
+    dtype: str = "keep",
+    device: str = "cpu",
+    verify: bool = True,
+    key_map: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """The plan of the adapter as a `to`; `plan.write(output)` carries it out.
+
+    Defaults: `k` the source's, or 2; `r` the smallest at which nothing is lost; to LoRA from
+    GraLoRA k*r + hybrid_r; to Hybrid from LoRA hybrid_r = the LoRA's rank with fresh blocks. The
+    scaling is kept (alpha follows), but a LoRA gets lora_alpha = r, so that every server scales it
+    right. Biases and saved modules are carried over.
+
+    Arguments:
+        base: the original model that the adapter was trained on. Only DoRA, PiSSA, OLoRA and
+            `lora_bias` need it; any adapter must fit it.
+        r: the rank of the result (LoRA, or the GraLoRA part).
+        max_error: instead of `r`, the smallest rank whose relative Frobenius error over all
+            modules stays below.
+        allow_inexact: approximate optimally where the shape cannot hold the update.
+        device: where it is computed.
+        verify: compare the outputs of source and result (as stored) on probe inputs.
+
+    Raises:
+        InvalidAdapterError: the adapter has errors, or does not fit the base.
+        UnsupportedError: a LoRA whose update is more than scaling * B @ A, for want of the base or
+            in a way that no adapter can express.
+        InexactError: something would be lost, and neither `allow_inexact` nor `max_error` is given.
+        MisuseError: arguments that do not go together, or do not fit the modules; a DoRA without
+            a rank or an error.
+
+    >>> convert("fixtures/peft-0.21.2/llama-hybrid", to="lora").files[0].parts[0].shape
+    (11, 24)
+    """
+    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
+    require_sensible(to, k, r, hybrid_r, alpha, max_error)
+    written_dtype(dtype, "F32")
+    require_device(device)
+    source = Source.of(
+        opened, base, device=device, key_map=key_map, trust_remote_code=trust_remote_code
+    )
+    if source.is_dora and r is None and max_error is None:
+        raise MisuseError(
+            "a DoRA has an update of full rank, which a smaller adapter can only approximate",
+            where=opened.path,
+            hint="Give --r with --allow-inexact, or --max-error.",
+        )
+    with one_arithmetic_thread():
+        shape = _shape(source, to, k, r, hybrid_r, alpha, max_error)
+        conversion = _Conversion(source, shape, dtype, verify)
+        if not allow_inexact and max_error is None:
+            conversion.require_exact()
+    return conversion.plan()
+
+
+def _shape(
+    source: Source,
+    to: Kind,
+    k: int | None,
+    r: int | None,
+    hybrid_r: int | None,
+    alpha: float | None,
+    max_error: float | None,
+) -> Shape:
+    """The shape asked for, with defaults filled in."""
+    adapter, config = source.adapter, source.adapter.config
+    own = config.gralora_k if isinstance(config, GraloraConfig) else 2
+    blocks = blocks_for(to, k, hybrid_r, own)
+    for module in adapter.modules:
+        require_divisible(blocks, module, adapter.shape(module))
+    general = _general(source, hybrid_r) if to == "hybrid" else 0
+    if r is None:
+        r = _default_rank(source, to, blocks, general, max_error)
+    kept = config.scaling if isinstance(config, GraloraConfig) else _usual_scaling(source)
+    return shape_of(to, blocks, r, general, alpha, 1.0 if to == "lora" else kept)
+
+
+def _usual_scaling(source: Source) -> float:
+    """The scaling of most modules of a LoRA with patterns, so that few of them change theirs."""
+    found = [source.adapter.scaling(module) for module in source.adapter.modules]
+    return max(dict.fromkeys(found), key=found.count) or 1.0
+
+
+def _general(source: Source, hybrid_r: int | None) -> int:
+    if hybrid_r is not None:
+        if hybrid_r < 1:
+            raise MisuseError("a Hybrid has hybrid_r of at least 1", hint="Use --to gralora.")
+        return hybrid_r
+    config = source.adapter.config
+    if isinstance(config, GraloraConfig):
+        return config.hybrid_r or max(1, config.r // config.gralora_k)
+    outlines = [source.outline(module) for module in source.adapter.modules]
+    return max(delta.r if isinstance(delta, Lora) else config.r for delta in outlines)
+
+
+def _default_rank(source: Source, to: Kind, k: int, general: int, max_error: float | None) -> int:
+    modules = source.adapter.modules
+    if max_error is not None:
+        return k * smallest_rank([spectra(source.delta(m), k).cpu() for m in modules], max_error)
+    least = max(_least_rank(source.outline(module), to, k, general) for module in modules)
+    if to == "hybrid" and source.adapter.kind == "lora":
+        return max(least, -(-general // k) * k)
+    return least
+
+
+def _least_rank(delta: Delta, to: Kind, k: int, general: int) -> int:
+    """The smallest exact r of one module for factors of full rank; what a general part of rank
+    `general` cannot hold of the source's goes into the blocks."""
+    if to != "hybrid" or isinstance(delta, Dense):
+        return exact_rank(delta, "gralora" if to == "hybrid" else to, k)
+    side = min(delta.in_features, delta.out_features) // k
+    if isinstance(delta, Lora):
+        return k * max(1, min(delta.r - general, side))
+    more = max(0, delta.hybrid_r - general)
+    return min(exact_rank(delta, "hybrid", k) + k * more, k * side)
+
+
+@dataclass
+class _Conversion:
+    source: Source
+    shape: Shape
+    dtype: str
+    verify: bool
+    lost: dict[str, Loss] = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.source.adapter
+
+    def plan(self) -> Plan:
+        adapter = self.adapter
+        notes = _left_out(adapter.ignored)
+        if self.shape.kind == "lora":
+            extras = bool(adapter.biases or adapter.saved or self.source.has_bias)
+            notes += serving_notes(self.shape.r, extras=extras)
+        workshop = Workshop()
+        parts = [part for module in adapter.modules for part in self._parts(workshop, module)]
+        parts += self._carried()
+        base = self.source.base
+        return Plan(
+            command="convert",
+            files=(OutputFile("adapter_model.safetensors", tuple(parts)),),
+            receipt=partial(self._receipt, notes),
+            texts={
+                CONFIG_NAME: self._config().to_json(),
+                CARD_NAME: adapter_card(
+                    self.shape.kind, adapter.config.base_model_name_or_path, adapter.path
+                ),
+            },
+            sidecars=sidecars(adapter.path),
+            inputs=(adapter.file, *(() if base is None else base.layout.values())),
+            protected=(adapter.path, *(() if base is None else (base.path,))),
+            notes=tuple(notes),
+        )
+
+    def require_exact(self) -> None:
+        """Raises `InexactError` when the shape cannot hold some module's update."""
+        modules = self.adapter.modules
+        short = [m for m in modules if self._needed(m) is not None]
+        if not short:
+            return
+        fits = {m: self._fit(m, self.source.delta(m)) for m in modules}
+        error = relative({module: (fit.error2, fit.norm2) for module, fit in fits.items()})
+        if error <= EXACT:
+            return
+        needed = self._exact_from(short)
+        raise InexactError(
+            f"r={self.shape.r} cannot hold the update exactly: the relative error would be "
+            f"{error:.3g}; exact from r={needed}",
+            where=self.adapter.path,
+            hint=f"Give --r {needed} or leave it out, or accept the error with --allow-inexact.",
+            exact_rank=needed,
+            error=error,
+        )
+
+    def _exact_from(self, short: Sequence[str]) -> int:
+        """The smallest r at which nothing is lost: the numerical rank of the blocks."""
+        shape = self.shape
+        if shape.kind == "hybrid":  # a general part beside the blocks: of generic factors
+            return max(self._needed(module) or 0 for module in short)
+        tails = [spectra(self.source.delta(m), shape.k).cpu() for m in self.adapter.modules]
+        return shape.k * smallest_rank(tails, EXACT)
+
+    def _needed(self, module: str) -> int | None:
+        """The smallest exact r when the shape's is smaller, for factors of full rank."""
+        shape = self.shape
+        needed = _least_rank(self.source.outline(module), shape.kind, shape.k, shape.hybrid_r)
+        return needed if shape.r < needed else None
+
+    # one module -----------------------------------------------------------------------------------
+
+    def _fit(self, module: str, delta: Delta) -> Fit[Gralora] | Fit[Lora]:
+        """The module as the shape, with what was lost; layouts without arithmetic come first."""
+        shape = self.shape
+        generator = torch.Generator().manual_seed(self.adapter.modules.index(module))
+        match shape.kind:
+            case "lora":
+                return _as_lora(delta, shape, generator)
+            case "gralora":
+                return _as_gralora(delta, shape, generator)
+            case "hybrid":
+                return _as_hybrid(delta, shape, generator)
+            case other:
+                assert_never(other)
+
+    def _made(self, module: str) -> Gralora | Lora:
+        """The converted module as it is stored; what was lost is kept for the receipt."""
+        delta = self.source.delta(module)
+        fit = self._fit(module, delta)
+        dtype = torch_dtype(self._dtype_of(module))
+        made = rounded(module, fit.delta, dtype)
+        if self.verify:
+            require_same(module, delta, made, fit.error2, dtype)
+        self.lost[module] = (fit.error2, fit.norm2)
+        return made
+
+    def _dtype_of(self, module: str) -> str:
+        """The dtype of a module's factors; where theirs differ or have 8 bits, one that holds all.
+
+        The magnitude of a DoRA and the bias of a LoRA are none of them."""
+        found = {
+            spec.dtype for role, spec in self.adapter.roles[module].items()
+            if role not in ("magnitude", "lora_bias")
+        }  # fmt: skip
+        kept = found.pop() if len(found) == 1 and found <= FLOATING else "F32"
+        return written_dtype(self.dtype, "F64" if "F64" in found else kept)
+
+    def _parts(self, workshop: Workshop, module: str) -> list[Part]:
+        weight = self.adapter.shape(module)
+        made = 4 * sum(math.prod(size) for size in self.shape.sizes(*weight).values())
+        if self.shape.kind == "hybrid" and self._needed(module) is not None:
+            made += 16 * math.prod(weight)  # fitted by turns to the dense matrix
+        return workshop.parts(
+            module, weight, self.shape, self._dtype_of(module), partial(self._made, module),
+            self.source.memory(module) + made,
+        )  # fmt: skip
+
+    # the rest of the adapter ----------------------------------------------------------------------
+
+    def _carried(self) -> list[Part]:
+        """Biases and saved modules under the keys that PEFT gives them."""
+        targets = self.adapter.modules
+        own = targets if self.source.has_bias else ()
+        parts = [self._bias(module) for module in own]
+        for module, spec in self.adapter.biases.items():
+            if module not in own:
+                inner = key_of(module, "bias")
+                key = inner if module in targets else key_of(f"{module}.bias", "parameter")
+                parts.append(copied(key, spec))
+        saved = self.adapter.saved.items()
+        return parts + [copied(key_of(path, "parameter"), spec) for path, spec in saved]
+
+    def _bias(self, module: str) -> Part:
+        """The bias of a layer and that of its LoRA in one, which replaces the base's."""
+        size = self.adapter.roles[module]["lora_bias"].numel
+
+        def produce(tile: int) -> memoryview:
+            return bytes_of(self.source.bias(module))
+
+        source = Computed(4 * size, produce, 4 * size)
+        return Part(key_of(module, "bias"), "F32", (size,), 4 * size, source)
+
+    def _config(self) -> GraloraConfig | LoraConfig:
+        old, shape = self.adapter.config, self.shape
+        bias = old.bias
+        if bias.endswith("_only") or (bias == "none" and self.source.has_bias):
+            bias = "lora_only" if shape.kind == "lora" else "gralora_only"
+        if isinstance(old, LoraConfig):
+            dropout, excluded = old.lora_dropout, bool(old.extra.get("exclude_modules"))
+        else:
+            dropout, excluded = old.gralora_dropout, False
+        targets = old.target_modules
+        if excluded or targets is None or targets == "all-linear":
+            targets = list(self.adapter.modules)  # the tensors are the truth
+        # LoRA's config refuses what has no effect: layers beside a regex, a pattern without layers
+        layers = None if isinstance(targets, str) else old.layers_to_transform
+        pattern = old.layers_pattern if layers else None
+        if shape.kind == "lora":
+            return LoraConfig(
+                r=shape.r, lora_alpha=shape.alpha, lora_dropout=dropout, target_modules=targets,
+                fan_in_fan_out=old.fan_in_fan_out, bias=bias, modules_to_save=old.modules_to_save,
+                layers_to_transform=layers, layers_pattern=pattern,
+                task_type=old.task_type, base_model_name_or_path=old.base_model_name_or_path,
+                revision=old.revision, inference_mode=True, auto_mapping=old.auto_mapping,
+                peft_version=PEFT_VERSION,
+            )  # fmt: skip
+        return GraloraConfig(
+            r=shape.r, hybrid_r=shape.hybrid_r, alpha=shape.alpha, gralora_k=shape.k,
+            gralora_dropout=dropout, target_modules=targets, fan_in_fan_out=old.fan_in_fan_out,
+            bias=bias, modules_to_save=old.modules_to_save,
+            layers_to_transform=layers, layers_pattern=pattern,
+            task_type=old.task_type, base_model_name_or_path=old.base_model_name_or_path,
+            revision=old.revision, inference_mode=True, auto_mapping=old.auto_mapping,
+            peft_version=PEFT_VERSION,
+        )  # fmt: skip
+
+    def _base_json(self) -> dict[str, object]:
+        base = self.source.base
+        if base is None:
+            return {}
+        return {"base": {"source": base.source, "headers_sha256": base.digest()}}
+
+    def _receipt(self, notes: Sequence[str]) -> dict[str, object]:
+        return {
+            "tool": "gralora-convert",
+            "version": __version__,
+            "command": "convert",
+            "inputs": {
+                "adapter": {
+                    "path": str(self.adapter.path),
+                    "sha256": self.adapter.sha256(),
+                    "kind": self.adapter.kind,
+                },
+                **self._base_json(),
+            },
+            "notes": list(notes),
+            "dtype": self.dtype,
+            **self.shape.as_json(),
+            **loss_json(self.lost),
+        }
+
+
+def _left_out(ignored: Mapping[str, str]) -> list[str]:
+    """A line for each reason for which tensors are not carried over."""
+    reasons: dict[str, list[str]] = {}
+    for key, reason in ignored.items():
+        reasons.setdefault(reason, []).append(key)
+    return [
+        f"{keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}: {reason}; left out"
+        for reason, keys in reasons.items()
+    ]
+
+
+def _fitted_dtype(delta: Delta) -> torch.dtype:
+    return torch.float32 if isinstance(delta, Dense) else delta.A.dtype
+
+
+def _as_lora(delta: Delta, shape: Shape, generator: torch.Generator) -> Fit[Lora]:
+    lora = gralora_to_lora(delta) if isinstance(delta, Gralora) else delta
+    if isinstance(lora, Lora) and lora.r <= shape.r:
+        return _exact(pad_lora(with_scaling(lora, shape.scaling), shape.r))
+    dtype = _fitted_dtype(delta)
+    return to_lora(delta, shape.r, scaling=shape.scaling, dtype=dtype, generator=generator)
+
+
+def _as_gralora(delta: Delta, shape: Shape, generator: torch.Generator) -> Fit[Gralora]:
+    if isinstance(delta, Gralora) and delta.k == shape.k:
+        pure = hybrid_to_gralora(delta)
+        if pure.r <= shape.r:
+            return _exact(pad(with_scaling(pure, shape.scaling), shape.r, generator))
+    return to_gralora(
+        delta, shape.k, shape.r, scaling=shape.scaling, dtype=_fitted_dtype(delta),
+        generator=generator,
+    )  # fmt: skip
+
+
+def _as_hybrid(delta: Delta, shape: Shape, generator: torch.Generator) -> Fit[Gralora]:
+    """Exact where the general part and the blocks hold all; else alternating fits."""
+    k, r, h = shape.k, shape.r, shape.hybrid_r
+    if isinstance(delta, Lora) and delta.r <= h:
+        general = pad_lora(with_scaling(delta, shape.scaling), h, generator)
+        return _exact(lora_to_hybrid(general, k, r, generator))
+    kept = isinstance(delta, Gralora) and delta.hybrid_r <= h
+    if not isinstance(delta, Dense) and (kept or _least_rank(delta, "hybrid", k, h) <= r):
+        general, rest = _divided(delta, h)
+        fit = _as_gralora(rest, replace(shape, kind="gralora"), generator)
+        general = pad_lora(with_scaling(general, shape.scaling), h, generator)
+        both = replace(fit.delta, general_A=general.A, general_B=general.B)
+        return Fit(both, fit.error2, squared_norm(delta))
+    return to_hybrid(
+        delta, k, r, h, scaling=shape.scaling, dtype=_fitted_dtype(delta), generator=generator
+    )
+
+
+def _divided(delta: Gralora | Lora, h: int) -> tuple[Lora, Gralora | Lora]:
+    """The first h terms of the general part (of a LoRA: of all), and the rest for the blocks."""
+    if isinstance(delta, Lora):
+        head = Lora(delta.A[:h], delta.B[:, :h], delta.scaling)
+        return head, Lora(delta.A[h:], delta.B[:, h:], delta.scaling)
+    if delta.general_A is None or delta.general_B is None:
+        a, b = delta.A.new_empty(0, delta.in_features), delta.B.new_empty(delta.out_features, 0)
+        return Lora(a, b, delta.scaling), delta
+    a, b = delta.general_A, delta.general_B
+    rest = (a[h:], b[:, h:]) if h < delta.hybrid_r else (None, None)
+    blocks = Gralora(delta.A, delta.B, delta.scaling, *rest)
+    return Lora(a[:h], b[:, :h], delta.scaling), blocks
+
+
+def _exact(delta: Made) -> Fit[Made]:
+    """A layout that loses nothing, with the norm of its delta for the overall error."""
+    return Fit(delta, 0.0, squared_norm(delta))

@@ -1,0 +1,153 @@
+"""`validate`: is an adapter intact, does it fit its base? All findings in one run, no torch.
+
+Structure comes from `scan_adapter`, the fit from `place`; here are the values (read once, a few MiB
+at a time, as raw bytes) and what is worth a warning when there is no base to ask.
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from gralora_convert.adapters import CONFIG_NAME, Adapter, is_saved, parse_key, scan_adapter
+from gralora_convert.base import bias_missing, place
+from gralora_convert.disk import FLOATING, RECEIPT_NAME, Checkpoint, TensorFile, is_folder, look
+from gralora_convert.errors import ConvertError, Finding, Report, error, note, warning
+from gralora_convert.output import adapter_receipt_findings, checkpoint_receipt_findings
+
+__all__ = [
+    "validate",
+]
+
+
+def validate(
+    adapter: str | Path | Adapter,
+    base: str | Path | Checkpoint | None = None,
+    *,
+    key_map: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Everything that is wrong with an adapter, or worth knowing about it.
+
+    Without `base` the adapter is checked against the model that it names, if that is a local
+    folder, and on its own otherwise. The values of all tensors are read once.
+
+    A checkpoint that this tool merged is checked against its receipt instead.
+
+    Raises:
+        UnreadableError: `adapter` is no folder, or the given `base` cannot be read.
+        UnsupportedError: the given base is in a format that is not read.
+
+    >>> validate("fixtures/peft-0.21.2/llama-gralora", "fixtures/bases/llama").ok
+    True
+    """
+    named = adapter.path if isinstance(adapter, Adapter) else adapter
+    if _is_merged(Path(named)):
+        opened = Checkpoint.open(base) if isinstance(base, str | Path) else base
+        return Report.of(checkpoint_receipt_findings(Path(named), opened))
+    scan = scan_adapter(named)
+    findings = list(scan.report.findings)
+    if scan.file is not None:
+        findings += _value_findings(scan.file)
+    if scan.adapter is not None:
+        findings += _receipt_findings(scan.adapter)
+        findings += _fit_findings(scan.adapter, base, key_map, trust_remote_code)
+    elif base is not None and not isinstance(base, Checkpoint):
+        Checkpoint.open(base)  # an unreadable base is a refusal, whatever the adapter's state
+    return Report.of(findings)
+
+
+def _is_merged(path: Path) -> bool:
+    """Whether `path` holds what `merge` wrote, and no adapter."""
+    return os.path.lexists(path / RECEIPT_NAME) and not os.path.lexists(path / CONFIG_NAME)
+
+
+def _receipt_findings(adapter: Adapter) -> Iterator[Finding]:
+    """For what `convert` and `extract` wrote."""
+    if os.path.lexists(adapter.path / RECEIPT_NAME):
+        modules = frozenset(adapter.modules)
+        yield from adapter_receipt_findings(adapter.path, adapter.file.path, modules)
+
+
+def _fit_findings(
+    adapter: Adapter,
+    base: str | Path | Checkpoint | None,
+    key_map: Mapping[str, str] | None,
+    trust_remote_code: bool,
+) -> Iterator[Finding]:
+    named = adapter.config.base_model_name_or_path
+    if base is None and named and is_folder(named):
+        try:
+            base = Checkpoint.open(named)
+        except ConvertError as problem:
+            yield note(
+                "base-not-checked", CONFIG_NAME, f"the base it names cannot be read: {problem}"
+            )
+    elif base is None:
+        what = f"{named!r} is not here" if named else "none is named"
+        yield note("base-not-checked", CONFIG_NAME, f"checked without a base model: {what}")
+    if base is None:
+        yield from _alone_findings(adapter)
+        return
+    opened = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    _, report = place(adapter, opened, key_map=key_map, trust_remote_code=trust_remote_code)
+    yield from report.findings
+
+
+def _alone_findings(adapter: Adapter) -> Iterator[Finding]:
+    """What an adapter shows without a base, short of proof."""
+    config = adapter.config
+    if config.bias != "none" and not adapter.biases:
+        found = bias_missing(config.peft_version, config.bias, "trained biases")
+        yield warning(found.code, found.where, found.message, found.hint)
+    targets = config.target_modules
+    for name in targets if targets is not None and not isinstance(targets, str) else ():
+        if not any(m == name or m.endswith(f".{name}") for m in adapter.modules):
+            yield warning(
+                "target-without-tensors", CONFIG_NAME,
+                f"target_modules names {name!r}, of which the file holds no tensors",
+                "Check with --base whether the model has it.",
+            )  # fmt: skip
+    saved = {is_saved(config, parameter) for parameter in adapter.saved}
+    for entry in config.modules_to_save or ():
+        if entry not in saved:
+            yield note("modules-to-save-unmatched", entry, "is in modules_to_save, without tensors")
+    yield from _uneven_layers(adapter)
+
+
+def _uneven_layers(adapter: Adapter) -> Iterator[Finding]:
+    layers: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for module in adapter.modules:
+        found = re.match(r"(.*?)\.(\d+)\.(.+)", module)
+        if found:
+            layers[found[1], found[2]].add(found[3])
+    every: dict[str, set[str]] = defaultdict(set)
+    for (stack, _), names in layers.items():
+        every[stack] |= names
+    for (stack, index), names in layers.items():
+        lacking = sorted(every[stack] - names)
+        if lacking:
+            yield warning(
+                "target-without-tensors", f"{stack}.{index}",
+                f"lacks {', '.join(lacking)}, which other layers have",
+                "Check with --base.",
+            )  # fmt: skip
+
+
+def _value_findings(file: TensorFile) -> Iterator[Finding]:
+    for spec in file.tensors.values():
+        if spec.dtype not in FLOATING or not spec.nbytes:
+            continue
+        role = parse_key(spec.name).role
+        finite, zero = look(spec)
+        if not finite:
+            yield error(
+                "tensor-non-finite", spec.name, "holds NaN or infinity",
+                "Training diverged, or the file is damaged: use an earlier checkpoint.",
+            )  # fmt: skip
+        if zero and role in ("B", "general_B"):
+            yield warning(
+                "zero-factor", spec.name, "is all zero: this part of the adapter has no effect",
+                "Is it trained?",
+            )  # fmt: skip

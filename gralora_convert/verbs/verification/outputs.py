@@ -1,0 +1,401 @@
+"""Two whole models side by side: base + attached adapter, and the merged checkpoint, as
+transformers loads them, on the same inputs.
+
+What difference is right is not guessed. The base gets the weights that a right merge has, rounded
+to the stored dtype: its outputs are what the merged model must give. How near it must come is
+measured, too: where a sum lies so near the middle of two stored numbers that right merges may
+differ, the other one is taken at random, and the outputs' response is the yardstick.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gralora_convert.adapters import Adapter
+from gralora_convert.base import Setting, different_settings, written_settings
+from gralora_convert.delta import admissible, magnitude_rows, rows, terms
+from gralora_convert.disk import Checkpoint, torch_dtype
+from gralora_convert.errors import ConvertError, OutOfMemoryError, printable
+from gralora_convert.models import (
+    CannotRunError,
+    GraloraLinear,
+    Inputs,
+    Loaded,
+    attach,
+    available_memory,
+    first_that_runs,
+    has_absurd_counts,
+    holder_of,
+    load,
+    memory_needed,
+    outputs_of,
+    quiet,
+    stored_dtype,
+    tokenised,
+)
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = [
+    "ModelComparison",
+    "compare_models",
+]
+
+
+CHUNK_ELEMENTS = 1 << 20  # of a weight that are looked at together
+# A right merge takes the other number at fewer places than a draw does, which does at every second
+# possible one. So its response is no larger in the mean square, and 8 times as large at most once
+# in 64 merges by Markov's inequality, whatever its distribution. docs/verification.md has the
+# largest one seen.
+YARDSTICKS = 8.0
+# Two orders of the same sums, through all layers, relative to the largest output: in float32, and
+# in float64, where most models still compute their norms in float32.
+ARITHMETIC = {
+    torch.float32: 300 * torch.finfo(torch.float32).eps,
+    torch.float64: 4 * torch.finfo(torch.float32).eps,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelComparison:
+    """Outputs of base + adapter against those of the merged model, computed in `dtype`.
+
+    `rounding` is how far a right merge is from base + adapter, `excess` how far this one is from a
+    right merge; both as the largest difference of outputs.
+    `kl` is the mean KL divergence of the merged model's distribution from the adapter's, in nats,
+    `kl_of_adapter` that of the base's, for scale; both None for outputs that are no logits.
+    `yardstick` is the largest change of outputs from one right merge to another, drawn at random.
+    `failure` is why the merged model could not be run as the base was.
+    `settings` is what the merged `config.json` says otherwise than the base's.
+    """
+
+    max_abs_diff: float
+    largest: float
+    rounding: float
+    excess: float
+    yardstick: float
+    kl: float | None
+    kl_of_adapter: float | None
+    argmax_agreement: float | None
+    tokens: int
+    inputs: tuple[str, ...]
+    slack: float
+    dtype: torch.dtype
+    settings: tuple[Setting, ...] = ()
+    failure: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """`excess` over what it may be: at most 1 for a right merge."""
+        bound = YARDSTICKS * self.yardstick + ARITHMETIC[self.dtype] * self.largest
+        return self.excess / bound if bound else float("inf") if self.excess else 0.0
+
+    @property
+    def far(self) -> tuple[Setting, ...]:
+        """The settings that act where these inputs do not reach."""
+        return tuple(setting for setting in self.settings if setting.is_far)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the outputs on these inputs are those of a right merge."""
+        return not self.failure and self.ratio <= self.slack
+
+    @property
+    def ok(self) -> bool:
+        return self.agrees and not self.far
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "ok": self.ok,
+            "max_abs_diff": self.max_abs_diff,
+            "largest_output": self.largest,
+            "rounding": self.rounding,
+            "excess": self.excess,
+            "yardstick": self.yardstick,
+            "kl": self.kl,
+            "kl_of_adapter": self.kl_of_adapter,
+            "argmax_agreement": self.argmax_agreement,
+            "tokens": self.tokens,
+            "inputs": list(self.inputs),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "settings": [setting.as_json() for setting in self.settings],
+            **({"failure": self.failure} if self.failure else {}),
+        }
+
+    def as_text(self) -> str:
+        if self.failure:
+            return f"model: the merged folder is NOT a model like the base: {self.failure}"
+        verdict = "agree" if self.agrees else "do NOT agree"
+        text = (
+            f"model: outputs {verdict} on {self.tokens} positions, from {', '.join(self.inputs)}; "
+            f"largest difference {self.max_abs_diff:.3g} of {self.largest:.3g} "
+            f"(a right merge: {self.rounding:.3g})"
+        )
+        if self.kl is None or self.kl_of_adapter is None or self.argmax_agreement is None:
+            return text
+        return (
+            f"{text}, KL {self.kl:.3g} (base to adapter: {self.kl_of_adapter:.3g}), "
+            f"same top choice {self.argmax_agreement:.1%}"
+        )
+
+
+def compare_models(
+    adapter: Adapter,
+    base: Checkpoint,
+    merged: Checkpoint,
+    *,
+    slack: float = 1.0,
+    device: str = "cpu",
+    text: str | None = None,
+    trust_remote_code: bool = False,
+    edits: Mapping[str, object] = MappingProxyType({}),
+) -> tuple[ModelComparison | None, tuple[str, ...]]:
+    """The comparison, or None and a note that says why it was left out. `edits` are what a right
+    merge changes in the base's config, as the size of its vocabulary.
+
+    One model is in memory at a time; in float64 where it fits and the model computes in it, else
+    in float32.
+    """
+    if not merged.path.is_dir() or not merged.config:
+        return None, (
+            "the model was not run: the merged checkpoint has no config.json, or an empty one",
+        )
+    types = base.model_type, merged.model_type
+    if None not in types and types[0] != types[1]:
+        failure = f"its config.json has model_type {types[1]!r}, that of the base {types[0]!r}"
+        return _failed(failure, written_settings(base, merged), (), slack, torch.float32), ()
+    if has_absurd_counts(base):
+        return None, (
+            "the model was not run: the base's config.json counts more layers than it has",
+        )
+    if has_absurd_counts(merged):
+        failure = "its config.json counts more layers than it has"
+        return _failed(failure, written_settings(base, merged), (), slack, torch.float32), ()
+    free, needed = available_memory(), memory_needed(merged, torch.float32)
+    if needed > free:
+        return None, (
+            f"the model was not run: it needs {needed / 1e9:.1f} GB of memory in float32, "
+            f"{free / 1e9:.1f} GB are available; weights and modules were compared",
+        )
+    wide = device == "cpu" and memory_needed(merged, torch.float64) <= free
+    vocabulary = _vocabulary(edits)
+    reasons: list[str] = []
+    # A class of the merged config that has no place for the adapter is no reason not to look.
+    for name in dict.fromkeys(_class_of(checkpoint) for checkpoint in (merged, base)):
+        for dtype in (torch.float64, torch.float32) if wide else (torch.float32,):
+            runner = _Runner(
+                adapter, base, merged, device, dtype, trust_remote_code, name, vocabulary
+            )
+            try:
+                with quiet():
+                    found = runner.compared(text, slack)
+            except CannotRunError as failed:
+                reasons.append(str(failed))
+            else:
+                return found, _class_notes(merged, base, name)
+    return None, (f"the model was not run: {reasons[0]}",)
+
+
+def _failed(
+    failure: str,
+    settings: tuple[Setting, ...],
+    inputs: tuple[str, ...],
+    slack: float,
+    dtype: torch.dtype,
+) -> ModelComparison:
+    """The verdict on a merged model that cannot be run as the base can."""
+    far = float("inf")
+    return ModelComparison(
+        far, 0.0, 0.0, far, 0.0, None, None, None, 0, inputs, slack, dtype, settings, failure
+    )
+
+
+def _vocabulary(edits: Mapping[str, object]) -> int | None:
+    """The rows of embeddings that the adapter brings, where the base has another number."""
+    inner = (_vocabulary(value) for value in edits.values() if isinstance(value, Mapping))
+    found = edits.get("vocab_size") or next((rows for rows in inner if rows), None)
+    return found if isinstance(found, int) else None
+
+
+def _class_of(checkpoint: Checkpoint) -> str:
+    return checkpoint.architectures[0] if checkpoint.architectures else "AutoModel"
+
+
+def _class_notes(merged: Checkpoint, base: Checkpoint, name: str) -> tuple[str, ...]:
+    if name == _class_of(merged):
+        return ()
+    own = printable(_class_of(merged)) if merged.architectures else "no class"
+    return (
+        f"config.json: architectures names {own}; for the adapter both ran as the base's "
+        f"{printable(name)}",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """Outputs on `inputs`: of the bare base, of base + adapter, of the nearest right merge, and of
+    others, drawn at random."""
+
+    inputs: Inputs
+    base: Tensor
+    adapter: Tensor
+    right: Tensor
+    others: tuple[Tensor, ...]
+    config: Mapping[str, object]
+    undecided: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Runner:
+    """Loads and runs the two models in `dtype`, one after the other.
+
+    Its methods raise `CannotRunError` where one of them cannot be run.
+    """
+
+    adapter: Adapter
+    base: Checkpoint
+    merged: Checkpoint
+    device: str
+    dtype: torch.dtype
+    trust_remote_code: bool
+    class_name: str
+    vocabulary: int | None
+
+    def compared(self, text: str | None, slack: float) -> ModelComparison:
+        given = None if text is None else tokenised(self.merged, text, self.trust_remote_code)
+        first = self._reference(given)
+        inputs, failure = tuple(first.inputs), ""
+        try:
+            loaded = self._load(self.merged)
+            settings = different_settings(first.config, loaded.model.config.to_dict())
+            failure = loaded.undecided(first.undecided)
+            second = outputs_of(loaded.model, first.inputs)
+        except CannotRunError as failed:
+            if OutOfMemoryError.is_meant_by(failed.__cause__ or failed):
+                raise
+            settings, failure = written_settings(self.base, self.merged), failure or str(failed)
+            second = first.adapter
+        if not failure and first.adapter.shape != second.shape:
+            failure = f"its outputs are {_size(second)}, {_size(first.adapter)} were needed"
+        if failure:
+            return _failed(failure, settings, inputs, slack, self.dtype)
+        is_logits = second.shape[-1] > 1
+        has_scale = is_logits and self.vocabulary is None and first.base.shape == second.shape
+        same = first.adapter.argmax(-1) == second.argmax(-1)
+        return ModelComparison(
+            _farthest(first.adapter, second),
+            float(first.adapter.abs().max()),
+            _farthest(first.adapter, first.right),
+            _farthest(first.right, second),
+            max(_farthest(first.right, other) for other in first.others),
+            _kl(first.adapter, second) if is_logits else None,
+            _kl(first.adapter, first.base) if has_scale else None,
+            float(same.double().mean()) if is_logits else None,
+            same.numel(),
+            inputs,
+            slack,
+            self.dtype,
+            settings,
+        )
+
+    def _reference(self, given: Inputs | None) -> _Reference:
+        loaded = self._load(self.base)
+        model = loaded.model
+        if self.vocabulary is not None:
+            model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
+        inputs, plain = first_that_runs(model, self.merged, given)
+        try:
+            attached = attach(holder_of(model, self.adapter), self.adapter)
+        except ConvertError as error:
+            raise CannotRunError(
+                f"the adapter's names are not the model's ({error.message})"
+            ) from error
+        with attached:
+            outputs = outputs_of(model, inputs)
+            choices = []
+            for name, layer in attached.layers.items():
+                layer.remove(attached.name)
+                choices.append(self._choice(layer, name))
+            right, others = outputs_of(model, inputs), list[Tensor]()
+            for side in (False, True):
+                for number, choice in enumerate(choices):
+                    choice.take(number, side)
+                others.append(outputs_of(model, inputs))
+        inside = f"{model.base_model_prefix}."
+        own = _class_of(self.base) == self.class_name or not hasattr(model, inside[:-1])
+        undecided = frozenset(name for name in loaded.missing if own or name.startswith(inside))
+        config = model.config.to_dict()
+        return _Reference(inputs, plain, outputs, right, tuple(others), config, undecided)
+
+    def _choice(self, layer: GraloraLinear, name: str) -> "_Choice":
+        """Gives the layer the weight of the nearest right merge; what others may have instead."""
+        delta, weight = self.adapter.delta(name), layer.weight.detach()
+        dtype, short = stored_dtype(self.merged, name), self.adapter.short_dtype(name)
+        across = not isinstance(layer.base_layer, nn.Linear)  # Conv1D keeps (in, out)
+        right, other = torch.empty_like(weight), torch.empty(weight.shape, dtype=dtype)
+        step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
+        for start in range(0, len(weight), step):
+            span = (start, min(start + step, len(weight)))
+            before = weight[slice(*span)].double().cpu()
+            update = rows(delta, *span, transposed=across)
+            size = magnitude_rows(delta, *span, transposed=across) + before.abs()
+            nearest = (before + update).to(dtype)
+            low, high = admissible(
+                before + update, update, magnitude=size, terms=terms(delta), dtype=dtype,
+                delta_dtype=None if short is None else torch_dtype(short),
+            )  # fmt: skip
+            right[slice(*span)] = nearest.to(right)
+            other[slice(*span)] = torch.where(low == nearest, high, low)
+        # A weight of its own, so that whatever shared the old one (tied embeddings) keeps it.
+        layer.base_layer.register_parameter("weight", nn.Parameter(right, requires_grad=False))
+        return _Choice(layer, right.clone() if dtype == self.dtype else right.to(dtype), other)
+
+    def _load(self, source: Checkpoint) -> Loaded:
+        """`source` as a model of one class; the base with the labels of the merged one, and as the
+        config beside the adapter says, if that is of a model like the base, as in `merge`."""
+        labels, beside = self.merged.config.get("id2label"), self.adapter.model_config
+        is_base = source is not self.merged
+        alike = beside.get("model_type", "") == self.base.model_type
+        return load(
+            source, self.class_name, self.dtype, device=self.device,
+            trust_remote_code=self.trust_remote_code,
+            trained=self.adapter.path if is_base and alike else None,
+            labels=len(labels) if is_base and isinstance(labels, Mapping) else None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The two values that right merges may store for each weight of a layer, as they are stored."""
+
+    layer: GraloraLinear
+    right: Tensor
+    other: Tensor
+
+    def take(self, seed: int, side: bool) -> None:
+        """Takes the other value at every second place: those of one `side` of a coin."""
+        generator = torch.Generator().manual_seed(seed)
+        coin = torch.randint(2, self.right.shape, generator=generator, dtype=torch.bool)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.where(coin ^ side, self.right, self.other))
+
+
+def _farthest(one: Tensor, other: Tensor) -> float:
+    """The largest difference; infinite where one of the two is no number."""
+    found = float((one - other).abs().max()) if one.numel() else 0.0
+    return found if found == found else float("inf")
+
+
+def _kl(p: Tensor, q: Tensor) -> float:
+    """Mean KL(p || q) over positions, in nats."""
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    return max(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), 0.0)  # NaN stays
+
+
+def _size(outputs: Tensor) -> str:
+    return " x ".join(map(str, outputs.shape))

@@ -1,0 +1,289 @@
+"""`verify`: do base + adapter and a merged checkpoint compute the same? Whoever made the merge.
+
+Three depths. Weights: every element of every tensor against base + delta, within a bound that is
+derived from the stored dtype. Modules: the full GraLoRA forward path of each module on probe
+inputs, in the same pass. Model: the two models' outputs, as transformers loads them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from gralora_convert.adapters import CONFIG_NAME, Adapter
+from gralora_convert.base import place
+from gralora_convert.delta import Survival, require_device
+from gralora_convert.disk import Checkpoint
+from gralora_convert.errors import MisuseError, is_number, printable
+from gralora_convert.output import one_arithmetic_thread
+from gralora_convert.verbs.verification.audit import Audit, Row
+from gralora_convert.verbs.verification.comparison import PROBES, WRONG
+from gralora_convert.verbs.verification.outputs import ModelComparison, compare_models
+
+__all__ = [
+    "Equivalence",
+    "verify",
+]
+
+
+LEVELS = ("weights", "modules", "model")
+SHOWN = 20  # wrong tensors in the text; JSON has all
+MUCH_LOST, MUCH_NOISE = 0.9, 0.5  # kept below, or noise above: the dtype is too coarse
+
+
+@dataclass(frozen=True, slots=True)
+class Equivalence:
+    """What `verify` found; `ok` when every level that was run agrees."""
+
+    rows: tuple[Row, ...]
+    untouched: int
+    slack: float
+    level: str
+    model: ModelComparison | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def weights_ok(self) -> bool:
+        return all(row.worst <= self.slack for row in self.rows)
+
+    @property
+    def modules_ok(self) -> bool:
+        return all((row.output_worst or 0.0) <= self.slack for row in self.rows)
+
+    @property
+    def ok(self) -> bool:
+        """Whether base + adapter and the merged checkpoint are the same function."""
+        model = self.model is None or self.model.ok
+        return self.weights_ok and model and (self.level == "weights" or self.modules_ok)
+
+    @property
+    def wrong(self) -> tuple[Row, ...]:
+        """The tensors that are not what they should be, the worst first."""
+        wrong = [row for row in self.rows if row.worst > self.slack]
+        return tuple(sorted(wrong, key=lambda row: -row.worst))
+
+    @property
+    def survival(self) -> Survival:
+        """What rounding kept of the whole update."""
+        return sum((row.survival for row in self.rows if row.survival), Survival())
+
+    @property
+    def least_kept(self) -> Row | None:
+        """The module of which rounding kept least, the noisiest of equals."""
+        held = [(row, row.survival) for row in self.rows if row.survival and row.survival.energy]
+        return min(held, key=lambda pair: (pair[1].kept, -pair[1].noise), default=(None, None))[0]
+
+    def as_json(self) -> dict[str, object]:
+        worst = max(self.rows, key=lambda row: row.worst, default=None)
+        outputs = [row for row in self.rows if row.output_worst is not None]
+        farthest = max(outputs, key=lambda row: row.output_worst or 0.0, default=None)
+        return {
+            "ok": self.ok,
+            "weights": {
+                "ok": self.weights_ok,
+                "worst": worst.worst if worst else 0.0,
+                "worst_module": worst.module if worst else "",
+                "rows": [row.as_json() for row in self.rows],
+                "untouched": self.untouched,
+            },
+            "modules": None
+            if self.level == "weights"
+            else {
+                "ok": self.modules_ok,
+                "worst": farthest.output_worst if farthest else 0.0,
+                "worst_module": farthest.module if farthest else "",
+                "probes": PROBES,
+                "rows": [{"module": r.module, "worst": r.output_worst} for r in outputs],
+            },
+            "model": self.model.as_json() if self.model else None,
+            "survival": self._survival_json(),
+            "notes": list(self.notes),
+        }
+
+    def _survival_json(self) -> dict[str, object]:
+        least = self.least_kept
+        found: dict[str, object] = dict(self.survival.as_json())
+        if least is not None and least.survival is not None:
+            found["worst"] = {"module": least.module, **least.survival.as_json()}
+        return found
+
+    def as_text(self) -> str:
+        """The verdict, what is wrong, and what rounding kept; a line each."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for row in self.wrong[:SHOWN]:
+            inside = f" ({row.module})" if row.module not in row.tensor else ""
+            yield f"{row.tensor}{inside}: {row.what} ({_times(row.worst)})"
+        if len(self.wrong) > SHOWN:
+            yield f"... and {len(self.wrong) - SHOWN} more tensors; --json lists all"
+        worst = max((row.worst for row in self.rows), default=0.0)
+        yield (
+            f"weights: {'equal' if self.weights_ok else 'NOT equal'} to base + adapter; "
+            f"{len({row.tensor for row in self.rows})} tensors compared element by element, "
+            f"{self.untouched} untouched; largest difference {_times(worst)}"
+        )
+        if self.level != "weights":
+            outputs = max((row.output_worst or 0.0 for row in self.rows), default=0.0)
+            yield (
+                f"modules: outputs {'agree' if self.modules_ok else 'do NOT agree'} on {PROBES} "
+                f"probe inputs each; largest difference {_times(outputs)}"
+            )
+        if self.model is not None:
+            yield self.model.as_text()
+            yield from self._settings(self.model)
+            yield from self._contradiction(self.model)
+        if self.weights_ok:
+            yield from self._survival_lines()
+        yield "same function" if self.ok else "NOT the same function"
+
+    def _settings(self, model: ModelComparison) -> Iterator[str]:
+        """What config.json says of the merged model alone, where that may be the reason."""
+        if model.ok:
+            return
+        why = "; inputs as short as these need not show it" if model.agrees else ""
+        for setting in (model.far if model.agrees else model.settings)[:SHOWN]:
+            yield f"{setting}{why}"
+
+    def _contradiction(self, model: ModelComparison) -> Iterator[str]:
+        """What it means when weights and model disagree."""
+        if self.weights_ok and not model.agrees:
+            yield (
+                "the weights are right, but transformers does not compute the same with them: look "
+                "at what config.json, a tied weight or a renamed tensor makes of the merged folder"
+            )
+        elif model.agrees and not self.weights_ok:
+            yield (
+                "the outputs agree within rounding, but the weights decide: what is wrong is too "
+                "small, or too far from these inputs, to show in the outputs"
+            )
+
+    def _survival_lines(self) -> Iterator[str]:
+        whole, least = self.survival, self.least_kept
+        if least is None or least.survival is None:
+            return
+        yield (
+            f"rounding kept {whole.kept:.1%} of the update, noise {whole.noise:.1%} of it, "
+            f"{whole.share_changed:.1%} of the weights changed"
+        )
+        part = least.survival
+        yield f"least kept: {least.module}, {part.kept:.1%}, noise {part.noise:.1%}"
+        if part.kept < MUCH_LOST or part.noise > MUCH_NOISE:
+            yield "much of the update is lost to the dtype: merge with --dtype float32"
+
+
+def _times(ratio: float) -> str:
+    return "not comparable" if ratio == WRONG else f"{ratio:.3g} x the rounding bound"
+
+
+def verify(
+    adapter: Adapter | str | Path,
+    *,
+    merged: Checkpoint | str | Path,
+    base: Checkpoint | str | Path | None = None,
+    level: str = "model",
+    slack: float = 1.0,
+    device: str = "cpu",
+    text: str | None = None,
+    key_map: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Equivalence:
+    """Whether `merged` is base + adapter, by any tool that made it.
+
+    Arguments:
+        level: `weights`, `modules` (adds outputs per module) or `model` (adds the whole model on
+            token ids, on `text` through its tokenizer, or on other inputs made from its config;
+            left out with a note where the model does not fit in memory or cannot be run).
+        slack: widens every bound by this factor; the bounds are derived, 1 is right.
+
+    Raises:
+        InvalidAdapterError: the adapter has errors or does not fit the base.
+        UnreadableError, UnsupportedError: a checkpoint.
+
+    The bound: half a unit in the last place of the stored dtype, plus the error of float32 sums,
+    plus half a unit of the adapter's dtype where that has 16 bits (PEFT rounds the delta to it).
+    """
+    if level not in LEVELS:
+        raise MisuseError(f"level {level!r} is none of {', '.join(LEVELS)}")
+    if not is_number(slack) or slack <= 0:
+        raise MisuseError(f"slack {slack!r} is not a positive, finite number")
+    require_device(device)
+    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
+    named = opened.base_source if base is None else base
+    if not named:
+        raise MisuseError("names no base model", where=opened.path, hint="Give --base.")
+    source = named if isinstance(named, Checkpoint) else Checkpoint.open(named)
+    result = merged if isinstance(merged, Checkpoint) else Checkpoint.open(merged)
+    placement, report = place(opened, source, key_map=key_map, trust_remote_code=trust_remote_code)
+    report.require_ok(opened.path)
+    assert placement is not None
+    audit = Audit(
+        opened, source, result, placement, probe=level != "weights", device=device,
+        progress=progress or (lambda count: None),
+    )  # fmt: skip
+    with one_arithmetic_thread():
+        rows = tuple(audit.rows())
+    rows = _with_base_hint(rows, audit.changed, slack)
+    notes = (*_base_notes(opened, source), *_receipt_notes(opened, result), *_folder_notes(result))
+    comparison = None
+    if level == "model":
+        comparison, more = compare_models(
+            opened, source, result, slack=slack, device=device, text=text,
+            trust_remote_code=trust_remote_code, edits=placement.edits,
+        )  # fmt: skip
+        notes += more
+        if comparison is not None and comparison.ok:
+            notes += tuple(f"{setting}; the outputs agree" for setting in comparison.settings)
+    return Equivalence(rows, audit.untouched, slack, level, comparison, notes)
+
+
+def _with_base_hint(rows: tuple[Row, ...], changed: int, slack: float) -> tuple[Row, ...]:
+    """When untouched tensors differ, too, it is another base rather than a wrong merge."""
+    if changed < 2 or not any(row.survival and row.worst > slack for row in rows):
+        return rows
+    hint = f"; {changed} untouched tensors differ, too: merged into another base?"
+    return tuple(replace(row, what=row.what + hint) if row.worst > slack else row for row in rows)
+
+
+def _base_notes(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
+    """What the receipt of the base says, where that is a merged checkpoint itself."""
+    held = (base.receipt or {}).get("merged_adapters")
+    if isinstance(held, list) and adapter.sha256() in held:
+        yield (
+            f"the base {base.source} holds this adapter already: are --base and --merged in each "
+            "other's place?"
+        )
+
+
+def _folder_notes(merged: Checkpoint) -> Iterator[str]:
+    """What lies in the merged folder that was not compared, and that others may load."""
+    if others := merged.other_weights:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        yield (
+            f"{merged.path} holds {printable(others[0])}{more} beside the weights that were "
+            "compared; a server may load it instead"
+        )
+    if merged.path.is_dir() and (merged.path / CONFIG_NAME).exists():
+        yield (
+            f"{merged.path} holds an {CONFIG_NAME}: where PEFT is installed, transformers puts "
+            "that adapter onto the merged weights; move it out of the folder"
+        )
+
+
+def _receipt_notes(adapter: Adapter, merged: Checkpoint) -> Iterator[str]:
+    """What the receipt of a merge says that one adapter alone cannot explain."""
+    inputs = (merged.receipt or {}).get("inputs")
+    listed = inputs.get("adapters") if isinstance(inputs, Mapping) else None
+    held = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
+    if not held:
+        return
+    named = ", ".join(f"{one.get('path')} (weight {one.get('weight', 1.0)})" for one in held)
+    if len(held) > 1:
+        yield (
+            f"the receipt of the merge lists {len(held)} adapters: {named}; one of them alone is "
+            "compared here, so a difference is expected"
+        )
+    elif held[0].get("weight", 1.0) != 1.0:
+        yield f"the receipt of the merge lists {named}; weight 1 is compared here"
+    if all(one.get("sha256") != adapter.sha256() for one in held):
+        yield f"the receipt of the merge lists another adapter: {named}"

@@ -1,0 +1,61 @@
+"""Values that several modules share, of which an adapter changes some: real models and PEFT, merged
+and verified through the command line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from tests.base.test_architectures import CAUSAL, adapt, merge
+from tests.command import run, run_ok
+from tests.zoo import Architecture, close, load, outputs, save_base
+
+MASKED = "AutoModelForMaskedLM"
+SIZES = {
+    "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 24, "max_position_embeddings": 32, "embedding_size": 16,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+}  # fmt: skip
+QUERY = {"Bert": "query", "Roberta": "query", "Albert": "query", "DebertaV2": "query_proj",
+         "ModernBert": "Wqkv"}  # fmt: skip
+
+
+def masked(name: str) -> PreTrainedModel:
+    config = getattr(transformers, f"{name}Config")(**SIZES)
+    model: PreTrainedModel = getattr(transformers, f"{name}ForMaskedLM")(config)
+    return model
+
+
+@pytest.mark.parametrize("bias", ["all", "gralora_only"])
+@pytest.mark.parametrize("whole", [False, True], ids=["decoder-adapted", "decoder-saved"])
+@pytest.mark.parametrize("name", QUERY)
+def test_the_output_layer_of_a_masked_model_keeps_its_trained_bias(
+    name: str, whole: bool, bias: str, tmp_path: Path
+) -> None:
+    """Its weight is the embeddings', its bias often another parameter's: both are untied."""
+    architecture = Architecture(lambda: masked(name), [], None, auto=MASKED)
+    base = save_base(architecture, tmp_path / "base")
+    options: dict[str, Any] = {"modules_to_save": ["decoder"]} if whole else {}
+    targets = [QUERY[name]] if whole else [QUERY[name], "decoder"]
+    model = load(base, MASKED)
+    adapted = adapt(model, tmp_path / "adapter", targets, bias=bias, **options)
+    merged = load(merge(tmp_path), MASKED)
+    assert close(outputs(merged), outputs(adapted)) <= 1e-5
+    run_ok("verify", tmp_path / "adapter", "--base", base, "--merged", tmp_path / "out")
+
+
+def test_a_name_on_disk_in_modules_to_save_is_no_module_in_memory(tmp_path: Path) -> None:
+    """GPT-NeoX calls its head `embed_out` on disk and `lm_head` in memory: PEFT saves nothing."""
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(**{k: v for k, v in SIZES.items() if "embedding" not in k})
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base", CAUSAL)
+    adapted = adapt(model, tmp_path / "adapter", ["query_key_value"], modules_to_save=["embed_out"])
+    arguments = ["--base", tmp_path / "base"]
+    said = run("merge", tmp_path / "adapter", *arguments, "-o", tmp_path / "out")
+    assert said.status == 0, said.stderr
+    assert "[modules-to-save-unmatched]" in said.stderr
+    assert close(outputs(load(tmp_path / "out", CAUSAL)), outputs(adapted)) <= 1e-5
