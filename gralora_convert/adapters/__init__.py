@@ -12,9 +12,10 @@ from gralora_convert.adapters.groups import Group, group, split
 from gralora_convert.adapters.keys import PREFIX, Role, key_of, parse_key
 from gralora_convert.adapters.rules import NEEDS_BASE, PEFT_VERSION
 from gralora_convert.adapters.targets import is_saved, rule_of, select
+from gralora_convert.adapters.update import Update
 
 __all__ = [
     "CONFIG_NAME", "NAMES", "NEEDS_BASE", "PEFT_VERSION", "PREFIX", "WEIGHTS", "Adapter",
-    "GraloraConfig", "Group", "LoraConfig", "Role", "Scan", "group", "is_saved", "key_of",
+    "GraloraConfig", "Group", "LoraConfig", "Role", "Scan", "Update", "group", "is_saved", "key_of",
     "parse_key", "read_config", "rule_of", "scan_adapter", "select", "split",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from gralora_convert.base.quantisation import nested
 from gralora_convert.base.source_text import HEADS, LINES, converted, modeling
-from gralora_convert.disk import FLOATING, Checkpoint, Origin
+from gralora_convert.disk import FLOATING, Checkpoint, Rows
 
 if TYPE_CHECKING:
     from gralora_convert.models import Blueprint
@@ -191,7 +191,7 @@ class Architecture:
         blueprint = self.blueprint
         return blueprint is not None and all(blueprint.has(m) for m in self.modules)
 
-    def locate(self, parameter: str) -> tuple[Origin, ...]:
+    def locate(self, parameter: str) -> tuple[Rows, ...]:
         """Where a parameter in memory lies on disk; () when it is not there under its own name."""
         if self._by_blueprint and self.mapped(parameter) == parameter:
             assert self.blueprint is not None
@@ -201,10 +201,10 @@ class Architecture:
         if name is None:
             return ()
         shape = self.base.tensors[name].shape
-        return (Origin(name, 0, shape[0] if shape else 1),)
+        return (Rows(name, 0, shape[0] if shape else 1),)
 
     @cached_property
-    def origins(self) -> Mapping[str, tuple[Origin, ...]]:
+    def origins(self) -> Mapping[str, tuple[Rows, ...]]:
         """Every parameter in memory -> where it lies on disk, by transformers' conversion mapping;
         {} when it does not know the architecture."""
         return {} if self.blueprint is None else self.blueprint.origins

@@ -5,8 +5,8 @@ do not fit, targets without tensors, lost biases, tied weights. Headers only, bu
 that may be unchanged copies.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter, rule_of, select
 from gralora_convert.base.architecture import Architecture, near_misses
@@ -19,10 +19,10 @@ from gralora_convert.base.edits import (
     vocabulary_edits,
 )
 from gralora_convert.base.quantisation import ADVICE, quantisation
-from gralora_convert.base.recipe import Piece, Placement, Target
+from gralora_convert.base.recipe import Placement, Target
 from gralora_convert.base.replacements import Values, stored_shape
 from gralora_convert.base.ties import Claims, Settlement, settle
-from gralora_convert.disk import FLOATING, Checkpoint, Origin, TensorSpec, is_zero
+from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, is_zero
 from gralora_convert.errors import Finding, Report, error, note, warning
 
 __all__ = [
@@ -69,14 +69,17 @@ def _placement(placer: "_Placer", settlement: Settlement, report: Report) -> Pla
     config = architecture.base.config
     edits = {} if values.vocabulary is None else vocabulary_edits(config, *values.vocabulary)
     edits = tie_edits(config, settlement.flags, edits)
-    heads: Callable[[], dict[str, object]] | None = None
-    outer: Mapping[str, str] = {}
-    if values.head_rows is not None:
-        heads = partial(head_edits, architecture, values.head_rows, placer.adapter.model_config)
-        outer = architecture.outer_names()
+    rows = values.head_rows
+
+    def config_edits() -> Mapping[str, object]:
+        if rows is None:
+            return edits
+        return edits | head_edits(architecture, rows, placer.adapter.model_config)
+
     return Placement(
-        tuple(settlement.targets), tuple(settlement.replacements), edits, architecture, outer,
-        heads, tuple(str(finding) for finding in report.findings),
+        placer.adapter, architecture, tuple(settlement.targets), tuple(settlement.replacements),
+        edits, config_edits, {} if rows is None else architecture.outer_names(),
+        tuple(str(finding) for finding in report.findings),
     )  # fmt: skip
 
 
@@ -175,17 +178,18 @@ class _Placer:
         if transposed is None:
             transposed = self._inferred_orientation(module, spec)
         if transposed is not None:
-            pieces = tuple(
-                Piece(o.tensor, output or o.tensor, o.start, o.count, o.delta_start, o.order)
-                for o in origins
+            frozen = self._frozen(parameter)
+            if frozen is not None:  # it may have another number of tokens
+                origins = (Rows(origins[0].tensor, 0, found[0]),)
+            parts = tuple(
+                (replace(rows, tensor=output or rows.tensor), self.base.tensors[rows.tensor])
+                for rows in origins
             )
-            if self._frozen(parameter) is not None:  # it may have another number of tokens
-                pieces = (Piece(pieces[0].tensor, pieces[0].output, 0, found[0]),)
-            self.targets[parameter] = Target(module, pieces, transposed, output is not None)
+            self.targets[parameter] = Target(module, parts, transposed, output is not None, frozen)
 
     def _find(
         self, parameter: str, shape: tuple[int, int]
-    ) -> tuple[tuple[Origin, ...], str | None]:
+    ) -> tuple[tuple[Rows, ...], str | None]:
         """Where a weight lies on disk, and the name of its own tensor in the output when it has
         none there, but shares another's."""
         architecture = self.architecture
@@ -200,10 +204,10 @@ class _Placer:
         tied = architecture.tied_source(parameter.removesuffix(".weight"), shape)
         if tied is None:
             return (), None
-        whole = Origin(tied, 0, self.base.tensors[tied].shape[0])
+        whole = Rows(tied, 0, self.base.tensors[tied].shape[0])
         return (whole,), architecture.disk_name(parameter)
 
-    def _stored_shape(self, parameter: str, origins: Sequence[Origin]) -> tuple[int, ...]:
+    def _stored_shape(self, parameter: str, origins: Sequence[Rows]) -> tuple[int, ...]:
         """The shape that the weight has before the delta is added."""
         frozen = self._frozen(parameter)
         return stored_shape(origins, self.base.tensors) if frozen is None else frozen.shape
@@ -227,7 +231,7 @@ class _Placer:
         )  # fmt: skip
 
     def _kind_problem(
-        self, module: str, origins: Sequence[Origin], shape: tuple[int, ...]
+        self, module: str, origins: Sequence[Rows], shape: tuple[int, ...]
     ) -> Finding | None:
         spec = self.base.tensors[origins[0].tensor]
         if self.architecture.is_attention_output(origins[0].tensor.removesuffix(".weight")):

@@ -1,127 +1,255 @@
-"""Where the parts of an adapter go, as values: pieces of deltas, full tensors, edits of the config.
+"""What every tensor of a right merge is, as values: made by placing, carried out by `merge`, held
+against by `verify`.
 
-Names of outputs are those of the base where a tensor exists there; `Placement.final_name` says how
-the output spells them.
+Names of outputs are those of the base where a tensor exists there; `final_name` says how the output
+spells them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import TYPE_CHECKING
 
+from gralora_convert.adapters import Adapter, Update
 from gralora_convert.base.architecture import Architecture
-from gralora_convert.disk import Origin, TensorSpec, read_rows
+from gralora_convert.base.edits import updated
+from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, read_rows, written_dtype
+from gralora_convert.errors import MisuseError
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "Piece",
+    "Kept",
+    "Merged",
+    "Patched",
     "Placement",
-    "Replacement",
+    "Recipe",
+    "Replaced",
     "Target",
+    "combine",
     "read_parameter",
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows of a module's delta and the rows of the tensor on disk that they are added to.
+class Kept:
+    """A tensor of the base as it is, in `dtype`."""
 
-    Rows `[start, start + count)` of `tensor` get delta rows `[delta_start, ...)`, or, with `order`,
-    the delta rows that it lists. `output` is the tensor's name in the output; `source`, if any, is
-    the tensor to add to instead of the base's (PEFT saves the frozen weight beside a targeted head,
-    and loads it over the base).
-    """
-
-    tensor: str
-    output: str
-    start: int
-    count: int
-    delta_start: int = 0
-    order: tuple[int, ...] | None = None
-    source: TensorSpec | None = None
+    spec: TensorSpec
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """One adapted module: mostly one piece, several where it is cut or fused on disk.
+class Merged:
+    """`spec` plus the updates, rounded once to `dtype`. It is a tensor of the base, or the
+    adapter's copy of one (PEFT saves the frozen weight beside a targeted head, and loads it over
+    the base). `untied`: the base has no tensor of this name, but shares another's."""
 
-    `transposed`: stored (in, out), as Conv1D does. `untied`: the output gets a tensor of its own.
-    """
-
-    module: str
-    pieces: tuple[Piece, ...]
-    transposed: bool = False
+    spec: TensorSpec
+    dtype: str
+    updates: tuple[Update, ...]
     untied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Replacement:
-    """A full tensor that takes the place of (or is added to) one of the output; `source` is one of
-    the adapter's, or of the base's when a shared weight needs a second copy.
+class Replaced:
+    """`spec` in place of the base's tensor, or beside those of the base: one of the adapter's, or
+    of the base's when a shared weight needs a second copy."""
 
-    With `start`, it takes the place of rows `[start, start + count)` of the output's tensor only:
-    with its rows `[source_start, ...)`, or, with `order`, those that it lists.
+    spec: TensorSpec
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Patched:
+    """`spec`, of the base, with rows of other tensors in place of its own (a bias that is fused on
+    disk)."""
+
+    spec: TensorSpec
+    dtype: str
+    parts: tuple[tuple[Rows, TensorSpec], ...]
+
+
+Entry = Kept | Merged | Replaced | Patched
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One adapted module: rows of the output and the base's tensor there, mostly one pair, several
+    where it is cut or fused on disk.
+
+    `transposed`: stored (in, out), as Conv1D does. `untied`: the output gets a tensor of its own.
+    `frozen` is the adapter's copy of the base's tensor, if it has one.
     """
 
-    source: TensorSpec
-    output: str
-    start: int | None = None
-    count: int = 0
-    source_start: int = 0
-    order: tuple[int, ...] | None = None
+    module: str
+    parts: tuple[tuple[Rows, TensorSpec], ...]
+    transposed: bool = False
+    untied: bool = False
+    frozen: TensorSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the adapter goes, and what the merged `config.json` must say differently.
+    """Where one adapter goes, and what the merged `config.json` must say differently.
 
-    `edits` are known edits; `head_rows` is the number of labels of a trained head, if there is one,
-    whose class and labels `config_edits` adds. `outer_names` gives base tensors another name in the
-    output: a bare model that gets a head is written with the prefix of its architecture.
+    `edits` are known edits; `config_edits` gives them with the class and labels of a trained head
+    (and may import transformers for it); an object among them goes into the object of that name.
+    `outer_names` gives base tensors another name in the output: a bare model that gets a head is
+    written with the prefix of its architecture.
     """
 
-    targets: tuple[Target, ...]
-    replacements: tuple[Replacement, ...]
-    edits: Mapping[str, object]
+    adapter: Adapter = field(repr=False)
     architecture: Architecture = field(repr=False)
+    targets: tuple[Target, ...]
+    replacements: tuple[tuple[str, Replaced | Patched], ...]
+    edits: Mapping[str, object]
+    config_edits: Callable[[], Mapping[str, object]] = field(repr=False)
     outer_names: Mapping[str, str] = field(default_factory=dict, repr=False)
-    head_edits: Callable[[], dict[str, object]] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
 
-    def config_edits(self) -> dict[str, object]:
-        """The edits of `config.json`; an object among them goes into the object of that name (may
-        import transformers, for the class of a new head)."""
-        return dict(self.edits) | (self.head_edits() if self.head_edits is not None else {})
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Every tensor of the output by its name: what is merged, replaced, and kept, in this order.
+
+    The other fields are those of its placements, taken together.
+    """
+
+    base: Checkpoint = field(repr=False)
+    adapters: tuple[Adapter, ...] = field(repr=False)
+    tensors: Mapping[str, Entry]
+    edits: Mapping[str, object]
+    config_edits: Callable[[], Mapping[str, object]] = field(repr=False)
+    outer_names: Mapping[str, str] = field(repr=False)
+    architectures: tuple[Architecture, ...] = field(repr=False)
+    notes: tuple[str, ...]
+
+    @property
+    def merged(self) -> dict[str, Merged]:
+        return {name: entry for name, entry in self.tensors.items() if isinstance(entry, Merged)}
+
+    @property
+    def replaced(self) -> dict[str, Replaced | Patched]:
+        return {
+            name: entry
+            for name, entry in self.tensors.items()
+            if isinstance(entry, Replaced | Patched)
+        }
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Base-model prefixes that names of the output may have or lack."""
+        return tuple(dict.fromkeys(p for one in self.architectures for p in one.prefixes))
 
     def final_name(self, name: str) -> str:
         """The name in the output of a tensor that the base has; other names stay."""
         return self.outer_names.get(name, name)
 
 
+def combine(
+    placements: Sequence[Placement], weights: Sequence[float] | None = None, dtype: str = "keep"
+) -> Recipe:
+    """The recipe of base + sum of weight * delta over the placements, all in one base; floating
+    tensors in `dtype`.
+
+    Raises:
+        MisuseError: two adapters replace the same tensor, or one replaces what another adapts.
+    """
+    base = placements[0].architecture.base
+    merged = _merged(placements, weights or [1.0] * len(placements))
+    replaced = _replaced(placements)
+    if both := sorted(merged.keys() & replaced.keys()):
+        raise MisuseError(
+            f"{both[0]!r} is adapted by one adapter and replaced whole by another",
+            where=placements[0].adapter.path,
+            hint="Merge one of them, and train the other on the result.",
+        )
+    entries: dict[str, Entry] = {**merged, **replaced}
+    for name, spec in base.tensors.items():
+        entries.setdefault(name, Kept(spec, spec.dtype))
+    return Recipe(
+        base,
+        tuple(placement.adapter for placement in placements),
+        {
+            name: replace(entry, dtype=written_dtype(dtype, entry.dtype))
+            if entry.dtype in FLOATING
+            else entry
+            for name, entry in entries.items()
+        },
+        _together(placement.edits for placement in placements),
+        lambda: _together(placement.config_edits() for placement in placements),
+        next((p.outer_names for p in placements if p.outer_names), {}),
+        tuple(placement.architecture for placement in placements),
+        tuple(note for placement in placements for note in placement.notes),
+    )
+
+
+def _together(edits: Iterator[Mapping[str, object]]) -> dict[str, object]:
+    return reduce(updated, edits, dict[str, object]())
+
+
+def _merged(placements: Sequence[Placement], weights: Sequence[float]) -> dict[str, Merged]:
+    found: dict[str, Merged] = {}
+    for placement, weight in zip(placements, weights, strict=True):
+        for target in placement.targets:
+            for rows, stored in target.parts:
+                update = Update(placement.adapter, target.module, rows, target.transposed, weight)
+                held = found.get(rows.tensor)
+                found[rows.tensor] = Merged(
+                    target.frozen or stored,
+                    stored.dtype,
+                    (*(held.updates if held else ()), update),
+                    target.untied or (held is not None and held.untied),
+                )
+    return found
+
+
+def _replaced(placements: Sequence[Placement]) -> dict[str, Replaced | Patched]:
+    """What replaces a tensor of the output, or rows of it; in the dtype of the base's tensor (a
+    float32 head of a bfloat16 model stays bfloat16)."""
+    found: dict[str, Replaced | Patched] = {}
+    owners: dict[str, Adapter] = {}
+    for placement in placements:
+        for name, entry in placement.replacements:
+            held = found.setdefault(name, entry)
+            owner = owners.setdefault(name, placement.adapter)
+            parts = held.parts if isinstance(held, Patched) else ()
+            more = [p for p in entry.parts if p not in parts] if isinstance(entry, Patched) else []
+            if held == entry or (parts and isinstance(entry, Patched) and not more):
+                continue
+            if owner is not placement.adapter:
+                raise MisuseError(
+                    f"replaces {name!r}, as another of the adapters does",
+                    where=placement.adapter.path,
+                    hint="Only one adapter can carry a bias or saved module.",
+                )
+            if isinstance(held, Patched):
+                found[name] = replace(held, parts=(*parts, *more))
+    base = placements[0].architecture.base.tensors
+    return {
+        name: replace(entry, dtype=base[name].dtype)
+        if name in base and base[name].dtype in FLOATING
+        else entry
+        for name, entry in found.items()
+    }
+
+
 def read_parameter(
-    parts: "Sequence[Origin | Piece]", tensors: Mapping[str, TensorSpec]
+    parts: "Sequence[Rows | tuple[Rows, TensorSpec]]", tensors: Mapping[str, TensorSpec]
 ) -> "torch.Tensor":
-    """A parameter as it is in memory, put together from where it lies on disk; only its own rows
-    are read."""
+    """A parameter as it is in memory, put together from where it lies on disk (in `tensors`, or in
+    the tensor beside the rows); only its own rows are read."""
     import torch
 
-    rows = [
-        read_rows(_source(part, tensors), part.start, part.start + part.count) for part in parts
-    ]
-    if len(parts) == 1 and parts[0].order is None:
-        return rows[0]
-    result = torch.empty(
-        (sum(part.count for part in parts), *rows[0].shape[1:]), dtype=rows[0].dtype
-    )
-    for part, read in zip(parts, rows, strict=True):
-        if part.order is None:
-            result[part.delta_start : part.delta_start + part.count] = read
-        else:
-            result[torch.tensor(part.order)] = read
+    pairs = [(part, tensors[part.tensor]) if isinstance(part, Rows) else part for part in parts]
+    read = [read_rows(spec, rows.start, rows.stop) for rows, spec in pairs]
+    if len(pairs) == 1 and pairs[0][0].order is None:
+        return read[0]
+    size = max(1 + max(rows.order) if rows.order else rows.first + rows.count for rows, _ in pairs)
+    result = torch.empty((size, *read[0].shape[1:]), dtype=read[0].dtype)
+    for (rows, _), values in zip(pairs, read, strict=True):
+        place = slice(rows.first, rows.first + rows.count)
+        result[place if rows.order is None else list(rows.order)] = values
     return result
-
-
-def _source(part: "Origin | Piece", tensors: Mapping[str, TensorSpec]) -> TensorSpec:
-    own = part.source if isinstance(part, Piece) else None
-    return own or tensors[part.tensor]

@@ -4,24 +4,22 @@ saved whole, embeddings. Values are absolute: they replace, they are never added
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import ne
-from typing import TYPE_CHECKING
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter, is_saved
 from gralora_convert.base.architecture import Architecture
-from gralora_convert.base.recipe import Replacement
-from gralora_convert.disk import Origin, TensorSpec, same_values
+from gralora_convert.base.recipe import Patched, Replaced
+from gralora_convert.disk import Rows, TensorSpec, same_values
 from gralora_convert.errors import Finding, error, note, warning
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = [
+    "Trained",
     "Values",
     "bias_missing",
     "stored_shape",
 ]
 
 
+Trained = tuple[tuple[str, Replaced | Patched], ...]  # what replaces which tensor of the output
 _TASK_HEADS = ("classifier", "score", "qa_outputs")  # what PEFT adds to modules_to_save by task
 _HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # What follows the vocabulary beside the embeddings themselves.
@@ -42,7 +40,7 @@ class Values:
         self.adapter, self.architecture = adapter, architecture
         self.base, self.config = architecture.base, adapter.config
         self.findings: list[Finding] = []
-        self.trained: dict[str, tuple[Replacement, ...]] = {}
+        self.trained: dict[str, Trained] = {}
         self.frozen: dict[str, TensorSpec] = {}
         self.biases = frozenset(f"{module}.bias" for module in adapter.biases)
         self.head_rows: int | None = None
@@ -51,7 +49,7 @@ class Values:
         self._heads: dict[str, int] = {}
         self._resized: dict[str, tuple[int, int]] = {}
         for module, spec in adapter.biases.items():
-            self._place_bias(module, spec)
+            self._place_bias(f"{module}.bias", spec)
         for parameter, spec in adapter.saved.items():
             self._place_saved(parameter, spec)
         for parameter, spec in adapter.frozen.items():
@@ -65,7 +63,7 @@ class Values:
 
     # one tensor -----------------------------------------------------------------------------------
 
-    def _find(self, parameter: str) -> tuple[Origin, ...]:
+    def _find(self, parameter: str) -> tuple[Rows, ...]:
         """Where a parameter lies on disk, under its own name or one that shares its values."""
         found = self.architecture.locate(parameter)
         if found:
@@ -76,16 +74,18 @@ class Values:
                 return found
         return ()
 
-    def _put(self, parameter: str, spec: TensorSpec, origins: Sequence[Origin]) -> None:
+    def _put(self, parameter: str, spec: TensorSpec) -> None:
         own = self.architecture.locate(parameter)
-        if not own:
-            name = self.architecture.disk_name(parameter)
-            self.trained[parameter] = (Replacement(spec, name),)
-            return
-        self.trained[parameter] = tuple(_replacements(spec, own, self.base.tensors))
+        if own:
+            self.trained[parameter] = tuple(_replacements(spec, own, self.base.tensors))
+        else:
+            self._put_new(parameter, spec)
 
-    def _place_bias(self, module: str, spec: TensorSpec) -> None:
-        parameter = f"{module}.bias"
+    def _put_new(self, parameter: str, spec: TensorSpec) -> None:
+        name = self.architecture.disk_name(parameter)
+        self.trained[parameter] = ((name, Replaced(spec, spec.dtype)),)
+
+    def _place_bias(self, parameter: str, spec: TensorSpec) -> None:
         origins = self._find(parameter)
         if not origins:
             self._say(error(
@@ -98,7 +98,7 @@ class Values:
                 f"{stored_shape(origins, self.base.tensors)} in the base", "Another base?",
             ))  # fmt: skip
         else:
-            self._put(parameter, spec, origins)
+            self._put(parameter, spec)
 
     def _place_saved(self, parameter: str, spec: TensorSpec) -> None:
         entry = is_saved(self.config, parameter)
@@ -117,7 +117,7 @@ class Values:
             return
         if self._is_head(entry) and len(spec.shape) == 2:
             self._heads[parameter] = spec.shape[0]
-        self._put(parameter, spec, origins)
+        self._put(parameter, spec)
 
     def _place_new(self, parameter: str, spec: TensorSpec) -> None:
         """A saved tensor that the base lacks: an output head that shares the embeddings, or a head
@@ -128,8 +128,7 @@ class Values:
             self._check_new(parameter, spec)
             if len(spec.shape) == 2:
                 self._heads[parameter] = spec.shape[0]
-        name = self.architecture.disk_name(parameter)
-        self.trained[parameter] = (Replacement(spec, name),)
+        self._put_new(parameter, spec)
 
     def _check_new(self, parameter: str, spec: TensorSpec) -> None:
         """What a tensor of a new head shows beside the others of its layer, and in the model."""
@@ -162,7 +161,7 @@ class Values:
         origins = self._find(parameter)
         shared = self.architecture.tied_source(parameter.rpartition(".")[0], spec.shape)
         if shared is not None and not origins:
-            origins = (Origin(shared, 0, spec.shape[0]),)
+            origins = (Rows(shared, 0, spec.shape[0]),)
         if len(origins) != 1:
             self._say(error(
                 "module-not-in-base", parameter, "is a saved embedding that the base lacks",
@@ -213,7 +212,7 @@ class Values:
             return
         before = {old for old, _ in self._resized.values()}
         now = {new for _, new in self._resized.values()}
-        written = {r.output for parts in self.trained.values() for r in parts}
+        written = {name for parts in self.trained.values() for name, _ in parts}
         for parameter in (*self.frozen, *self._resized):
             for name in self.architecture.sharing(parameter):
                 written.update(origin.tensor for origin in self.architecture.locate(name))
@@ -306,31 +305,29 @@ class Values:
 
     def _other_biases(self) -> list[str]:
         """Biases on disk that the adapter has no value for."""
-        written = {part.output for parts in self.trained.values() for part in parts}
+        written = {name for parts in self.trained.values() for name, _ in parts}
         return [
             name for name in self.base.tensors
             if name.endswith((".bias", ".beta")) and name not in written
         ]  # fmt: skip
 
 
-def stored_shape(origins: Sequence[Origin], tensors: Mapping[str, TensorSpec]) -> tuple[int, ...]:
+def stored_shape(origins: Sequence[Rows], tensors: Mapping[str, TensorSpec]) -> tuple[int, ...]:
     """The shape in memory of what lies on disk in these parts."""
     inner = tensors[origins[0].tensor].shape
     return (sum(origin.count for origin in origins), *inner[1:]) if inner else ()
 
 
 def _replacements(
-    spec: TensorSpec, origins: Sequence[Origin], tensors: Mapping[str, TensorSpec]
-) -> Iterator[Replacement]:
+    spec: TensorSpec, origins: Sequence[Rows], tensors: Mapping[str, TensorSpec]
+) -> Iterator[tuple[str, Replaced | Patched]]:
     """`spec` in the places of these parts of tensors on disk."""
-    for origin in origins:
-        shape = tensors[origin.tensor].shape
-        if len(origins) == 1 and origin.order is None and (shape or (1,))[0] == origin.count:
-            yield Replacement(spec, origin.tensor)
+    for rows in origins:
+        stored = tensors[rows.tensor]
+        if len(origins) == 1 and rows.order is None and (stored.shape or (1,))[0] == rows.count:
+            yield rows.tensor, Replaced(spec, spec.dtype)
         else:
-            yield Replacement(
-                spec, origin.tensor, origin.start, origin.count, origin.delta_start, origin.order
-            )
+            yield rows.tensor, Patched(stored, stored.dtype, ((rows, spec),))
 
 
 def _misfit(code: str, parameter: str, spec: TensorSpec, found: tuple[int, ...]) -> Finding:

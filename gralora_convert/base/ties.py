@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from gralora_convert.base.architecture import Architecture
-from gralora_convert.base.recipe import Replacement, Target
+from gralora_convert.base.recipe import Patched, Replaced, Target
+from gralora_convert.base.replacements import Trained
 from gralora_convert.disk import TensorSpec, same_values
 from gralora_convert.errors import Finding, error, note
 
@@ -32,7 +33,7 @@ class Claims:
     """
 
     targets: dict[str, Target] = field(default_factory=dict)
-    trained: dict[str, tuple[Replacement, ...]] = field(default_factory=dict)
+    trained: dict[str, Trained] = field(default_factory=dict)
     frozen: dict[str, TensorSpec] = field(default_factory=dict)
     in_place: frozenset[str] = frozenset()
 
@@ -46,7 +47,7 @@ class Settlement:
     `tie_word_embeddings` becomes false, `untied` the other parameters that lose their tie by it."""
 
     targets: list[Target] = field(default_factory=list)
-    replacements: list[Replacement] = field(default_factory=list)
+    replacements: list[tuple[str, Replaced | Patched]] = field(default_factory=list)
     flags: list[tuple[str, ...]] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -112,7 +113,7 @@ class _Group:
         place = next(names for names in self.places.values() if name in names)
         if self._is_one_value():
             parts = self.claims.trained[self._claim(self.names) or ""]
-            self._add(parts[0].source, name)
+            self._add(_value(parts[0][1]), name)
         elif self._claim(place) is None:
             self._copy(name, self.names)
 
@@ -125,12 +126,13 @@ class _Group:
         """Whether the trained values of all places are the same, so that they may stay shared."""
         given = [name for name in self.names if name in self.claims.trained]
         if given and self.claims.in_place.issuperset(given) and not self._has_target():
-            parts = [part for name in given for part in self.claims.trained[name]]
-            return all(same_values(parts[0].source, part.source) for part in parts[1:])
+            values = [_value(part) for name in given for _, part in self.claims.trained[name]]
+            return all(same_values(values[0], value) for value in values[1:])
         found = [self.claims.trained.get(self._claim(n) or "", ()) for n in self.places.values()]
         if not all(len(parts) == 1 for parts in found):
             return False
-        return all(same_values(found[0][0].source, parts[0].source) for parts in found[1:])
+        values = [_value(parts[0][1]) for parts in found]
+        return all(same_values(values[0], value) for value in values[1:])
 
     def _has_target(self) -> bool:
         return any(name in self.claims.targets for name in self.names)
@@ -143,7 +145,7 @@ class _Group:
         kept = [] if self._claim(self.names) is None else [self._claim(self.names)]
         for tensor in dict.fromkeys(self.stored.values()):
             if not any(self.stored.get(name) == tensor for name in kept if name):
-                self.settlement.replacements.append(Replacement(given[0], tensor))
+                self._put(given[0], tensor)
 
     def _is_separable(self) -> bool:
         """Whether every place but one is tied while loading only."""
@@ -205,9 +207,12 @@ class _Group:
             self._add(source, name)
 
     def _add(self, source: TensorSpec, name: str) -> None:
-        new = Replacement(source, self.architecture.disk_name(name))
-        if all(new.output != held.output for held in self.settlement.replacements):
-            self.settlement.replacements.append(new)
+        output = self.architecture.disk_name(name)
+        if all(output != held for held, _ in self.settlement.replacements):
+            self._put(source, output)
+
+    def _put(self, source: TensorSpec, output: str) -> None:
+        self.settlement.replacements.append((output, Replaced(source, source.dtype)))
 
     def _shared_value(self, names: Sequence[str]) -> TensorSpec | None:
         """The adapter's copy of a value (its vocabulary may be resized), else the base's."""
@@ -225,32 +230,34 @@ class _Group:
         name = self._claim(names)
         assert name is not None
         stored = list(dict.fromkeys(self.stored[n] for n in names if n in self.stored))
-        frozen = next((self.claims.frozen[n] for n in self.names if n in self.claims.frozen), None)
         if name in self.claims.targets:
             target = self.claims.targets[name]
-            pieces = [replace(piece, source=frozen) for piece in target.pieces]
-            outputs = [tensor for tensor in stored if tensor != pieces[0].output]
-            if stored and not target.untied:
-                pieces += [replace(pieces[0], tensor=t, output=t) for t in outputs]
-            self.settlement.targets.append(replace(target, pieces=tuple(pieces)))
+            first, parts = target.parts[0][0], target.parts
+            if not target.untied:
+                others = [tensor for tensor in stored if tensor != first.tensor]
+                parts += tuple((replace(first, tensor=t), self.base.tensors[t]) for t in others)
+            self.settlement.targets.append(replace(target, parts=parts))
             return
-        parts = self.claims.trained[name]
-        self.settlement.replacements += parts
-        if len(parts) == 1 and parts[0].start is None:
-            for output in stored:
-                if output != parts[0].output:
-                    self.settlement.replacements.append(replace(parts[0], output=output))
+        (output, value), *more = trained = self.claims.trained[name]
+        self.settlement.replacements += trained
+        if not more and isinstance(value, Replaced):
+            self.settlement.replacements += [(t, value) for t in stored if t != output]
+
+
+def _value(entry: Replaced | Patched) -> TensorSpec:
+    """The trained tensor that replaces another, or rows of it."""
+    return entry.spec if isinstance(entry, Replaced) else entry.parts[0][1]
 
 
 def _require_separate(settlement: Settlement) -> None:
     """Two modules must not add to the same rows: they would share a weight."""
     users: dict[tuple[str, int], str] = {}
     for target in settlement.targets:
-        for piece in target.pieces:
-            first = users.setdefault((piece.output, piece.start), target.module)
+        for rows, stored in target.parts:
+            first = users.setdefault((rows.tensor, rows.start), target.module)
             if first != target.module:
                 settlement.findings.append(error(
                     "shared-parameter", target.module,
-                    f"has the weight {piece.tensor} on disk, and so has {first}; both are adapted",
+                    f"has the weight {stored.name} on disk, and so has {first}; both are adapted",
                     "A dense checkpoint cannot hold two values of one weight.",
                 ))  # fmt: skip

@@ -50,8 +50,11 @@ from gralora_convert.delta.resizing import (
     shape_of,
 )
 from gralora_convert.delta.rounding import (
+    Addend,
     Survival,
+    Verdict,
     admissible,
+    compare,
     half_ulp,
     magnitude_rows,
     survival,
@@ -62,9 +65,9 @@ from gralora_convert.delta.svd import Method, block_norms, energies, squared_nor
 from gralora_convert.delta.variants import Start, dora, start_of, without_start
 
 __all__ = [
-    "EXACT", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora", "Loss",
-    "Made", "Method", "Shape", "Stack", "Start", "Survival", "admissible", "block_norms",
-    "blocks_for", "delta_weight", "dense", "direct_sum", "dora", "energies", "exact_rank",
+    "EXACT", "Addend", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora", "Loss",
+    "Made", "Method", "Shape", "Stack", "Start", "Survival", "Verdict", "admissible", "block_norms",
+    "blocks_for", "compare", "delta_weight", "dense", "direct_sum", "dora", "energies", "exact_rank",
     "explain", "features", "forward_path", "gralora_product", "gralora_to_hybrid",
     "gralora_to_lora", "half_ulp", "hybrid_to_gralora", "is_finite", "lora_to_gralora",
     "lora_to_hybrid", "loss_json", "magnitude_rows", "pad", "pad_lora", "permute_rows", "relative",

@@ -5,17 +5,21 @@ stored dtype (twice, where another tool rounds D first). The bound is a forward 
 right merge never exceeds it; see N. Higham, Accuracy and Stability of Numerical Algorithms, ch. 3.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora
-from gralora_convert.delta.products import row_blocks
+from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, terms
+from gralora_convert.delta.products import row_blocks, rows
 
 __all__ = [
+    "Addend",
     "Survival",
+    "Verdict",
     "admissible",
+    "compare",
     "half_ulp",
     "magnitude_rows",
     "survival",
@@ -241,3 +245,88 @@ def survival(before: Tensor, after: Tensor, delta: Tensor) -> Survival:
 
 def _dot(one: Tensor, other: Tensor) -> float:
     return float(torch.dot(one.flatten(), other.flatten()))
+
+
+@dataclass(frozen=True, slots=True)
+class Addend:
+    """What the rows `place` of some compared rows get: `weight` times the rows of `delta` (of its
+    transpose, for `transposed`) from `first` on. `rounded` is the dtype of 16 bits that the delta
+    may have been rounded to before it was added."""
+
+    delta: Delta
+    place: slice
+    first: int
+    transposed: bool = False
+    weight: float = 1.0
+    rounded: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What `compare` found: the largest |difference| / `bound`, what rounding kept, and the bound
+    and the sum of the addends behind them, per element."""
+
+    worst: float
+    survival: Survival
+    bound: Tensor
+    delta: Tensor
+
+
+def compare(
+    before: Tensor,
+    after: Tensor,
+    addends: Sequence[Addend],
+    *,
+    dtype: torch.dtype,
+    quick: bool = False,
+) -> Verdict:
+    """Whether `after` is a rounding to `dtype` of `before` + the addends, and by how much.
+
+    before (rows, columns)   after (rows, columns)
+
+    Both are float64, or float32 for a `dtype` of 16 bits, on the device of the result. With
+    `quick`, the bound takes |delta| for the sums of absolute products, which is at most those, at
+    hand, and nearly always enough; only where that says no, those are formed.
+
+    >>> delta = Lora(torch.ones(1, 2), torch.ones(3, 1), 0.5)
+    >>> before = torch.ones(3, 2).double()
+    >>> after = (before + rows(delta, 0, 3)).bfloat16().double()
+    >>> found = compare(before, after, [Addend(delta, slice(0, 3), 0)], dtype=torch.bfloat16)
+    >>> found.worst, found.survival.kept
+    (0.0, 1.0)
+
+    `tolerance` has the bound and its source.
+    """
+    delta = _sum(rows, addends, before)
+    exact = before + delta
+    products = sum(terms(addend.delta) for addend in addends)
+    rounded = next((a.rounded for a in addends if a.rounded is not None), None)
+
+    def judged(sizes: Tensor) -> tuple[float, Tensor]:
+        bound = tolerance(
+            after, exact, magnitude=sizes.add_(before.abs()), terms=products, dtype=dtype,
+            delta=delta, delta_dtype=rounded,
+        )  # fmt: skip
+        return worst_ratio(after, exact, bound), bound
+
+    worst, bound = judged(delta.abs() if quick else _sum(magnitude_rows, addends, before))
+    if quick and worst > 1:
+        worst, bound = judged(_sum(magnitude_rows, addends, before))
+    return Verdict(worst, survival(before, after, delta), bound, delta)
+
+
+def _sum(of: Callable[..., Tensor], addends: Sequence[Addend], like: Tensor) -> Tensor:
+    """The sum over addends of `of` (`rows` or `magnitude_rows`), of the shape and dtype of `like`;
+    it may be an addend itself."""
+    total = None
+    for addend in addends:
+        span = addend.first, addend.first + addend.place.stop - addend.place.start
+        part = of(addend.delta, *span, like.dtype, transposed=addend.transposed).to(like.device)
+        if addend.weight != 1:
+            part = part * (addend.weight if of is rows else abs(addend.weight))
+        if len(addends) == 1 and span[1] - span[0] == len(like):
+            return part
+        if total is None:
+            total = torch.zeros_like(like)
+        total[addend.place] += part
+    return torch.zeros_like(like) if total is None else total

@@ -22,7 +22,7 @@ from gralora_convert.disk.specs import (
     DTYPE_OF_TORCH,
     FLOATING,
     WRITTEN,
-    Origin,
+    Rows,
     TensorFile,
     TensorFileError,
     TensorSpec,
@@ -44,7 +44,7 @@ from gralora_convert.disk.tensors import (
 
 __all__ = [
     "DTYPE_BITS", "DTYPE_OF_TORCH", "FLOATING", "INFINITY", "RECEIPT_NAME", "WRITTEN", "Checkpoint",
-    "JsonError", "Measure", "Origin", "TensorFile", "TensorFileError", "TensorSpec", "bytes_of",
+    "JsonError", "Measure", "Rows", "TensorFile", "TensorFileError", "TensorSpec", "bytes_of",
     "config_errors", "dump_json", "encode_header", "fetch", "file_stamp", "is_cached", "is_file",
     "is_folder", "is_there", "is_zero", "largest_magnitude", "load_json", "locate", "look",
     "measured", "nbytes_of", "open_regular", "parse_json", "parse_name", "pread_exact",

@@ -16,7 +16,7 @@ __all__ = [
     "MAX_DIMENSIONS",
     "TORCH_NAMES",
     "WORD",
-    "Origin",
+    "Rows",
     "TensorFile",
     "TensorFileError",
     "TensorSpec",
@@ -99,15 +99,34 @@ class TensorFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """A part of a parameter on disk: rows `[start, start + count)` of `tensor` hold the rows
-    `[delta_start, ...)` of the parameter, or, with `order`, the rows that it lists."""
+class Rows:
+    """Rows `[start, start + count)` of the stored `tensor` hold the rows `[first, ...)` of a matrix
+    (a parameter in memory, a delta), or, with `order`, the rows that it lists."""
 
     tensor: str
     start: int
     count: int
-    delta_start: int = 0
+    first: int = 0
     order: tuple[int, ...] | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+    def meet(self, start: int, stop: int) -> tuple[slice, slice | list[int]] | None:
+        """Which of the rows `start:stop` of the tensor are among these, counted from `start`, and
+        the rows of the matrix there; None where none are.
+
+        >>> Rows("qkv.weight", start=10, count=6, first=2).meet(8, 12)
+        (slice(2, 4, None), slice(2, 4, None))
+        """
+        first, last = max(start, self.start), min(stop, self.stop)
+        if first >= last:
+            return None
+        place, begin = slice(first - start, last - start), first - self.start
+        if self.order is not None:
+            return place, list(self.order[begin : last - self.start])
+        return place, slice(begin + self.first, last - self.start + self.first)
 
 
 def refuse_pointer(start: bytes, path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gralora_convert.disk import Checkpoint, Origin, config_errors
+from gralora_convert.disk import Checkpoint, Rows, config_errors
 from gralora_convert.errors import printable
 
 if TYPE_CHECKING:
@@ -247,12 +247,12 @@ class Blueprint:
         ]
 
     @cached_property
-    def origins(self) -> Mapping[str, tuple[Origin, ...]]:
+    def origins(self) -> Mapping[str, tuple[Rows, ...]]:
         """Name of a parameter -> where its rows lie on disk. Parameters whose values do not lie
         there as whole rows are left out."""
         from transformers.core_model_loading import dot_natural_key
 
-        found: dict[str, tuple[Origin, ...]] = {}
+        found: dict[str, tuple[Rows, ...]] = {}
         moved: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for key in sorted(self.base.tensors, key=dot_natural_key):
             name, pattern = self.loaded_name(key)
@@ -261,7 +261,7 @@ class Blueprint:
             if pattern is not None:
                 moved[name].append((key, pattern))
             elif self.base.tensors[key].shape:
-                found.setdefault(name, (Origin(key, 0, self.base.tensors[key].shape[0]),))
+                found.setdefault(name, (Rows(key, 0, self.base.tensors[key].shape[0]),))
         for name, keys in moved.items():
             if self.state[name].ndim <= 2:  # stacks of experts cannot be adapted
                 found |= self._followed(name, keys)
@@ -269,7 +269,7 @@ class Blueprint:
 
     def _followed(
         self, first: str, keys: Sequence[tuple[str, str]]
-    ) -> Mapping[str, tuple[Origin, ...]]:
+    ) -> Mapping[str, tuple[Rows, ...]]:
         """Origins of the parameters that one conversion makes of `keys`: their rows are numbered,
         sent through it, and recognised."""
         _, converters = self._mapping
@@ -328,7 +328,7 @@ class Blueprint:
         return name if self.loaded_name(name) == self.loaded_name(key) else None
 
 
-def _segments(rows: Sequence[int], starts: Sequence[int], names: Sequence[str]) -> Iterator[Origin]:
+def _segments(rows: Sequence[int], starts: Sequence[int], names: Sequence[str]) -> Iterator[Rows]:
     """Runs of rows on disk that hold a parameter whose row i is number `rows[i]`."""
     pairs = sorted((number, row) for row, number in enumerate(rows))
     first = 0
@@ -344,9 +344,9 @@ def _segments(rows: Sequence[int], starts: Sequence[int], names: Sequence[str]) 
         order = tuple(row for _, row in pairs[first:stop])
         start = pairs[first][0] - starts[source]
         if order == tuple(range(order[0], order[0] + len(order))):
-            yield Origin(names[source], start, stop - first, order[0])
+            yield Rows(names[source], start, stop - first, order[0])
         else:
-            yield Origin(names[source], start, stop - first, 0, order)
+            yield Rows(names[source], start, stop - first, 0, order)
         first = stop
 
 

@@ -15,17 +15,15 @@ if TYPE_CHECKING:
     from gralora_convert.output.adapter_files import Workshop, config_of, copied, folder_of
     from gralora_convert.output.tiles import (
         CastTensor,
-        Contribution,
         MergedTensor,
-        Patch,
         PatchedTensor,
         are_finite,
         taken,
     )
 
 __all__ = [
-    "CARD_NAME", "CastTensor", "Computed", "Contribution", "Copied", "MergedTensor", "OutputFile",
-    "Part", "Patch", "PatchedTensor", "Plan", "Ranks", "Workshop", "adapter_card",
+    "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "OutputFile",
+    "Part", "PatchedTensor", "Plan", "Ranks", "Workshop", "adapter_card",
     "adapter_receipt_findings", "are_finite", "checkpoint_receipt_findings", "config_of", "copied",
     "default_jobs", "folder_of", "index_json", "lay_out", "merged_card", "one_arithmetic_thread",
     "taken",
@@ -33,5 +31,5 @@ __all__ = [
 
 __getattr__ = opened(__name__, {
     "adapter_files": "Workshop config_of copied folder_of",
-    "tiles": "CastTensor Contribution MergedTensor Patch PatchedTensor are_finite taken",
+    "tiles": "CastTensor MergedTensor PatchedTensor are_finite taken",
 })  # fmt: skip

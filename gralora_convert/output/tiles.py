@@ -9,30 +9,27 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from gralora_convert.adapters import Update
 from gralora_convert.delta import (
+    Addend,
     Gralora,
     Lora,
     Stack,
     Survival,
+    compare,
     is_finite,
-    magnitude_rows,
     require_device,
-    rows,
-    survival,
-    terms,
-    tolerance,
-    worst_ratio,
 )
 from gralora_convert.disk import (
     DTYPE_BITS,
     FLOATING,
     INFINITY,
+    Rows,
     TensorSpec,
     bytes_of,
     largest_magnitude,
@@ -47,9 +44,7 @@ from gralora_convert.output.writing import Account, Computed, Copied
 
 __all__ = [
     "CastTensor",
-    "Contribution",
     "MergedTensor",
-    "Patch",
     "PatchedTensor",
     "are_finite",
     "taken",
@@ -63,55 +58,32 @@ CHECKED_SHARE = 64  # one row in so many is recomputed while it is hot
 PARTS = 4  # a tensor is checked in at least so many places
 
 
-@dataclass(frozen=True, slots=True)
-class Contribution:
-    """One module's update of a stored tensor: delta rows `[delta_start, +count)` are added to its
-    rows `[start, +count)`, times `weight`. `blocks` is the k of its factors, `memory` their
-    size in bytes."""
-
-    module: str
-    load: Callable[[], Gralora | Lora]
-    weight: float
-    start: int
-    count: int
-    delta_start: int
-    transposed: bool
-    blocks: int
-    memory: int
-
-    def within(self, start: int, stop: int) -> tuple[slice, int] | None:
-        """Which of the rows `start:stop` of the tensor it adds to, counted from `start`, and the
-        first delta row there; None where it adds to none of them."""
-        first, last = max(start, self.start), min(stop, self.start + self.count)
-        if first >= last:
-            return None
-        return slice(first - start, last - start), first - self.start + self.delta_start
-
-
-@dataclass(frozen=True, slots=True)
-class _Update:
-    """A contribution with its factors: as they are, and laid out for adding."""
-
-    contribution: Contribution
-    delta: Gralora | Lora
-    stack: Stack
-
-
 class _Shared:
-    """An update that is read at its first use and dropped after its last."""
+    """An update with its factors, as they are and laid out for adding: read at its first use and
+    dropped after its last."""
 
-    def __init__(self, contribution: Contribution, dtype: torch.dtype, uses: int) -> None:
-        self.contribution, self._dtype, self._uses = contribution, dtype, uses
-        self._value: _Update | None = None
+    def __init__(self, update: Update, device: str, dtype: torch.dtype, uses: int) -> None:
+        self.update, self.rows = update, update.in_order
+        self._device, self._dtype, self._uses = device, dtype, uses
+        self._value: tuple[Gralora | Lora, Stack] | None = None
         self._lock = threading.Lock()
 
-    def get(self) -> _Update:
+    def get(self) -> tuple[Gralora | Lora, Stack]:
         with self._lock:
             if self._value is None:
-                delta = self.contribution.load()
-                stack = Stack(delta, self._dtype, transposed=self.contribution.transposed)
-                self._value = _Update(self.contribution, delta, stack)
+                delta = self.update.delta(self._device)
+                stack = Stack(delta, self._dtype, transposed=self.update.transposed)
+                self._value = delta, stack
             return self._value
+
+    def meet(self, start: int, stop: int) -> tuple[slice, int] | None:
+        """Which of the rows `start:stop` of the tensor it adds to, counted from `start`, and the
+        first row of its delta there."""
+        met = self.rows.meet(start, stop)
+        if met is None:
+            return None
+        assert isinstance(met[1], slice)  # in order
+        return met[0], met[1].start
 
     def release(self) -> None:
         with self._lock:
@@ -292,45 +264,28 @@ def _require_finite(values: torch.Tensor, spec: TensorSpec) -> None:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """Rows `[start, start + count)` of a tensor become the rows `[source_start, ...)` of `source`,
-    or, with `order`, those that it lists."""
-
-    source: TensorSpec
-    start: int
-    count: int
-    source_start: int = 0
-    order: tuple[int, ...] | None = None
-
-
 class PatchedTensor(_Tiles):
     """A tensor of the base of which some rows are replaced (a bias that is fused on disk)."""
 
-    def __init__(self, spec: TensorSpec, dtype: str, patches: Sequence[Patch]) -> None:
+    def __init__(
+        self, spec: TensorSpec, dtype: str, parts: Sequence[tuple[Rows, TensorSpec]]
+    ) -> None:
         super().__init__(spec, dtype)
-        self.patches = tuple(patches)
+        self.parts = tuple(parts)
 
     @property
     def memory(self) -> int:
-        return sum(patch.source.nbytes for patch in self.patches)
+        return sum(source.nbytes for _, source in self.parts)
 
     def produce(self, tile: int) -> memoryview:
         start, stop = self.span(tile)
-        rows = self.read(start, stop)
-        for patch in self.patches:
-            first, last = max(start, patch.start), min(stop, patch.start + patch.count)
-            if first >= last:
-                continue
-            values = read_torch(patch.source).reshape(-1, self.columns)
-            _require_finite(values, patch.source)
-            if patch.order is not None:
-                values = values[list(patch.order[first - patch.start : last - patch.start])]
-            else:
-                begin = first - patch.start + patch.source_start
-                values = values[begin : begin + last - first]
-            rows[first - start : last - start] = values
-        return self.round(rows, lambda: rows).data
+        stored = self.read(start, stop)
+        for rows, source in self.parts:
+            if met := rows.meet(start, stop):
+                values = read_torch(source).reshape(-1, self.columns)
+                _require_finite(values, source)
+                stored[met[0]] = values[met[1]]
+        return self.round(stored, lambda: stored).data
 
 
 class MergedTensor(_Tiles):
@@ -345,17 +300,17 @@ class MergedTensor(_Tiles):
         self,
         spec: TensorSpec,
         dtype: str,
-        contributions: Sequence[Contribution],
+        updates: Sequence[Update],
         *,
         device: str = "cpu",
         check: bool = True,
     ) -> None:
         super().__init__(spec, dtype)
-        self.contributions = tuple(contributions)
+        self.updates = tuple(updates)
         self.device = require_device(device)
-        groups = max(PARTS, *(c.blocks for c in contributions)) if check else 0
+        groups = max(PARTS, *(update.adapter.blocks for update in updates)) if check else 0
         self._checked = self._samples(min(groups, self.rows)) if groups else {}
-        self._shared = [_Shared(c, self.sums, self.count) for c in contributions]
+        self._shared = [_Shared(update, device, self.sums, self.count) for update in updates]
         self._lock = threading.Lock()
         self.worst = 0.0
         self.changed = False
@@ -368,7 +323,7 @@ class MergedTensor(_Tiles):
 
     @property
     def memory(self) -> int:
-        return sum(contribution.memory for contribution in self.contributions)
+        return sum(update.nbytes for update in self.updates)
 
     @property
     def account(self) -> Account:
@@ -388,26 +343,26 @@ class MergedTensor(_Tiles):
     def produce(self, tile: int) -> memoryview:
         start, stop = self.span(tile)
         stored = self.read(start, stop)
-        updates = [s.get() for s in self._shared if s.contribution.within(start, stop)]
+        shared = [one for one in self._shared if one.meet(start, stop)]
         checked = self._checked.get(tile, ())
         try:
             before = [stored[sample].to(self.checks, copy=True) for sample in checked]
             unchanged = None if self.changed else stored.clone()
-            sums = self._sum(stored, start, stop, updates)
+            sums = self._sum(stored, start, stop, shared)
             written = self.round(sums, lambda: self.read(start, stop))
             if unchanged is not None and not torch.equal(
                 unchanged.to(self.written), written.tensor
             ):
                 self.changed = True
             for sample, rows_before in zip(checked, before, strict=True):
-                self._check_rows(rows_before, written.tensor[sample], start + sample.start, updates)
+                self._check_rows(rows_before, written.tensor[sample], start + sample.start)
         finally:
-            for shared in self._shared:
-                shared.release()
+            for one in self._shared:
+                one.release()
         return written.data
 
     def _sum(
-        self, stored: torch.Tensor, start: int, stop: int, updates: Sequence[_Update]
+        self, stored: torch.Tensor, start: int, stop: int, shared: Sequence[_Shared]
     ) -> torch.Tensor:
         """Rows `start:stop` of base + updates; in place where the dtype allows it."""
         if self.device.type != "cpu":
@@ -417,10 +372,10 @@ class MergedTensor(_Tiles):
         else:
             sums = _buffers.get("sums", stop - start, self.columns, self.sums).tensor
             sums.copy_(stored)
-        for update in updates:
-            if met := update.contribution.within(start, stop):
-                place, first = met
-                update.stack.add_rows_(sums[place], first, weight=update.contribution.weight)
+        for one in shared:
+            if met := one.meet(start, stop):
+                _, stack = one.get()
+                stack.add_rows_(sums[met[0]], met[1], weight=one.update.weight)
         return sums
 
     def _samples(self, groups: int) -> dict[int, list[slice]]:
@@ -439,55 +394,18 @@ class MergedTensor(_Tiles):
             samples.setdefault(tile, []).append(slice(start, min(start + count, last - first)))
         return samples
 
-    def _check_rows(
-        self,
-        before: torch.Tensor,
-        written: torch.Tensor,
-        start: int,
-        updates: Sequence[_Update],
-    ) -> None:
+    def _check_rows(self, before: torch.Tensor, written: torch.Tensor, start: int) -> None:
         """Compares checked rows (from row `start` of the tensor) with base + delta, in `checks`."""
         stop = start + len(before)
-        updates = [update for update in updates if update.contribution.within(start, stop)]
-        delta = self._rows(rows, start, stop, updates)
-        after, exact = written.to(self.checks), before + delta
-        products = sum(terms(update.delta) for update in updates)
-
-        def worst(magnitude: torch.Tensor) -> float:
-            magnitude += before.abs()
-            bound = tolerance(after, exact, magnitude=magnitude, terms=products, dtype=self.written)
-            return worst_ratio(after, exact, bound)
-
-        # |delta| is at most the magnitude of its products, at hand, and nearly always enough
-        ratio = worst(delta.abs())
-        if ratio > 1:
-            ratio = worst(self._rows(magnitude_rows, start, stop, updates))
-        kept = survival(before, after, delta)
+        addends = [
+            Addend(one.get()[0], *met, one.update.transposed, one.update.weight)
+            for one in self._shared
+            if (met := one.meet(start, stop))
+        ]
+        found = compare(before, written.to(self.checks), addends, dtype=self.written, quick=True)
         with self._lock:
-            self.worst = max(self.worst, ratio)
-            self._kept[start] = kept
-
-    def _rows(
-        self, of: Callable[..., torch.Tensor], start: int, stop: int, updates: Sequence[_Update]
-    ) -> torch.Tensor:
-        """Rows `start:stop` of the sum over updates of `of`: of `rows` or of `magnitude_rows`."""
-        parts = []
-        for update in updates:
-            met = update.contribution.within(start, stop)
-            assert met is not None
-            place, first = met
-            span, turned = (first, first + place.stop - place.start), update.contribution.transposed
-            part = of(update.delta, *span, self.checks, transposed=turned).cpu()
-            weight = update.contribution.weight
-            if weight != 1:
-                part.mul_(weight if of is rows else abs(weight))
-            parts.append((place, part))
-        if len(parts) == 1 and len(parts[0][1]) == stop - start:
-            return parts[0][1]
-        total = torch.zeros(stop - start, self.columns, dtype=self.checks)
-        for place, part in parts:
-            total[place] += part
-        return total
+            self.worst = max(self.worst, found.worst)
+            self._kept[start] = found.survival
 
 
 def _name(dtype: torch.dtype) -> str:

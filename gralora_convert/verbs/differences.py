@@ -10,7 +10,7 @@ import torch
 
 from gralora_convert.base import Architecture, near_misses, read_parameter
 from gralora_convert.delta import Dense, half_ulp, is_finite
-from gralora_convert.disk import FLOATING, Checkpoint, Origin, TensorSpec, same_values, torch_dtype
+from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, same_values, torch_dtype
 from gralora_convert.errors import InvalidAdapterError, MisuseError, UnsupportedError
 
 __all__ = [
@@ -29,7 +29,7 @@ class Module:
     and its (out, in); `transposed`: stored (in, out)."""
 
     name: str
-    parts: tuple[Origin, ...]
+    parts: tuple[Rows, ...]
     shape: tuple[int, int]
     transposed: bool
     before: Tensors = field(repr=False)
@@ -302,7 +302,7 @@ class Names:
         """The linear layers (the output head is none) of which a tensor changed."""
         for name, spec in before.items():
             if name in changed and self.is_whole(name):
-                whole = (Origin(name, 0, spec.shape[0] if spec.shape else 1),)
+                whole = (Rows(name, 0, spec.shape[0] if spec.shape else 1),)
                 module = self._module(self.parameter(name), whole, before, after)
                 if module is not None:
                     yield module
@@ -317,7 +317,7 @@ class Names:
                     self.lost.update(part.tensor for part in parts)
 
     def _module(
-        self, parameter: str, parts: tuple[Origin, ...], before: Tensors, after: Tensors
+        self, parameter: str, parts: tuple[Rows, ...], before: Tensors, after: Tensors
     ) -> Module | None:
         name = parameter.removesuffix(".weight")
         pairs = [(before[part.tensor], after[part.tensor]) for part in parts]
@@ -352,12 +352,12 @@ def _inseparable(name: str, holder: str) -> UnsupportedError:
     )  # fmt: skip
 
 
-def _is_whole(part: Origin, tensors: Tensors) -> bool:
+def _is_whole(part: Rows, tensors: Tensors) -> bool:
     shape = tensors[part.tensor].shape
     return part.order is None and part.count == (shape[0] if shape else 1)
 
 
-def _differs(parts: Sequence[Origin], before: Tensors, after: Tensors) -> bool:
+def _differs(parts: Sequence[Rows], before: Tensors, after: Tensors) -> bool:
     """Whether the rows of one parameter differ; others of the same tensor may."""
     return not torch.equal(
         read_parameter(parts, before).double(), read_parameter(parts, after).double()

@@ -109,8 +109,7 @@ def _base_norms(adapter: Adapter, base: Checkpoint | str | Path) -> dict[str, fl
     assert placement is not None
     squares: dict[str, float] = {}
     for target in placement.targets:
-        for piece in target.pieces:
-            weight = read_torch(piece.source or opened.tensors[piece.tensor])
-            rows = weight[piece.start : piece.start + piece.count].double()
-            squares[target.module] = squares.get(target.module, 0.0) + float(rows.square().sum())
+        for rows, stored in target.parts:
+            weight = read_torch(target.frozen or stored)[rows.start : rows.stop].double()
+            squares[target.module] = squares.get(target.module, 0.0) + float(weight.square().sum())
     return {module: square**0.5 for module, square in squares.items()}

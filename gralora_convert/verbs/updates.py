@@ -159,7 +159,8 @@ class Source:
         """The base's weight (out, in), and whether it is stored the other way round."""
         assert self.base is not None
         target = self._targets[module]
-        weight = read_parameter(target.pieces, self.base.tensors).to(self.device)
+        parts = [(rows, target.frozen or stored) for rows, stored in target.parts]
+        weight = read_parameter(parts, self.base.tensors).to(self.device)
         return weight.T if target.transposed else weight, target.transposed
 
     # biases ---------------------------------------------------------------------------------------
