@@ -28,6 +28,7 @@ def run() -> None:
     """The console script: `main`, without the third of a second in which torch takes itself apart
     when Python ends; everything is written and flushed by then."""
     gc.set_threshold(100_000, 20, 20)  # what is imported stays: looking for cycles finds none
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what it warns of ends in one line here
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own, which would only spin
     open_streams()
     try:

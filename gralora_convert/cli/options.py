@@ -149,7 +149,6 @@ class Run:
                 digests=digests,
                 progress=advance,
                 ranks=ranks,
-                note=lambda sentence: show_notes([sentence]),
             )
         if not is_speaker:
             return 0
