@@ -121,9 +121,9 @@ def meeting(ranks: Ranks, output: Path) -> Iterator["Meeting"]:
         with _lost(output):
             dist.init_process_group(
                 "gloo", store=store, rank=ranks.rank, world_size=ranks.size,
-                timeout=timedelta(seconds=WORK_SECONDS),
+                timeout=timedelta(seconds=JOIN_SECONDS),
             )  # fmt: skip
-        met.group = dist.group.WORLD
+            met.group = dist.new_group(timeout=timedelta(seconds=WORK_SECONDS))
         yield met
     except BaseException as error:
         met.tell(error)
