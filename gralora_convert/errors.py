@@ -158,7 +158,7 @@ class OutOfMemoryError(ConvertError):
         message: str = "there is not enough memory",
         *,
         where: object = "",
-        hint: str = "Nothing was published. Free some, or ask for fewer --jobs.",
+        hint: str = "Nothing was published. Free some, or ask for fewer `jobs`.",
     ) -> None:
         super().__init__(message, where=where, hint=hint)
 

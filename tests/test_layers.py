@@ -1,6 +1,7 @@
 """The five rules of the house: who may import whom, from where, and what each room alone does."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from gralora_convert.cli.terminal import OPTIONS
 
 PACKAGE = Path(__file__).parent.parent / "gralora_convert"
 ORDER = (
@@ -79,6 +82,20 @@ def called(module: str) -> set[str]:
     """The dotted names of everything that is called in a module."""
     nodes = (node for node in ast.walk(source(module)) if isinstance(node, ast.Call))
     return {ast.unparse(node.func) for node in nodes}
+
+
+def texts(module: str) -> Iterator[str]:
+    """The strings of a module's code, without its docstrings."""
+    documents = {
+        id(node.body[0].value)
+        for node in ast.walk(source(module))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(source(module)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in documents:
+                yield node.value
 
 
 # 1. Import only what stands to the left; disk and delta do not know each other --------------------
@@ -220,6 +237,14 @@ def test_the_library_hides_no_failure(module: str) -> None:
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
             assert caught not in {"Exception", "everything"}, "an error of ours would pass unseen"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) != "cli"])
+def test_messages_of_the_library_spell_no_option_of_the_command_line(module: str) -> None:
+    named = {
+        option for text in texts(module) for option in re.findall(r"(?<![\w-])--[a-z-]+", text)
+    }
+    assert not named & set(OPTIONS.values())
 
 
 # 5. Verbs do not import one another; cli computes nothing -----------------------------------------

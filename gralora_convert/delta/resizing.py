@@ -90,12 +90,12 @@ def require_sensible(
     if max_error is None:
         return
     if not is_number(max_error) or not 0 < max_error < 1:
-        raise MisuseError(f"--max-error {max_error!r} is not a number between 0 and 1")
+        raise MisuseError(f"`max_error={max_error!r}` is not a number between 0 and 1")
     if r is not None:
-        raise MisuseError("--max-error chooses the rank and excludes --r", hint="Give one of them.")
+        raise MisuseError("`max_error` chooses the rank and excludes `r`", hint="Give one of them.")
     if to == "hybrid":
         raise MisuseError(
-            "--max-error chooses the rank of a LoRA or GraLoRA, not of a Hybrid", hint="Give --r."
+            "`max_error` chooses the rank of a LoRA or GraLoRA, not of a Hybrid", hint="Give `r`."
         )
 
 
@@ -108,7 +108,7 @@ def blocks_for(to: Kind, k: int | None, hybrid_r: int | None, default: int) -> i
     if to == "lora" and (k is not None or hybrid_r):
         raise MisuseError("a LoRA has neither k nor hybrid_r", hint="Leave them out.")
     if to == "gralora" and hybrid_r:
-        raise MisuseError("a pure GraLoRA has no hybrid_r", hint="Use --to hybrid.")
+        raise MisuseError("a pure GraLoRA has no hybrid_r", hint='Use `to="hybrid"`.')
     return 1 if to == "lora" else k or default
 
 
@@ -153,7 +153,7 @@ def rounded(module: str, delta: Gralora | Lora, dtype: torch.dtype) -> Gralora |
                 raise CheckFailedError(
                     "float16 cannot hold its factors: values up to "
                     f"{float(held.abs().max()):.3g} would lose more than by rounding",
-                    where=module, hint="Give --dtype float32 or bfloat16.",
+                    where=module, hint='Give `dtype="float32"` or `dtype="bfloat16"`.',
                 )  # fmt: skip
         return made
 

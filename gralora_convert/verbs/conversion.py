@@ -141,7 +141,7 @@ def convert(
         raise MisuseError(
             "a DoRA has an update of full rank, which a smaller adapter can only approximate",
             where=opened.path,
-            hint="Give --r with --allow-inexact, or --max-error.",
+            hint="Give `r` with `allow_inexact=True`, or `max_error`.",
         )
     with one_arithmetic_thread():
         shape = _shape(source, to, k, r, hybrid_r, alpha, max_error)
@@ -182,7 +182,7 @@ def _usual_scaling(source: Source) -> float:
 def _general(source: Source, hybrid_r: int | None) -> int:
     if hybrid_r is not None:
         if hybrid_r < 1:
-            raise MisuseError("a Hybrid has hybrid_r of at least 1", hint="Use --to gralora.")
+            raise MisuseError("a Hybrid has hybrid_r of at least 1", hint='Use `to="gralora"`.')
         return hybrid_r
     config = source.adapter.config
     if isinstance(config, GraloraConfig):
@@ -266,7 +266,7 @@ class _Conversion:
             f"r={self.shape.r} cannot hold the update exactly: the relative error would be "
             f"{error:.3g}; exact from r={needed}",
             where=self.adapter.path,
-            hint=f"Give --r {needed} or leave it out, or accept the error with --allow-inexact.",
+            hint=f"Give `r={needed}` or leave it out, or accept the error (`allow_inexact=True`).",
             exact_rank=needed,
             error=error,
         )

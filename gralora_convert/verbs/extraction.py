@@ -139,14 +139,14 @@ def _shape(
 ) -> Shape:
     blocks = blocks_for(to, k, hybrid_r, 2)
     for module in modules:
-        way = f", leave this one out with --exclude {module.name!r}, or take --to lora"
+        way = f", leave this one out with `exclude={module.name!r}`, or take `to='lora'`"
         require_divisible(blocks, module.name, module.shape, way)
     if max_error is not None:
         tails = [spectra(m.delta(how.device), blocks, method=how.svd).cpu() for m in modules]
         r = blocks * smallest_rank(tails, max_error)
     r = DEFAULT_RANK if r is None else r
     if to == "hybrid" and hybrid_r == 0:
-        raise MisuseError("a Hybrid has hybrid_r of at least 1", hint="Use --to gralora.")
+        raise MisuseError("a Hybrid has hybrid_r of at least 1", hint='Use `to="gralora"`.')
     general = (hybrid_r or -(-r // 2)) if to == "hybrid" else 0
     return shape_of(to, blocks, r, general, alpha, 1.0)
 

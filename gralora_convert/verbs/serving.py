@@ -46,8 +46,8 @@ def serving_notes(rank: int, *, extras: bool) -> list[str]:
     notes = []
     if served_rank(rank) is None:
         notes.append(
-            f"rank {rank} is above vLLM's largest, {SERVED_RANKS[-1]}: give --r with "
-            "--allow-inexact, or merge"
+            f"rank {rank} is above vLLM's largest, {SERVED_RANKS[-1]}: give `r` with "
+            "`allow_inexact=True`, or merge"
         )
     if rank > LORAX_RANK:
         notes.append(f"rank {rank} is above what LoRAX's kernels take, {LORAX_RANK}")

@@ -65,7 +65,7 @@ def breaking(plan: Plan, output: Path, after: int, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "record", failing)
         patch.setattr(writing, "FLUSH_BYTES", 1)
-        with pytest.raises(OutputError, match=r"run again with --resume, or delete it"):
+        with pytest.raises(OutputError, match=r"run again with `resume=True`, or delete it"):
             _watched(plan, made).write(output, resume=True, jobs=1)
     return made
 
@@ -338,7 +338,7 @@ def test_a_lost_rank_leaves_nothing_published_and_is_made_up_for(
     out, err = said[1 - lost]
     assert out == ""
     assert "another rank is lost" in err
-    assert "resume" in err
+    assert "--resume" in err
     assert err.count("\n") <= 2
     assert not (tmp_path / "out").exists()
     outcome = run_ok(*arguments, "--resume")  # alone, this time
