@@ -107,7 +107,7 @@ def _alone_findings(adapter: Adapter) -> Iterator[Finding]:
             yield warning(
                 "target-without-tensors", CONFIG_NAME,
                 f"target_modules names {name!r}, of which the file holds no tensors",
-                "Check with --base whether the model has it.",
+                "Check with `base` whether the model has it.",
             )  # fmt: skip
     saved = {is_saved(config, parameter) for parameter in adapter.saved}
     for entry in config.modules_to_save or ():
@@ -131,7 +131,7 @@ def _uneven_layers(adapter: Adapter) -> Iterator[Finding]:
             yield warning(
                 "target-without-tensors", f"{stack}.{index}",
                 f"lacks {', '.join(lacking)}, which other layers have",
-                "Check with --base.",
+                "Check with `base`.",
             )  # fmt: skip
 
 
