@@ -1,4 +1,4 @@
-"""docs/findings.md is the table of finding codes: complete, without rows that nothing emits."""
+"""docs/findings.md, the table of finding codes: complete, without rows that nothing emits."""
 
 import ast
 import re
@@ -10,36 +10,36 @@ import pytest
 from gralora_convert import errors
 from gralora_convert.errors import ConvertError
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "gralora_convert"
+PACKAGE = Path(__file__).parent.parent / "gralora_convert"
+MAKERS = {"error", "warning", "note", "Finding"}
+CODE = re.compile(r"[a-z]+(-[a-z]+)+")
+PAGE = (PACKAGE.parent / "docs" / "findings.md").read_text()
 
 
-class Meaning(NamedTuple):
-    """A row: the severities that a code may have, what it says, and what to do about it."""
-
+class Row(NamedTuple):
     severity: str
     meaning: str
     remedy: str
 
 
-def rows(width: int) -> dict[str, list[str]]:
-    """The rows of the page's tables of so many columns, by their first cell."""
-    lines = (ROOT / "docs/findings.md").read_text().splitlines()
-    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    held = [
-        row
-        for row in cells
-        if len(row) == width and row[0] not in ("---", "status", "kind", "code")
-    ]
-    assert len({row[0] for row in held}) == len(held), "a row stands twice"
-    return {row[0].strip("`"): row[1:] for row in held}
+def rows(head: str) -> dict[str, list[str]]:
+    """The tables of the page with this head, by their first cell, which is in no other row."""
+    found: dict[str, list[str]] = {}
+    for table in re.split(r"\n\n+", PAGE):
+        title, *lines = table.splitlines()
+        if title != f"| {head} |":
+            continue
+        for line in lines[1:]:
+            first, *others = line.strip("| ").split(" | ")
+            assert first.strip("`") not in found, f"two rows of {first}"
+            found[first.strip("`")] = others
+    assert found, head
+    return found
 
 
-CODES = {code: Meaning(*row) for code, row in rows(4).items()}
-EXIT_STATUS = {int(status) for status in rows(2) if status.isdecimal()}
-REFUSALS = {kind for kind in rows(2) if not kind.isdecimal()}
-MAKERS = {"error", "warning", "note", "Finding"}
-CODE = re.compile(r"[a-z]+(-[a-z]+)+")
+CODES = {c: Row(*cells) for c, cells in rows("code | severity | meaning | what to do").items()}
+EXIT_STATUS = {int(status): meaning for status, [meaning] in rows("status | meaning").items()}
+REFUSALS = {kind: meaning for kind, [meaning] in rows("kind | meaning").items()}
 
 
 def calls() -> list[tuple[str, ast.Call]]:
@@ -98,6 +98,13 @@ def test_codes_that_are_computed_have_rows() -> None:
     assert chosen <= CODES.keys()
 
 
+def test_the_page_holds_nothing_but_tables_that_are_read() -> None:
+    read = len(CODES) + len(EXIT_STATUS) + len(REFUSALS)
+    lines = [line for line in PAGE.splitlines() if line.startswith("|")]
+    heads = [line for line in lines if set(line) <= set("|- ")]
+    assert len(lines) == read + 2 * len(heads)
+
+
 def test_every_row_says_something() -> None:
     for code, row in CODES.items():
         assert CODE.fullmatch(code)
@@ -115,4 +122,4 @@ def test_the_statuses_are_those_of_the_command_line() -> None:
     from gralora_convert.cli import terminal as cli
 
     used = {cli.EXIT_NO, cli.EXIT_REFUSED, cli.EXIT_BUG, cli.EXIT_INTERRUPTED}
-    assert EXIT_STATUS == used | {0}
+    assert EXIT_STATUS.keys() == used | {0}

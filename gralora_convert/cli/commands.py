@@ -27,11 +27,11 @@ from gralora_convert.cli.options import (
     trust_option,
     writing_options,
 )
+from gralora_convert.cli.spelling import spelled
 from gralora_convert.cli.terminal import (
     EXIT_NO,
     EXIT_REFUSED,
     Choice,
-    as_options,
     bar,
     quiet_option,
     show,
@@ -168,7 +168,7 @@ def _print_reports(reports: Mapping[str, "Report"], style: str) -> None:
                 if report.findings:
                     titled = len(reports) > 1  # annotations name files within an adapter only
                     lines = [f"::group::{printable(adapter)}"] if titled else []
-                    click.echo("\n".join([*lines, as_options(report.as_annotations())]))
+                    click.echo("\n".join([*lines, spelled(report.as_annotations())]))
                     click.echo("::endgroup::\n" if titled else "", nl=False)
         case _:
             for adapter, report in reports.items():

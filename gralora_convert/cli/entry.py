@@ -109,10 +109,11 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
         line = f"{where}: {message}" if where else message
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         click.echo(error.format_message(), err=True)
-    elif as_json:
-        fields = {"kind": kind, "message": message, "where": where, "hint": hint}
-        with contextlib.suppress(OSError):  # stdout may be what has failed
+        return
+    fields = {"kind": kind, "message": message, "where": where, "hint": hint}
+    # stdout may be what has failed; the command's context, which knows its options, has ended
+    with contextlib.suppress(OSError), click.Context(commands):
+        if as_json:
             show_json({"error": fields})
-    else:
-        with contextlib.suppress(OSError):
+        else:
             show(f"error: {line}", err=True)

@@ -154,7 +154,7 @@ class Run:
             return 0
         try:
             if self.as_json:
-                show_json(receipt)
+                show_json(receipt, as_written=True)
             else:
                 show(summary(receipt, printable(self.output)))
         except KeyboardInterrupt:  # nobody may be reading, so nothing more goes there

@@ -7,17 +7,17 @@ and `TERM=dumb` mean no colours on a terminal either.
 import io
 import os
 import re
-import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
+from gralora_convert.cli.spelling import spelled, spelled_json
 from gralora_convert.disk import dump_json
 from gralora_convert.errors import Finding
 
@@ -37,7 +37,6 @@ SEVERITIES = {"error": "red", "warning": "yellow", "note": "cyan"}
 _FINDING = re.compile(r"(?P<severity>error|warning|note)(?P<code>\[[\w-]+\])?: ")
 _FIELD = re.compile(r"  (?P<name>\S[^ ]*(?: [^ ]+)*)  +|(?P<none> {2,})")
 _QUIET = "gralora_convert.quiet"
-_TOLD = ("message", "hint")  # in a document, the texts of the library
 
 
 def open_streams() -> None:
@@ -53,41 +52,9 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-# The library names parameters of Python in its messages; here they are options.
-OPTIONS = {"weights": "--weight"} | {
-    name: f"--{name.replace('_', '-')}"
-    for name in (
-        "again", "allow_inexact", "alpha", "base", "device", "digests", "dtype", "exclude",
-        "hybrid_r", "include", "jobs", "k", "key_map", "level", "max_error", "merged", "overwrite",
-        "r", "resume", "shard_size", "slack", "svd", "text", "to", "trust_remote_code", "tuned",
-    )
-}  # fmt: skip
-_PARAMETER = re.compile(r"`(?P<name>[a-z_]+)(?:=(?P<value>'[^'`]*'|\"[^\"`]*\"|[\w.+-]+))?`")
-
-
-def as_options(text: str) -> str:
-    """`text` of the library with the parameters that it names as options.
-
-    >>> as_options("Is it `key_map`, or `dtype='float32'` with `resume=True`?")
-    'Is it --key-map, or --dtype float32 with --resume?'
-    """
-
-    def option(found: re.Match[str]) -> str:
-        name, value = found["name"], found["value"]
-        if name not in OPTIONS:
-            return found[0]
-        if value in (None, "True"):
-            return OPTIONS[name]
-        word = value[1:-1] if value[0] in "'\"" else value
-        return f"{OPTIONS[name]} {shlex.quote(word)}"
-
-    return _PARAMETER.sub(option, text)
-
-
 def show(text: str, *, err: bool = False) -> None:
-    """Prints lines; on a terminal in colours, and wrapped at its width."""
-    text = as_options(text)
-    stream = sys.stderr if err else sys.stdout
+    """Prints lines, `spelled`; on a terminal in colours, and wrapped at its width."""
+    text, stream = spelled(text), sys.stderr if err else sys.stdout
     if not _is_terminal(stream):
         click.echo(text, err=err, color=False)
         return
@@ -98,22 +65,9 @@ def show(text: str, *, err: bool = False) -> None:
     click.echo("\n".join(shown), err=err, color=not plain)
 
 
-def show_json(value: object) -> None:
-    """One JSON document on stdout."""
-    click.echo(dump_json(_told(value)))
-
-
-def _told(value: object) -> object:
-    """A document whose messages and hints name options."""
-    match value:
-        case Mapping():
-            return {
-                key: as_options(inner) if key in _TOLD and isinstance(inner, str) else _told(inner)
-                for key, inner in value.items()
-            }
-        case list() | tuple():
-            return [_told(inner) for inner in value]
-    return value
+def show_json(value: object, *, as_written: bool = False) -> None:
+    """One JSON document on stdout, its sentences `spelled` unless it is a file that was written."""
+    click.echo(dump_json(value if as_written else spelled_json(value)))
 
 
 def show_notes(lines: Iterable[str | Finding]) -> None:

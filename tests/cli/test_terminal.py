@@ -15,11 +15,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import click
 import pytest
 
-from gralora_convert.cli.commands import commands
-from gralora_convert.cli.terminal import OPTIONS, as_options
 from tests.command import run, run_ok
 
 ROOT = Path(__file__).parent.parent.parent
@@ -267,30 +264,3 @@ def test_a_second_interrupt_is_no_other_end() -> None:
     )
     assert outcome.returncode == 130
     assert outcome.stderr == "\ninterrupted: the output is what it was before\n"
-
-
-def test_every_option_that_a_message_may_name_exists() -> None:
-    """The library names parameters; what they are called here is what click knows."""
-    known = {
-        parameter.name: parameter.opts
-        for command in commands.commands.values()
-        for parameter in command.params
-        if isinstance(parameter, click.Option)
-    }
-    for name, option in OPTIONS.items():
-        assert option in known[name], name
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("Give `base`.", "Give --base."),
-        ("`weights=[2]`", "`weights=[2]`"),
-        ("insist with `again=True`", "insist with --again"),
-        ("`exclude='a b'`", "--exclude 'a b'"),
-        ("`max_error=0.05`, `config.json`", "--max-error 0.05, `config.json`"),
-        ("`validate` lists all", "`validate` lists all"),
-    ],
-)
-def test_parameters_are_shown_as_options(text: str, shown: str) -> None:
-    assert as_options(text) == shown
