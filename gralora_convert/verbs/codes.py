@@ -184,6 +184,10 @@ SECTIONS: Mapping[str, Mapping[str, Meaning]] = {
                                                "not trained; they are used.", _OTHER_BASE),
         "embedding-size-mismatch": Meaning(E, "Only some of the embeddings were resized.",
                                            "Save input and output embeddings."),
+        "extra-weights": Meaning(f"{E}, {N}", "A weight file beside the adapter's. Error: tensors "
+                                 "that were trained with it and would be left out. Note: a value "
+                                 "head, a whole model, another format.",
+                                 "Put them into the base first, or move the file away."),
     },
     "Receipts": {
         "receipt-mismatch": Meaning(f"{E}, {W}", "What lies here is not what the receipt states: "
