@@ -233,7 +233,7 @@ def extra_weights(adapter: Adapter) -> Iterator[Finding]:
                 _MOVE,
             )  # fmt: skip
             continue
-        count = f"holds {len(tensors)} tensors, first {next(iter(tensors), None)!r}"
+        count = f"holds {len(tensors)} tensor(s), first {next(iter(tensors), None)!r}"
         if any(_is_of(tensor, adapter.modules) for tensor in tensors):
             yield note("extra-weights", name, f"{count}: a whole model, no part of the adapter")
         elif all(_VALUE_HEAD.fullmatch(tensor) for tensor in tensors):
