@@ -29,6 +29,7 @@ __all__ = [
     "beside",
     "extra_weights",
     "lost_steps",
+    "trained_beside",
 ]
 
 Files = Mapping[str, Path]
@@ -55,6 +56,7 @@ _GENERATION = "generation_config.json"
 _STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states)")
 _READ = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 _MOVE = "Put them into the base first, or move the file away to merge the rest without them."
+_LOSSES = ("trained", "unknown")
 _VALUE_HEAD = re.compile(r"(.*\.)?(v_head|value_head)\..*")
 
 
@@ -161,15 +163,18 @@ def _generation(copies: Files) -> tuple[dict[str, object] | None, list[str]]:
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if number in known or (name == "config.json" and not known):
         return None, []
+    edited = None
     if number is None:
-        return None, [f"{name}: eos_token_id is {ends}; is that {token!r}, the tokenizer's?"]
-    if name == "config.json":
-        return None, [
-            f"{name}: eos_token_id is {ends}, the tokenizer ends at {number} ({token}), and no "
+        said = f"eos_token_id is {ends}; is that {token!r}, the tokenizer's?"
+    elif name == "config.json":
+        said = (
+            f"eos_token_id is {ends}, the tokenizer ends at {number} ({token}), and no "
             f"{_GENERATION} says so: give the server that end token"
-        ]
-    said = f"{name}: eos_token_id {number} ({token}), where the tokenizer ends, added to {ends}"
-    return config | {"eos_token_id": [*known, number] if known else number}, [printable(said)]
+        )
+    else:
+        edited = config | {"eos_token_id": [*known, number] if known else number}
+        said = f"eos_token_id {number} ({token}), where the tokenizer ends, added to {ends}"
+    return edited, [printable(f"{name}: {said}")]
 
 
 def _end_token(copies: Files) -> tuple[str | None, int | None]:
@@ -183,7 +188,7 @@ def _end_token(copies: Files) -> tuple[str | None, int | None]:
     number = _object(copies, "added_tokens.json").get(token)
     decoder = config.get("added_tokens_decoder")
     for key, entry in decoder.items() if isinstance(decoder, Mapping) else ():
-        if _content(entry) == token and key.isdecimal():
+        if _content(entry) == token and key.isdecimal() and len(key) < 10:
             number = int(key)
     path = copies.get("tokenizer.json")
     if number is None and path is not None and path.stat().st_size <= MAX_JSON_BYTES:
@@ -217,32 +222,45 @@ def _object(copies: Files, name: str) -> dict[str, object]:
 
 
 def extra_weights(adapter: Adapter) -> Iterator[Finding]:
-    """Weight files beside that of the adapter: trained tensors that no merge and no PEFT takes."""
+    """Weight files beside that of the adapter: an error where a merge would leave out what was
+    trained with it."""
+    for path, (kind, what) in _extra_files(adapter):
+        if kind in _LOSSES:
+            yield error("extra-weights", path.name, what, _MOVE)
+        else:
+            yield note("extra-weights", path.name, what)
+
+
+def trained_beside(adapter: Adapter) -> dict[str, Path]:
+    """The files beside that of the adapter with what was trained with it, by name."""
+    held = _extra_files(adapter)
+    return {path.name: path for path, (kind, _) in held if kind in (*_LOSSES, "value head")}
+
+
+def _extra_files(adapter: Adapter) -> Iterator[tuple[Path, tuple[str, str]]]:
     for path in listing(adapter.path):
         name = path.name
-        if not is_weights(name) or name.startswith((".", "adapter_model")) or _STATE.match(name):
-            continue
-        if path.suffix not in _READ:
-            yield note("extra-weights", name, "is in a format that is not read here; left out")
-            continue
-        try:
-            tensors = read_tensor_file(path).tensors
-        except UnreadableError as problem:
-            yield error(
-                "extra-weights", name, f"{problem.message}: what was trained there is not known",
-                _MOVE,
-            )  # fmt: skip
-            continue
-        count = f"holds {len(tensors)} tensor(s), first {next(iter(tensors), None)!r}"
-        if any(_is_of(tensor, adapter.modules) for tensor in tensors):
-            yield note("extra-weights", name, f"{count}: a whole model, no part of the adapter")
-        elif all(_VALUE_HEAD.fullmatch(tensor) for tensor in tensors):
-            yield note("extra-weights", name, f"{count}: a value head, not used by the model")
-        else:
-            yield error(
-                "extra-weights", name,
-                f"{count}, that were trained with the adapter and are not in its file", _MOVE,
-            )  # fmt: skip
+        if is_weights(name) and not name.startswith((".", "adapter_model")):
+            if not _STATE.match(name):
+                yield path, _extra(path, adapter.modules)
+
+
+def _extra(path: Path, modules: Sequence[str]) -> tuple[str, str]:
+    """What a file of weights is, and what to say about it."""
+    if path.suffix not in _READ:
+        return "foreign", "is in a format that is not read here; left out"
+    try:
+        tensors = read_tensor_file(path).tensors
+    except UnreadableError as problem:
+        return "unknown", f"{problem.message}: what was trained there is not known"
+    if not tensors:
+        return "empty", "holds no tensors"
+    held = f"holds {len(tensors)} tensor(s), first {next(iter(tensors))!r}"
+    if any(_is_of(tensor, modules) for tensor in tensors):
+        return "model", f"{held}: a whole model, no part of the adapter"
+    if all(_VALUE_HEAD.fullmatch(tensor) for tensor in tensors):
+        return "value head", f"{held}: a value head, not used by the model"
+    return "trained", f"{held}, that were trained with the adapter and are not in its file"
 
 
 def _is_of(tensor: str, modules: Sequence[str]) -> bool:
@@ -252,12 +270,11 @@ def _is_of(tensor: str, modules: Sequence[str]) -> bool:
 
 
 def lost_steps(adapter: Adapter, merged: Checkpoint) -> list[str]:
-    """Weights of the adapter's pipeline that a merged model does not have."""
+    """Files of the adapter's pipeline that a merged model does not have: other steps would run."""
     found = sidecars(adapter.path)
     if "modules.json" not in found or not merged.path.is_dir():
         return []
-    beside = merged.sidecars()
-    return [name for name in found if "/" in name and is_weights(name) and name not in beside]
+    return sorted(_matching(found, _PIPELINE).keys() - merged.sidecars().keys())
 
 
 def _matching(files: Files, pattern: re.Pattern[str]) -> dict[str, Path]:

@@ -203,6 +203,15 @@ def test_an_end_token_is_found_in_any_kind_of_vocabulary(
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 3]
 
 
+def test_a_model_without_generation_config_is_told(pair: tuple[Path, Path]) -> None:
+    adapter, base = pair
+    as_5(adapter, trained())
+    (base / "generation_config.json").unlink(missing_ok=True)
+    out, outcome = merged(adapter, base)
+    assert "eos_token_id is 2, the tokenizer ends at 3 (<|im_end|>), and no" in outcome.stderr
+    assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
 def test_an_end_token_of_unknown_number_is_told(pair: tuple[Path, Path]) -> None:
     adapter, base = pair
     as_5(adapter, trained())
@@ -296,10 +305,11 @@ def test_a_pipeline_of_sentence_transformers_is_taken_whole(
     assert any("modules.json" in note and dense in note for note in receipt["notes"])
     arguments = ["verify", tmp_path / "adapter", "--base", base, "--merged", out]
     run_ok(*arguments, "--level", "modules")
-    (out / dense).unlink()
-    refused = run(*arguments, "--level", "weights")
-    assert refused.status == 1
-    assert f"{dense}: of the adapter's pipeline is missing" in refused.stdout
+    for name in (dense, "modules.json"):
+        (out / name).unlink()
+        refused = run(*arguments, "--level", "weights")
+        assert refused.status == 1
+        assert f"{name}: of the adapter's pipeline is missing" in refused.stdout
 
 
 def test_a_pipeline_of_the_base_stays(tmp_path: Path) -> None:
@@ -367,6 +377,19 @@ def test_trained_tensors_beside_the_adapter_stop_the_merge(
     assert f"{name}: [extra-weights] holds {len(tensors)} tensor(s), first '" in refused.stderr
     assert any(tensor in refused.stderr for tensor in tensors)
     assert run("verify", adapter, "--base", base, "--merged", out).status == 2
+
+
+def test_a_conversion_takes_what_was_trained_beside_the_adapter_along(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter, _ = pair
+    write(adapter / "non_lora_trainables.bin", {NORM: torch.ones(16)})
+    write(adapter / "value_head.safetensors", {"v_head.summary.weight": torch.ones(1, 16)})
+    (adapter / "optimizer.pt").write_bytes(b"no tensors")
+    run_ok("convert", adapter, "--to", "lora", "-o", tmp_path / "lora")
+    for name in ("non_lora_trainables.bin", "value_head.safetensors"):
+        assert (tmp_path / "lora" / name).read_bytes() == (adapter / name).read_bytes()
+    assert not (tmp_path / "lora/optimizer.pt").exists()
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -224,7 +224,7 @@ def verify(
     with one_arithmetic_thread():
         rows = tuple(audit.rows())
     rows = _with_base_hint(rows, audit.changed, slack)
-    lost = "of the adapter's pipeline is missing"
+    lost = "of the adapter's pipeline is missing: other steps would run"
     rows += tuple(Row(name, "", WRONG, lost) for name in lost_steps(opened, result))
     notes = (*_base_notes(opened, source), *_receipt_notes(opened, result), *_folder_notes(result))
     comparison = None
