@@ -1,14 +1,22 @@
 """An adapter beside its base: names, orientation, ties, quantisation, edits. No torch."""
 
 from gralora_convert.base.architecture import Architecture, near_misses
-from gralora_convert.base.edits import Setting, different_settings, updated, written_settings
+from gralora_convert.base.edits import (
+    Setting,
+    different_settings,
+    named_labels,
+    updated,
+    written_settings,
+)
 from gralora_convert.base.placement import place
 from gralora_convert.base.quantisation import quantisation
 from gralora_convert.base.recipe import Piece, Placement, Replacement, Target, read_parameter
 from gralora_convert.base.replacements import bias_missing
+from gralora_convert.base.sets import beside, extra_weights, lost_steps, trained_beside
 
 __all__ = [
-    "Architecture", "Piece", "Placement", "Replacement", "Setting", "Target", "bias_missing",
-    "different_settings", "near_misses", "place", "quantisation", "read_parameter", "updated",
+    "Architecture", "Piece", "Placement", "Replacement", "Setting", "Target", "beside",
+    "bias_missing", "different_settings", "extra_weights", "lost_steps", "named_labels",
+    "near_misses", "place", "quantisation", "read_parameter", "trained_beside", "updated",
     "written_settings",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from gralora_convert.base.edits import (
 from gralora_convert.base.quantisation import ADVICE, quantisation
 from gralora_convert.base.recipe import Piece, Placement, Target
 from gralora_convert.base.replacements import Values, stored_shape
+from gralora_convert.base.sets import extra_weights
 from gralora_convert.base.ties import Claims, Settlement, settle
 from gralora_convert.disk import FLOATING, Checkpoint, Origin, TensorSpec, is_zero
 from gralora_convert.errors import Finding, Report, error, note, warning
@@ -56,7 +57,7 @@ def place(
         key_map or {}, trust_remote_code,
     )  # fmt: skip
     placer = _Placer(adapter, architecture)
-    placer.findings += _unused(key_map or {}, adapter)
+    placer.findings += [*_unused(key_map or {}, adapter), *extra_weights(adapter)]
     settlement = placer.place()
     report = Report.of(placer.findings)
     if not report.ok:

@@ -227,6 +227,9 @@ def _nothing_read(finding: "Finding") -> dict[str, str]:
 @click.option(
     "--again", is_flag=True, help="Merge even if the base holds ADAPTER already.  [default: off]"
 )
+@click.option("--labels", metavar="A,B,...",
+              help="Names of a trained classifier's labels, in order.  "
+              "[default: as the configs name them]")  # fmt: skip
 @writing_options
 @key_map_option
 @trust_option
@@ -238,6 +241,7 @@ def merge(
     resume: bool,
     digests: bool | None,
     again: bool,
+    labels: str | None,
     run: Run,
     key_map: Sequence[str],
     trust_remote_code: bool,
@@ -261,6 +265,7 @@ def merge(
         verify=run.verify,
         again=again,
         key_map=parse_key_map(key_map),
+        labels=None if labels is None else labels.split(","),
         trust_remote_code=trust_remote_code,
     )
     ranks = Ranks.from_environment()

@@ -22,6 +22,7 @@ from gralora_convert.adapters import (
     LoraConfig,
     key_of,
 )
+from gralora_convert.base import trained_beside
 from gralora_convert.delta import (
     EXACT,
     Delta,
@@ -245,7 +246,7 @@ class _Conversion:
                     self.shape.kind, adapter.config.base_model_name_or_path, adapter.path
                 ),
             },
-            sidecars=sidecars(adapter.path),
+            sidecars=sidecars(adapter.path) | trained_beside(adapter),
             inputs=(adapter.file, *(() if base is None else base.layout.values())),
             protected=(adapter.path, *(() if base is None else (base.path,))),
             notes=tuple(notes),

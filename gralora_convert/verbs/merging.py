@@ -6,14 +6,13 @@ base's own, or shards of a given size.
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from gralora_convert.adapters import Adapter
-from gralora_convert.base import Placement, Replacement, place, updated
+from gralora_convert.base import Placement, Replacement, beside, named_labels, place, updated
 from gralora_convert.delta import Gralora, Lora, Survival, permute_rows, to_device
 from gralora_convert.disk import (
     FLOATING,
@@ -21,7 +20,6 @@ from gralora_convert.disk import (
     TensorSpec,
     load_json,
     nbytes_of,
-    sidecars,
     written_dtype,
 )
 from gralora_convert.errors import CheckFailedError, MisuseError, is_number
@@ -49,13 +47,6 @@ __all__ = [
 ]
 
 
-# What a trainer may save beside an adapter and what then describes the merged model better.
-_ADAPTER_SIDECARS = re.compile(
-    r"(config|generation_config|(\w+_)?(pre)?processor_config|special_tokens_map|added_tokens"
-    r"|tokenizer\w*|vocab|chat_template)\.json|vocab\.txt|merges\.txt|.*\.(model|tiktoken|jinja)"
-)
-
-
 def merge(
     *adapters: Adapter | str | Path,
     base: Checkpoint | str | Path | None = None,
@@ -66,6 +57,7 @@ def merge(
     verify: bool = True,
     again: bool = False,
     key_map: Mapping[str, str] | None = None,
+    labels: Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """The plan of base + sum of weight * delta; `plan.write(output)` carries it out.
@@ -82,6 +74,8 @@ def merge(
         verify: recompute one row in 64 while it is hot, and refuse to publish what
             differs by more than one rounding.
         again: merge also what the base's receipt says it holds already.
+        labels: the names of a trained classifier's labels, in the order of its outputs; default:
+            those of the config beside the adapter or of the base.
 
     Raises:
         InvalidAdapterError: an adapter has errors or does not fit the base.
@@ -112,7 +106,9 @@ def merge(
         report.require_ok(adapter.path)
         assert placement is not None
         placements.append(placement)
-    return _Merge(opened, factors, target, placements, dtype, device, verify).plan(shard_size)
+    return _Merge(opened, factors, target, placements, dtype, device, verify, labels).plan(
+        shard_size
+    )
 
 
 def _weights(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> list[float]:
@@ -184,6 +180,7 @@ class _Merge:
     dtype: str
     device: str
     verify: bool
+    labels: Sequence[str] | None
 
     def plan(self, shard_size: str) -> Plan:
         merged = self._merged_tensors()
@@ -336,29 +333,17 @@ class _Merge:
         self, files: Sequence[OutputFile]
     ) -> tuple[dict[str, bytes], dict[str, Path], list[str]]:
         """Small files to write, files to copy, and what is worth telling about them."""
-        notes = [note for p in self.placements for note in p.notes]
-        copies = self.base.sidecars()
-        for adapter in self.adapters:
-            same_model = adapter.model_config.get("model_type") == self.base.model_type
-            beside = {
-                name: path
-                for name, path in sidecars(adapter.path).items()
-                if _ADAPTER_SIDECARS.fullmatch(PurePosixPath(name).name)
-                and (name != "config.json" or same_model)
-            }
-            for name, path in beside.items():
-                if name.endswith("config.json"):  # what is no object, transformers does not load
-                    load_json(path, allow_non_finite=True)
-            if beside:
-                notes.append(f"{', '.join(sorted(beside))} taken from {adapter.path}")
-            copies |= beside
-        texts = {CARD_NAME: merged_card(self.base, self.adapters)}
-        if "config.json" in copies:
-            config = load_json(copies["config.json"], allow_non_finite=True)
-            edited = updated(config, self._config_edits(config))
-            if edited != config:
-                del copies["config.json"]
-                texts["config.json"] = (json.dumps(edited, indent=2) + "\n").encode()
+        held = beside(self.base, self.adapters)
+        notes = [*(note for p in self.placements for note in p.notes), *held.notes]
+        copies, texts = held.copies, held.texts | {CARD_NAME: merged_card(self.base, self.adapters)}
+        source = copies.get("config.json")
+        config = load_json(source, allow_non_finite=True) if source is not None else {}
+        edits, said = named_labels(self._config_edits(config), self.labels)
+        edited = updated(config, edits)
+        if source is not None and edited != config:
+            del copies["config.json"]
+            texts["config.json"] = (json.dumps(edited, indent=2) + "\n").encode()
+            notes += said
         if len(files) > 1:
             texts["model.safetensors.index.json"] = index_json(files)
         return texts, copies, notes

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter, is_saved, parse_key, scan_adapter
-from gralora_convert.base import bias_missing, place
+from gralora_convert.base import bias_missing, extra_weights, place
 from gralora_convert.disk import FLOATING, RECEIPT_NAME, Checkpoint, TensorFile, is_folder, look
 from gralora_convert.errors import ConvertError, Finding, Report, error, note, warning
 from gralora_convert.output import adapter_receipt_findings, checkpoint_receipt_findings
@@ -113,6 +113,7 @@ def _alone_findings(adapter: Adapter) -> Iterator[Finding]:
     for entry in config.modules_to_save or ():
         if entry not in saved:
             yield note("modules-to-save-unmatched", entry, "is in modules_to_save, without tensors")
+    yield from extra_weights(adapter)
     yield from _uneven_layers(adapter)
 
 

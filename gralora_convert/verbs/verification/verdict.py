@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter
-from gralora_convert.base import place
+from gralora_convert.base import lost_steps, place
 from gralora_convert.delta import Survival, require_device
 from gralora_convert.disk import Checkpoint
 from gralora_convert.errors import MisuseError, is_number, printable
@@ -224,6 +224,8 @@ def verify(
     with one_arithmetic_thread():
         rows = tuple(audit.rows())
     rows = _with_base_hint(rows, audit.changed, slack)
+    lost = "of the adapter's pipeline is missing: other steps would run"
+    rows += tuple(Row(name, "", WRONG, lost) for name in lost_steps(opened, result))
     notes = (*_base_notes(opened, source), *_receipt_notes(opened, result), *_folder_notes(result))
     comparison = None
     if level == "model":
