@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from gralora_convert.adapters.adapter import Adapter
-from gralora_convert.base.architecture import near_misses
+from gralora_convert.base import near_misses
 from gralora_convert.delta.forms import Gralora
 from gralora_convert.disk.checkpoint import Checkpoint
 from gralora_convert.models import Blueprint, has_absurd_counts

@@ -1,7 +1,8 @@
 """An adapter beside its base: names, orientation, ties, quantisation, edits. No torch."""
 
-from gralora_convert.base.architecture import Architecture, near_misses
+from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import Setting, different_settings, updated, written_settings
+from gralora_convert.base.names import near_misses, spellings
 from gralora_convert.base.placement import place
 from gralora_convert.base.quantisation import quantisation
 from gralora_convert.base.recipe import Piece, Placement, Replacement, Target, read_parameter
@@ -9,6 +10,6 @@ from gralora_convert.base.replacements import bias_missing
 
 __all__ = [
     "Architecture", "Piece", "Placement", "Replacement", "Setting", "Target", "bias_missing",
-    "different_settings", "near_misses", "place", "quantisation", "read_parameter", "updated",
-    "written_settings",
+    "different_settings", "near_misses", "place", "quantisation", "read_parameter", "spellings",
+    "updated", "written_settings",
 ]  # fmt: skip
