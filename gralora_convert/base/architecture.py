@@ -127,4 +127,9 @@ class Architecture(Names):
     def linear_modules(self, *, head: bool = False) -> list[str] | None:
         """Names in memory of all nn.Linear and Conv1D, `head`: with the output embedding; None when
         the model cannot be built."""
-        return None if self.blueprint is None else self.blueprint.linear(head=head)
+        if self.blueprint is None:
+            return None
+        found, inside = self.blueprint.linear(head=head), f"{self.part}."
+        if not self.part or any(self.blueprint.has(module) for module in self.modules):
+            return found
+        return [name.removeprefix(inside) for name in found if name.startswith(inside)]

@@ -41,11 +41,23 @@ AUTO_CLASSES: Mapping[str, str] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A way from names in memory to names on disk, what it does, and the prefix that it changes."""
+
+    rename: Callable[[str], str]
+    note: str
+    strips: str = ""
+    adds: str = ""
+
+
 @dataclass(frozen=True)
 class Names:
     """The names of one base, for an adapter whose `modules` are named as in memory.
 
-    `class_name` is the model class in memory (None: the base's own, or that of the task).
+    `class_name` is the model class in memory (None: the base's own, or that of the task),
+    `class_beside` the one that the config beside the adapter names. `shapes` are (out, in) of the
+    modules, as far as they are known.
     """
 
     base: Checkpoint
@@ -54,6 +66,8 @@ class Names:
     task_type: str | None = None
     key_map: Mapping[str, str] = field(default_factory=dict)
     trust_remote_code: bool = False
+    class_beside: str | None = None
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @cached_property
     def text(self) -> SourceText:
@@ -84,18 +98,67 @@ class Names:
         return name
 
     @cached_property
-    def _prefixing(self) -> tuple[Callable[[str], str], str, str]:
-        """The way from names in memory to names on disk that fits most modules, what it does, and
-        the prefix that it strips ('' when names are the same)."""
-        choices: list[tuple[Callable[[str], str], str, str]] = [(str, "", "")]
-        for prefix in self.text.prefixes:
-            choices.append((_stripper(prefix), f"without the prefix {prefix!r}", prefix))
-            choices.append((_adder(prefix, self.base), f"with the prefix {prefix!r}", ""))
+    def _parts(self) -> tuple[str, ...]:
+        """What the class in memory may be called as a part of the base, by the source text."""
+        return self.text.parts(self.class_name or self.class_beside or "")
 
-        def hits(choice: tuple[Callable[[str], str], str, str]) -> int:
-            return sum(self._on_disk(choice[0], f"{m}.weight") is not None for m in self.modules)
+    @cached_property
+    def _fitting(self) -> tuple["_Way", ...]:
+        """The ways from names in memory to names on disk that fit most modules; names as they are
+        if those fit, or if none does. A class that is known as a part of the base is that part."""
+        ways = [_Way(str, "")]
+        for prefix in dict.fromkeys((*self.text.prefixes, *self._parts)):
+            ways.append(_Way(_stripper(prefix), f"without the prefix {prefix!r}", strips=prefix))
+            ways.append(_Way(_adder(prefix, self.base), f"with the prefix {prefix!r}", adds=prefix))
+        found = {way: self._found(way) for way in ways}
+        decided = [way for way in ways[1:] if way.adds in self._parts and found[way]]
+        best = _most(decided or ways, lambda way: len(found[way]))
+        if ways[0] in best:
+            return (ways[0],)
+        best = _most(best, lambda way: sum(self._is_sized(*pair) for pair in found[way].items()))
+        places = {tuple(found[way].values()): way for way in reversed(best)}
+        return tuple(reversed(places.values()))
 
-        return max(choices, key=hits)  # the first of equals: names as they are
+    def _found(self, way: "_Way") -> Mapping[str, str]:
+        """The modules that one way finds on disk, and their weights there."""
+        names = {m: self._on_disk(way.rename, f"{m}.weight") for m in self.modules}
+        return {module: name for module, name in names.items() if name is not None}
+
+    def _is_sized(self, module: str, weight: str) -> bool:
+        shape = self.base.tensors[weight].shape
+        return self.shapes.get(module) in (shape, shape[::-1])
+
+    @property
+    def _way(self) -> "_Way":
+        return self._fitting[0]
+
+    @cached_property
+    def rivals(self) -> tuple[str, ...]:
+        """The parts of the base that the modules fit equally, if they are several: which of them
+        was trained cannot be told."""
+        if self._by_blueprint or len(self._fitting) == 1:
+            return ()
+        return tuple(way.adds for way in self._fitting)
+
+    @cached_property
+    def part(self) -> str:
+        """The part of the base, of several, that all modules lie in without naming it; '' if the
+        adapter is on the whole."""
+        parts = [
+            part for part in dict.fromkeys((*self.text.prefixes, *self._parts))
+            if any(name.startswith(f"{part}.") for name in self.base.tensors)
+        ]  # fmt: skip
+        found = self._found(self._way).values()
+        if len(parts) < 2 or not found:
+            return ""
+        return next(
+            (
+                part for part in parts
+                if all(name.startswith(f"{part}.") for name in found)
+                and not any(module.startswith(f"{part}.") for module in self.modules)
+            ),
+            "",
+        )  # fmt: skip
 
     def _on_disk(self, rename: Callable[[str], str], parameter: str) -> str | None:
         mapped = self.mapped(parameter)
@@ -121,7 +184,7 @@ class Names:
             assert self.blueprint is not None
             if parameter in self.blueprint.state:
                 return self.blueprint.origins.get(parameter, ())
-        name = self._on_disk(self._prefixing[0], parameter)
+        name = self._on_disk(self._way.rename, parameter)
         if name is None:
             return ()
         shape = self.base.tensors[name].shape
@@ -144,7 +207,7 @@ class Names:
     @property
     def prefix_note(self) -> str:
         """What is done to names, for a note; '' when they are the same."""
-        return "" if self._by_blueprint else self._prefixing[1]
+        return "" if self._by_blueprint else self._way.note
 
     @property
     def lacking_prefix(self) -> str:
@@ -154,7 +217,7 @@ class Names:
             named = any(m.startswith(f"{prefix}.") for m in self.modules)
             stored = any(name.startswith(f"{prefix}.") for name in self.base.tensors)
             return prefix if named and not stored else ""
-        return self._prefixing[2]
+        return self._way.strips
 
     def outer_names(self) -> dict[str, str]:
         """Every tensor of a bare base -> its name beside a head: with the prefix that it lacks.
@@ -214,15 +277,21 @@ class Names:
         on disk are others."""
         if self._by_blueprint:
             return None
-        known = {self._on_disk(self._prefixing[0], f"{m}.weight"): m for m in self.modules}
+        known = {self._on_disk(self._way.rename, f"{m}.weight"): m for m in self.modules}
+        inside = f"{self.part}." if self.part else ""
         return [
-            known.get(f"{name}.weight") or self._in_memory(name) for name in self.disk_modules()
+            known.get(f"{name}.weight") or self._in_memory(name)
+            for name in self.disk_modules()
+            if name.startswith(inside)
         ]
 
     def _in_memory(self, module: str) -> str:
-        """The name in memory of a module on disk: the inverse of the prefix that is changed."""
-        rename = self._prefixing[0]
-        for prefix in self.text.prefixes:
+        """The name in memory of a module on disk: the inverse of what is done to names."""
+        for start, to in self.key_map.items():
+            if module == to or module.startswith(f"{to}."):
+                return start + module.removeprefix(to)
+        rename = self._way.rename
+        for prefix in dict.fromkeys((*self.text.prefixes, *self._parts)):
             for name in (f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
                 if rename(name) == module:
                     return name
@@ -242,6 +311,11 @@ class Names:
     def is_embedding(self, module: str) -> bool:
         """Whether a module is called like an embedding."""
         return _EMBEDDING.fullmatch(module) is not None
+
+
+def _most(ways: Sequence[_Way], count: Callable[[_Way], int]) -> list[_Way]:
+    most = max(map(count, ways))
+    return [way for way in ways if count(way) == most]
 
 
 def _stripper(prefix: str) -> Callable[[str], str]:

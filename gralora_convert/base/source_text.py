@@ -66,6 +66,17 @@ class SourceText:
         found = re.findall(r"^    base_model_prefix = \"(\w+)\"", text, re.MULTILINE)
         return tuple(dict.fromkeys(found))
 
+    def parts(self, class_name: str) -> tuple[str, ...]:
+        """The names that a class of the model goes by where another class holds it: those that it
+        is assigned to, and the prefix that it has for itself."""
+        name = re.escape(class_name)
+        body = re.search(rf"^class {name}\(.*?\n(?=\S|\Z)", self.text, LINES)
+        if body is None:
+            return ()
+        own = re.findall(r"^    base_model_prefix = \"(\w+)\"", body[0], re.MULTILINE)
+        called = rf"^        self\.(\w+)(?:: [^=\n]+)? = {name}(?:\._from_config)?\("
+        return tuple(dict.fromkeys((*re.findall(called, self.text, re.MULTILINE), *own)))
+
     @cached_property
     def is_converted(self) -> bool:
         """Whether names in memory may differ from those on disk by more than a prefix."""

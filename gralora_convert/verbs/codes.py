@@ -207,6 +207,9 @@ SECTIONS: Mapping[str, Mapping[str, Meaning]] = {
                                   "Merge into the original model, then quantise."),
         "module-not-in-base": Meaning(E, "A module is not in the base.",
                                       _OTHER_BASE + " Or rename with `--key-map FROM=TO`."),
+        "part-ambiguous": Meaning(E, "Several parts of the base fit the adapter (the towers of a "
+                                  "CLIP), and it does not name the class that was trained.",
+                                  "Name the part with `--key-map FROM=TO`."),
         "base-shape-mismatch": Meaning(E, "A module has another shape in the base.", _OTHER_BASE),
         "k-not-dividing": Meaning(E, "`gralora_k` does not divide a layer of the base.",
                                   _OTHER_BASE),
