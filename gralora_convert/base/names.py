@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from gralora_convert.base.quantisation import nested
 from gralora_convert.base.source_text import SourceText
 from gralora_convert.disk import FLOATING, Checkpoint, Origin
+from gralora_convert.errors import Finding, error
 
 if TYPE_CHECKING:
     from gralora_convert.models import Blueprint
@@ -111,7 +112,10 @@ class Names:
             ways.append(_Way(_stripper(prefix), f"without the prefix {prefix!r}", strips=prefix))
             ways.append(_Way(_adder(prefix, self.base), f"with the prefix {prefix!r}", adds=prefix))
         found = {way: self._found(way) for way in ways}
-        decided = [way for way in ways[1:] if way.adds in self._parts and found[way]]
+        plain = found[ways[0]]
+        if len(plain) == len(self.modules):
+            return (ways[0],)
+        decided = [way for way in ways if way.adds in self._parts and found[way] != plain]
         best = _most(decided or ways, lambda way: len(found[way]))
         if ways[0] in best:
             return (ways[0],)
@@ -133,12 +137,20 @@ class Names:
         return self._fitting[0]
 
     @cached_property
-    def rivals(self) -> tuple[str, ...]:
-        """The parts of the base that the modules fit equally, if they are several: which of them
-        was trained cannot be told."""
+    def rivals(self) -> Finding | None:
+        """The refusal to choose between parts of the base that the modules fit equally."""
         if self._by_blueprint or len(self._fitting) == 1:
-            return ()
-        return tuple(way.adds for way in self._fitting)
+            return None
+        parts = [way.adds for way in self._fitting]
+        modules = [module for module in self.modules if self.mapped(module) == module]
+        starts = dict.fromkeys(module.partition(".")[0] for module in modules)
+        lines = [" ".join(f"`key_map` {start}={p}.{start}" for start in starts) for p in parts]
+        return error(
+            "part-ambiguous", modules[0],
+            f"is in {len(parts)} parts of the base, {' and '.join(parts)}, and nothing says which "
+            "of them was trained",
+            f"Name it: {', or '.join(lines)}.",
+        )  # fmt: skip
 
     @cached_property
     def part(self) -> str:

@@ -59,8 +59,8 @@ def place(
         str(beside[0]) if isinstance(beside, list) and len(beside) == 1 else None,
         {module: adapter.shape(module) for module in adapter.modules},
     )  # fmt: skip
-    if architecture.rivals:
-        return None, Report.of([_rivals(architecture)])
+    if architecture.rivals is not None:
+        return None, Report.of([architecture.rivals])
     placer = _Placer(adapter, architecture)
     placer.findings += _unused(key_map or {}, adapter)
     settlement = placer.place()
@@ -382,22 +382,6 @@ def _unused(key_map: Mapping[str, str], adapter: Adapter) -> Iterator[Finding]:
                 "key-map-unmatched", name, "is named by --key-map, but begins no module here",
                 near_misses(name, names),
             )  # fmt: skip
-
-
-def _rivals(architecture: Architecture) -> Finding:
-    """The refusal to choose between parts of the base that the adapter fits equally."""
-    modules = [m for m in architecture.modules if architecture.mapped(m) == m]
-    starts = list(dict.fromkeys(module.partition(".")[0] for module in modules))
-    lines = [
-        " ".join(f"`key_map` {start}={part}.{start}" for start in starts)
-        for part in architecture.rivals
-    ]
-    return error(
-        "part-ambiguous", modules[0],
-        f"is in {len(lines)} parts of the base, {' and '.join(architecture.rivals)}, and nothing "
-        "says which of them was trained",
-        f"Name it: {', or '.join(lines)}.",
-    )  # fmt: skip
 
 
 def _stored(transposed: bool) -> str:

@@ -84,7 +84,8 @@ def models(
             maker = _class(name)
             if maker is None:
                 continue
-            model = on_meta(maker, config, trust_remote_code=trust_remote_code)
+            part = _own_config(maker, config)
+            model = on_meta(maker, part, trust_remote_code=trust_remote_code)
         except ForeignError:
             continue
         yield model
@@ -97,6 +98,16 @@ def _class(name: str) -> Any:
     with foreign():
         found = getattr(transformers, name, None)
     return found if isinstance(found, type) else None
+
+
+def _own_config(maker: Any, config: object) -> object:
+    """The config of a class within that of the model that it is a part of (one tower, the text
+    model), where there is just one such; else `config` itself."""
+    wanted = getattr(maker, "config_class", None)
+    if not isinstance(wanted, type) or isinstance(config, wanted):
+        return config
+    inner = [value for value in vars(config).values() if isinstance(value, wanted)]
+    return inner[0] if len(inner) == 1 else config
 
 
 def build_problem(base: Checkpoint, class_name: str) -> str:

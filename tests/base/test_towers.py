@@ -145,8 +145,37 @@ def test_a_stack_of_t5_is_the_half_that_is_named(tmp_path: Path) -> None:
     refused = run(*arguments)
     assert refused.status == 2
     assert "block=encoder.block" in refused.stderr
-    run_ok(*arguments, "--key-map", "block=encoder.block")
+    done = run_ok(*arguments, "--key-map", "block=encoder.block")
+    assert "base-prefix" not in done.stderr
     merged = transformers.T5EncoderModel.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         wanted = adapted.base_model.model(input_ids=ids).last_hidden_state
         assert (merged(input_ids=ids).last_hidden_state - wanted).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_the_text_model_of_a_larger_one_is_found_by_its_class(
+    task: str | None, tmp_path: Path
+) -> None:
+    text = {
+        "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
+              "out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16}  # fmt: skip
+    config = transformers.Qwen3_5Config(
+        text_config=text, vision_config=vision, image_token_id=120, video_token_id=121,
+        vision_start_token_id=122, vision_end_token_id=123, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    model = transformers.Qwen3_5ForCausalLM.from_pretrained(tmp_path / "base").eval()
+    adapted = train(model, ["q_proj", "v_proj"], tmp_path / "adapter", task)
+    run_ok("merge", tmp_path / "adapter", "--base", tmp_path / "base", "-o", tmp_path / "out")
+    merged = transformers.Qwen3_5ForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        wanted = adapted.base_model.model(input_ids=ids).logits
+        assert (merged(input_ids=ids).logits - wanted).abs().max() <= 1e-5
