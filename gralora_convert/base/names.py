@@ -115,7 +115,7 @@ class Names:
         plain = found[ways[0]]
         if len(plain) == len(self.modules):
             return (ways[0],)
-        decided = [way for way in ways if way.adds in self._parts and found[way] != plain]
+        decided = [way for way in ways if way.adds in self._parts and found[way] not in ({}, plain)]
         best = _most(decided or ways, lambda way: len(found[way]))
         if ways[0] in best:
             return (ways[0],)
