@@ -1,6 +1,6 @@
 """An adapter beside its base: names, orientation, ties, quantisation, edits. No torch."""
 
-from gralora_convert.base.architecture import Architecture, near_misses
+from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import (
     Setting,
     different_settings,
@@ -8,6 +8,7 @@ from gralora_convert.base.edits import (
     updated,
     written_settings,
 )
+from gralora_convert.base.names import near_misses, spellings
 from gralora_convert.base.placement import place
 from gralora_convert.base.quantisation import quantisation
 from gralora_convert.base.recipe import Piece, Placement, Replacement, Target, read_parameter
@@ -17,6 +18,6 @@ from gralora_convert.base.sets import beside, extra_weights, lost_steps, trained
 __all__ = [
     "Architecture", "Piece", "Placement", "Replacement", "Setting", "Target", "beside",
     "bias_missing", "different_settings", "extra_weights", "lost_steps", "named_labels",
-    "near_misses", "place", "quantisation", "read_parameter", "trained_beside", "updated",
+    "near_misses", "place", "quantisation", "read_parameter", "spellings", "trained_beside", "updated",
     "written_settings",
 ]  # fmt: skip

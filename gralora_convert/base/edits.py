@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gralora_convert.base.architecture import AUTO_CLASSES, Architecture
+from gralora_convert.base.architecture import Architecture
+from gralora_convert.base.names import AUTO_CLASSES
 from gralora_convert.disk import Checkpoint
 from gralora_convert.errors import MisuseError, printable
 

@@ -1,13 +1,13 @@
 """One pass over a merged checkpoint: every tensor against what base and adapter say it must be."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from gralora_convert.adapters import Adapter
-from gralora_convert.base import Piece, Placement, Replacement, Target
+from gralora_convert.base import Piece, Placement, Replacement, Target, spellings
 from gralora_convert.delta import Delta, Survival, permute_rows, to_device
 from gralora_convert.disk import FLOATING, Checkpoint, TensorSpec, read_torch, torch_dtype
 from gralora_convert.verbs.verification.comparison import (
@@ -235,26 +235,17 @@ def _names_in(merged: Checkpoint, placement: Placement, base: Checkpoint) -> Map
     wanted += [r.output for r in placement.replacements]
     names = {}
     for name in dict.fromkeys(wanted):
-        candidates = _spellings(name, placement.architecture.prefixes)
+        candidates = spellings(name, placement.architecture.text.prefixes)
         found = next((c for c in candidates if c in merged.tensors), None)
         if found is not None:
             names[name] = found
     return names
 
 
-def _spellings(name: str, prefixes: Iterable[str]) -> list[str]:
-    candidates = [name]
-    for prefix in prefixes:
-        candidates += [f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
-    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
-        candidates += [c.removesuffix(old) + new for c in candidates if c.endswith(old)]
-    return candidates
-
-
 def _old_head(placement: Placement, base: Checkpoint) -> frozenset[str]:
     """The base's head, outside its bare model, where the trained function does not use it: the
     adapter brings another head, or was trained on the bare model. transformers leaves it out."""
-    for prefix in placement.architecture.prefixes:
+    for prefix in placement.architecture.text.prefixes:
         inside = f"{prefix}."
         outside = frozenset(name for name in base.tensors if not name.startswith(inside))
         other = any(
