@@ -18,6 +18,6 @@ from gralora_convert.base.sets import beside, extra_weights, lost_steps, trained
 __all__ = [
     "Architecture", "Piece", "Placement", "Replacement", "Setting", "Target", "beside",
     "bias_missing", "different_settings", "extra_weights", "lost_steps", "named_labels",
-    "near_misses", "place", "quantisation", "read_parameter", "spellings", "trained_beside", "updated",
-    "written_settings",
+    "near_misses", "place", "quantisation", "read_parameter", "spellings", "trained_beside",
+    "updated", "written_settings",
 ]  # fmt: skip

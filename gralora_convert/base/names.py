@@ -144,7 +144,7 @@ class Names:
         parts = [way.adds for way in self._fitting]
         modules = [module for module in self.modules if self.mapped(module) == module]
         starts = dict.fromkeys(module.partition(".")[0] for module in modules)
-        lines = [" ".join(f"`key_map` {start}={p}.{start}" for start in starts) for p in parts]
+        lines = [f"`key_map={ {start: f'{p}.{start}' for start in starts} }`" for p in parts]
         return error(
             "part-ambiguous", modules[0],
             f"is in {len(parts)} parts of the base, {' and '.join(parts)}, and nothing says which "

@@ -80,7 +80,7 @@ def _interrupt(*_: object) -> None:
 def _tell_interrupted(interrupt: BaseException) -> None:
     """Says so, whatever comes meanwhile: `timeout` and launchers send their signal twice."""
     before = [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), click.Context(commands):
         show("interrupted: the output is what it was before", err=True)
         for note in getattr(interrupt, "__notes__", ()):
             show(note, err=True)

@@ -164,7 +164,7 @@ class Differences:
             elif not holder:
                 raise UnsupportedError(
                     "differs, and is a parameter of the model itself, which no adapter can hold",
-                    where=name, hint="Leave it out with `exclude` ''.",
+                    where=name, hint="Leave it out with `exclude=['']`.",
                 )  # fmt: skip
             elif name.endswith(".bias") and not self._is_norm(name, after):
                 self._has_biases = True
@@ -211,11 +211,11 @@ class Differences:
             raise UnsupportedError(
                 f"has parameters of its own that differ{more and f' ({more[5:]} have, too)'}: it "
                 "would be saved whole, and no linear layer that differs is left", where=found[0],
-                hint=f"Leave its own out with `exclude` {found[0]!r}.",
+                hint=f"Leave its own out with `exclude={found[:1]}`.",
             )  # fmt: skip
         self.notes.append(
             f"{found[0]}{more}: saved whole, {len(within)} linear layers with it, for parameters "
-            f"of its own that differ; `exclude` {found[0]!r} leaves its own out"
+            f"of its own that differ; `exclude={found[:1]}` leaves its own out"
         )
 
     @staticmethod
@@ -310,7 +310,7 @@ def _inseparable(name: str, holder: str) -> UnsupportedError:
     return UnsupportedError(
         "differs, and is loaded as a part of what no adapter can hold (a stack of experts, or "
         "layers joined into one)",
-        where=name, hint=f"Leave it out with `exclude` {holder!r}.",
+        where=name, hint=f"Leave it out with `exclude={[holder]}`.",
     )  # fmt: skip
 
 
@@ -336,10 +336,10 @@ def _unmatched(
         close = near_misses(pattern.strip("*"), sorted(modules))
         if pattern in include:
             raise MisuseError(
-                f"`include` {pattern!r} matches no module", where=after.path,
+                f"`include={[pattern]}` matches no module", where=after.path,
                 hint=f"A pattern matches whole names, such as '*.q_proj'. {close}".strip(),
             )  # fmt: skip
-        yield f"`exclude` {pattern!r} matches no module. {close}".strip()
+        yield f"`exclude={[pattern]}` matches no module. {close}".strip()
 
 
 def _same(one: TensorSpec, other: TensorSpec) -> bool:
