@@ -6,8 +6,8 @@
 # A folder that PEFT saved an adapter into, and then the model that this adapter was merged into,
 # holds both `model.safetensors` (merged) and `adapter_config.json`. `from_pretrained` of that
 # folder takes the merged weights, ignores the `base_model_name_or_path` that the adapter names
-# (without weights in the folder it would load that base), and puts the adapter on top of them: W
-# + 2 dW. There is no warning.
+# (without weights in the folder it would load that base), and puts the adapter on top of them:
+# W + 2 dW. There is no warning.
 #
 # Expected: the base that the adapter names with the adapter on it, or the merged weights alone.
 #
