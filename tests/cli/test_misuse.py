@@ -74,7 +74,7 @@ def test_a_wrong_value_is_refused_by_name(call: Call, name: str, value: object, 
 
 
 def test_several_options_that_exclude_one_another() -> None:
-    with pytest.raises(gc.ConvertError, match="excludes --r"):
+    with pytest.raises(gc.ConvertError, match="excludes `r`"):
         convert(max_error=0.1, r=4)
     with pytest.raises(gc.ConvertError, match="not of a Hybrid"):
         convert(max_error=0.1, to="hybrid")
