@@ -51,7 +51,7 @@ LONG = "x" * 5000
                               ("r", 2.0), ("r", "2"), ("hybrid_r", -1), ("hybrid_r", "2"),
                               ("alpha", math.nan), ("alpha", math.inf), ("alpha", "8"),
                               ("alpha", 10**400))),
-        *((call, "max_error", value, "max-error") for call in (convert, extract)
+        *((call, "max_error", value, "max_error") for call in (convert, extract)
           for value in (0, 1, -0.5, math.nan, "0.5")),
         *((merge, "shard_size", value, "shard-size") for value in (5, None, "5", "-5GB", "5XB")),
         *((merge, "weights", value, "weight") for value in
