@@ -158,7 +158,7 @@ class OutOfMemoryError(ConvertError):
         message: str = "there is not enough memory",
         *,
         where: object = "",
-        hint: str = "Nothing was published. Free some, or ask for fewer --jobs.",
+        hint: str = "Nothing was published. Free some, or ask for fewer `jobs`.",
     ) -> None:
         super().__init__(message, where=where, hint=hint)
 
@@ -261,7 +261,7 @@ class Report:
         if not self.errors:
             return
         first, others = self.errors[0], len(self.errors) - 1
-        more = f" (and {others} more; `gralora-convert validate` lists all)" if others else ""
+        more = f" (and {others} more; `validate` lists all)" if others else ""
         place = first.where if str(where) in first.where else f"{where}: {first.where}"
         raise InvalidAdapterError(
             f"[{first.code}] {first.message}{more}",

@@ -117,7 +117,7 @@ def test_a_report_with_errors_refuses_with_the_first_and_carries_all() -> None:
     assert caught.value.findings == (ERROR, other, NOTE)
     assert str(caught.value) == (
         "adapter: layers.0.up: [missing-tensor] gralora_B is missing (and 1 more; "
-        "`gralora-convert validate` lists all). Is the file complete?"
+        "`validate` lists all). Is the file complete?"
     )
     Report.of([NOTE, WARNING]).require_ok("adapter")
 

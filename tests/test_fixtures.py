@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gralora_convert.adapters.adapter import Adapter
+from gralora_convert.verbs.validation import validate
 from tests.command import run, run_ok
 from tests.zoo import close, load, outputs
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 MANIFEST: dict[str, Any] = json.loads((FIXTURES / "manifest.json").read_text())
-ADAPTERS = sorted(name for name in MANIFEST if name.startswith("peft-"))
+ADAPTERS = sorted(name for name in MANIFEST if name.startswith(("peft-", "mergekit-")))
 # 0.19 and 0.20 trained these biases and did not save them: the adapters are broken
 LOST = {
     name
@@ -68,6 +70,21 @@ def test_lost_biases_are_refused_with_the_reason(name: str, tmp_path: Path) -> N
         assert "bias-missing" in outcome.stdout + outcome.stderr
         assert "does not save them" in outcome.stdout + outcome.stderr
         assert outcome.stderr.count("\n") == (1 if command[0] == "merge" else 0)
+
+
+def test_what_mergekit_extracts_replaces_norms_embeddings_and_head(tmp_path: Path) -> None:
+    """Its config names neither a bias mode nor a release of PEFT: read with notes alone."""
+    folder = FIXTURES / "mergekit-0.1.5/llama"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert {"bias", "peft_version"}.isdisjoint(config)
+    report = validate(folder, base=FIXTURES / "bases/llama")
+    assert report.ok
+    assert {(f.severity, f.code) for f in report.findings} == {("note", "peft-version-missing")}
+    run_ok("merge", folder, "--base", FIXTURES / "bases/llama", "-o", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    for key, saved in load_file(folder / "adapter_model.safetensors").items():
+        if ".lora_" not in key:
+            assert torch.equal(merged[key.removeprefix("base_model.model.")], saved), key
 
 
 def test_lora_fixtures_are_read_as_lora() -> None:

@@ -15,10 +15,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from gralora_convert.adapters.adapter import Adapter
-from gralora_convert.base.architecture import near_misses
+from gralora_convert.base import near_misses
 from gralora_convert.delta.forms import Gralora
 from gralora_convert.disk.checkpoint import Checkpoint
-from gralora_convert.models.meta import Blueprint, has_absurd_counts
+from gralora_convert.models import Blueprint, has_absurd_counts
 from gralora_convert.verbs.verification.outputs import compare_models
 from tests.base.test_architectures import CAUSAL
 from tests.builders import SHAPES, random_delta, write_adapter, write_base, write_model

@@ -61,9 +61,9 @@ NEEDS_BASE = frozenset(
      f"init_lora_weights=olora{_CHANGED}")
 )  # fmt: skip
 # What to do about the others, by how they begin; most can be merged by PEFT
-_FIRST = "Convert it to a LoRA with --base MODEL first, or merge it with PEFT."
+_FIRST = "Convert it to a LoRA with `base` first, or merge it with PEFT."
 _WAYS_OUT: Mapping[str, str] = {
-    "use_dora": "Merge it with PEFT, or approximate it: convert --base MODEL --max-error 0.05.",
+    "use_dora": "Merge it with PEFT, or approximate it: convert with `base` and `max_error=0.05`.",
     "lora_bias": _FIRST,
     f"init_lora_weights=pissa{_CHANGED}": _FIRST,
     f"init_lora_weights=olora{_CHANGED}": _FIRST,

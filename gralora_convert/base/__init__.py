@@ -1,7 +1,14 @@
 """An adapter beside its base: names, orientation, ties, quantisation, edits. No torch."""
 
-from gralora_convert.base.architecture import Architecture, near_misses
-from gralora_convert.base.edits import Setting, different_settings, updated, written_settings
+from gralora_convert.base.architecture import Architecture
+from gralora_convert.base.edits import (
+    Setting,
+    different_settings,
+    named_labels,
+    updated,
+    written_settings,
+)
+from gralora_convert.base.names import near_misses, spellings
 from gralora_convert.base.placement import place
 from gralora_convert.base.quantisation import quantisation
 from gralora_convert.base.recipe import (
@@ -16,9 +23,11 @@ from gralora_convert.base.recipe import (
     read_parameter,
 )
 from gralora_convert.base.replacements import bias_missing
+from gralora_convert.base.sets import beside, extra_weights, lost_steps, trained_beside
 
 __all__ = [
     "Architecture", "Kept", "Merged", "Patched", "Placement", "Recipe", "Replaced", "Setting",
-    "Target", "bias_missing", "combine", "different_settings", "near_misses", "place",
-    "quantisation", "read_parameter", "updated", "written_settings",
+    "Target", "beside", "bias_missing", "combine", "different_settings", "extra_weights",
+    "lost_steps", "named_labels", "near_misses", "place", "quantisation", "read_parameter",
+    "spellings", "trained_beside", "updated", "written_settings",
 ]  # fmt: skip

@@ -6,15 +6,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gralora_convert.base.architecture import AUTO_CLASSES, Architecture
+from gralora_convert.base.architecture import Architecture
+from gralora_convert.base.names import AUTO_CLASSES
 from gralora_convert.disk import Checkpoint
-from gralora_convert.errors import printable
+from gralora_convert.errors import MisuseError, printable
 
 __all__ = [
     "Setting",
     "different_settings",
     "head_class",
     "head_edits",
+    "named_labels",
     "sizes",
     "tie_edits",
     "updated",
@@ -71,6 +73,37 @@ def _labels(configs: Sequence[Json], rows: int) -> dict[str, object]:
             return {"id2label": dict(names), "label2id": dict(numbers)}
     names = {str(i): f"LABEL_{i}" for i in range(rows)}
     return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+
+
+def named_labels(
+    edits: Json, labels: Sequence[str] | None
+) -> tuple[dict[str, object], tuple[str, ...]]:
+    """`edits` with these names for the labels of a trained head, and a note where nobody names
+    them.
+
+    Raises:
+        MisuseError: there is no such head, or it has another number of labels.
+
+    >>> edits = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
+    >>> named_labels(edits, ["no", "yes"])[0]["label2id"]
+    {'no': 0, 'yes': 1}
+    """
+    known = edits.get("id2label")
+    known = known if isinstance(known, Mapping) else {}
+    if labels is None:
+        unnamed = len(known) > 1 and all(name == f"LABEL_{i}" for i, name in known.items())
+        said = f"config.json: the {len(known)} labels of the trained head are LABEL_0, LABEL_1"
+        more = ", ..." if len(known) > 2 else ""
+        return dict(edits), (f"{said}{more}; `labels` gives them names",) if unnamed else ()
+    if not known:
+        raise MisuseError("`labels` were given, and no adapter has a trained head with labels")
+    if isinstance(labels, str) or len(labels) != len(known) or len(set(labels)) != len(labels):
+        raise MisuseError(
+            f"`labels` are {labels!r}; the trained head needs {len(known)} different names",
+            hint="Name them in the order of the outputs.",
+        )
+    names = {str(i): name for i, name in enumerate(labels)}
+    return {**edits, "id2label": names, "label2id": {n: int(i) for i, n in names.items()}}, ()
 
 
 def updated(config: Mapping[str, object], edits: Mapping[str, object]) -> dict[str, object]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter, rule_of, select
-from gralora_convert.base.architecture import Architecture, near_misses
+from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import (
     head_class,
     head_edits,
@@ -18,9 +18,11 @@ from gralora_convert.base.edits import (
     updated,
     vocabulary_edits,
 )
+from gralora_convert.base.names import near_misses
 from gralora_convert.base.quantisation import ADVICE, quantisation
 from gralora_convert.base.recipe import Placement, Target
 from gralora_convert.base.replacements import Values, stored_shape
+from gralora_convert.base.sets import extra_weights
 from gralora_convert.base.ties import Claims, Settlement, settle
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, is_zero
 from gralora_convert.errors import Finding, Report, error, note, warning
@@ -51,12 +53,17 @@ def place(
             ADVICE,
         )])  # fmt: skip
     name = (adapter.config.auto_mapping or {}).get("base_model_class")
+    beside = adapter.model_config.get("architectures")
     architecture = Architecture(
         base, adapter.modules, name if isinstance(name, str) else None, adapter.config.task_type,
         key_map or {}, trust_remote_code,
+        str(beside[0]) if isinstance(beside, list) and len(beside) == 1 else None,
+        {module: adapter.shape(module) for module in adapter.modules},
     )  # fmt: skip
+    if architecture.rivals is not None:
+        return None, Report.of([architecture.rivals])
     placer = _Placer(adapter, architecture)
-    placer.findings += _unused(key_map or {}, adapter)
+    placer.findings += [*_unused(key_map or {}, adapter), *extra_weights(adapter)]
     settlement = placer.place()
     report = Report.of(placer.findings)
     if not report.ok:
@@ -187,9 +194,7 @@ class _Placer:
             )
             self.targets[parameter] = Target(module, parts, transposed, output is not None, frozen)
 
-    def _find(
-        self, parameter: str, shape: tuple[int, int]
-    ) -> tuple[tuple[Rows, ...], str | None]:
+    def _find(self, parameter: str, shape: tuple[int, int]) -> tuple[tuple[Rows, ...], str | None]:
         """Where a weight lies on disk, and the name of its own tensor in the output when it has
         none there, but shares another's."""
         architecture = self.architecture
@@ -277,7 +282,7 @@ class _Placer:
     def _misfit(
         self, module: str, found: tuple[int, ...], shape: tuple[int, int]
     ) -> Finding | None:
-        if found == shape or (found == shape[::-1] and self.architecture.may_hold_conv1d):
+        if found == shape or (found == shape[::-1] and self.architecture.text.may_hold_conv1d):
             return None
         k = self.adapter.blocks
         if any(size % k for size in found):

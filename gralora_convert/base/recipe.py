@@ -141,7 +141,7 @@ class Recipe:
     @property
     def prefixes(self) -> tuple[str, ...]:
         """Base-model prefixes that names of the output may have or lack."""
-        return tuple(dict.fromkeys(p for one in self.architectures for p in one.prefixes))
+        return tuple(dict.fromkeys(p for one in self.architectures for p in one.text.prefixes))
 
     def final_name(self, name: str) -> str:
         """The name in the output of a tensor that the base has; other names stay."""

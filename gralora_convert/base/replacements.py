@@ -253,7 +253,7 @@ class Values:
 
     def _modules(self) -> set[str]:
         """Names of modules as PEFT sees them: in memory, where they are others than on disk."""
-        blueprint = self.architecture.blueprint if self.architecture.is_converted else None
+        blueprint = self.architecture.blueprint if self.architecture.text.is_converted else None
         names = self.base.tensors if blueprint is None else blueprint.state
         return {name.rpartition(".")[0] for name in names}
 

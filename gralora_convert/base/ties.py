@@ -172,7 +172,7 @@ class _Group:
     def _untie_flag(self) -> bool:
         """Whether the config is told; it is not where its flag means more than these ties."""
         blueprint = self.architecture.blueprint
-        if self.architecture.tie_flag_means_more:
+        if self.architecture.text.tie_flag_means_more:
             return False
         if blueprint is None:
             self.settlement.flags.append(())

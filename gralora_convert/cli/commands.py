@@ -27,6 +27,7 @@ from gralora_convert.cli.options import (
     trust_option,
     writing_options,
 )
+from gralora_convert.cli.spelling import spelled
 from gralora_convert.cli.terminal import (
     EXIT_NO,
     EXIT_REFUSED,
@@ -167,7 +168,7 @@ def _print_reports(reports: Mapping[str, "Report"], style: str) -> None:
                 if report.findings:
                     titled = len(reports) > 1  # annotations name files within an adapter only
                     lines = [f"::group::{printable(adapter)}"] if titled else []
-                    click.echo("\n".join([*lines, report.as_annotations()]))
+                    click.echo("\n".join([*lines, spelled(report.as_annotations())]))
                     click.echo("::endgroup::\n" if titled else "", nl=False)
         case _:
             for adapter, report in reports.items():
@@ -226,6 +227,9 @@ def _nothing_read(finding: "Finding") -> dict[str, str]:
 @click.option(
     "--again", is_flag=True, help="Merge even if the base holds ADAPTER already.  [default: off]"
 )
+@click.option("--labels", metavar="A,B,...",
+              help="Names of a trained classifier's labels, in order.  "
+              "[default: as the configs name them]")  # fmt: skip
 @writing_options
 @key_map_option
 @trust_option
@@ -237,6 +241,7 @@ def merge(
     resume: bool,
     digests: bool | None,
     again: bool,
+    labels: str | None,
     run: Run,
     key_map: Sequence[str],
     trust_remote_code: bool,
@@ -260,6 +265,7 @@ def merge(
         verify=run.verify,
         again=again,
         key_map=parse_key_map(key_map),
+        labels=None if labels is None else labels.split(","),
         trust_remote_code=trust_remote_code,
     )
     ranks = Ranks.from_environment()

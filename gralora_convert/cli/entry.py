@@ -28,6 +28,7 @@ def run() -> None:
     """The console script: `main`, without the third of a second in which torch takes itself apart
     when Python ends; everything is written and flushed by then."""
     gc.set_threshold(100_000, 20, 20)  # what is imported stays: looking for cycles finds none
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what it warns of ends in one line here
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own, which would only spin
     open_streams()
     try:
@@ -79,7 +80,7 @@ def _interrupt(*_: object) -> None:
 def _tell_interrupted(interrupt: BaseException) -> None:
     """Says so, whatever comes meanwhile: `timeout` and launchers send their signal twice."""
     before = [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), click.Context(commands):
         show("interrupted: the output is what it was before", err=True)
         for note in getattr(interrupt, "__notes__", ()):
             show(note, err=True)
@@ -108,10 +109,11 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
         line = f"{where}: {message}" if where else message
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         click.echo(error.format_message(), err=True)
-    elif as_json:
-        fields = {"kind": kind, "message": message, "where": where, "hint": hint}
-        with contextlib.suppress(OSError):  # stdout may be what has failed
+        return
+    fields = {"kind": kind, "message": message, "where": where, "hint": hint}
+    # stdout may be what has failed; the command's context, which knows its options, has ended
+    with contextlib.suppress(OSError), click.Context(commands):
+        if as_json:
             show_json({"error": fields})
-    else:
-        with contextlib.suppress(OSError):
+        else:
             show(f"error: {line}", err=True)

@@ -149,13 +149,12 @@ class Run:
                 digests=digests,
                 progress=advance,
                 ranks=ranks,
-                note=lambda sentence: show_notes([sentence]),
             )
         if not is_speaker:
             return 0
         try:
             if self.as_json:
-                show_json(receipt)
+                show_json(receipt, as_written=True)
             else:
                 show(summary(receipt, printable(self.output)))
         except KeyboardInterrupt:  # nobody may be reading, so nothing more goes there

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gralora_convert.adapters import NAMES, Group
 from gralora_convert.disk import is_cached, is_there
 from gralora_convert.errors import printable
-from gralora_convert.verbs import SERVED_RANKS, served_rank, serving_lines
+from gralora_convert.verbs import SERVED_RANKS, served_rank
 
 if TYPE_CHECKING:
     from gralora_convert.verbs import Inspection
@@ -304,8 +304,23 @@ def adapter_summary(receipt: Mapping[str, object], output: str) -> str:
         if isinstance(value, float):
             lines.append(f"{what} {value:.3g}")
     if kind == "lora":
-        lines += serving_lines(r, output)
+        lines += _serving_lines(r, output)
     return "\n".join(lines)
+
+
+def _serving_lines(rank: int, output: str) -> list[str]:
+    """How servers are told about the LoRA of this rank in the folder `output`."""
+    served = served_rank(rank)
+    vllm = (
+        f"vllm serve MODEL --enable-lora --max-lora-rank {served} --max-loras 1 "
+        f"--lora-modules NAME={output}"
+    )
+    sglang = (
+        f"python -m sglang.launch_server --model-path MODEL --enable-lora --max-lora-rank {rank} "
+        f"--lora-paths NAME={output}"
+    )
+    commands = [sglang] if served is None else [vllm, sglang]
+    return [f"{lead} {c}" for lead, c in zip(("to serve:", "      or:"), commands, strict=False)]
 
 
 def merge_summary(receipt: Mapping[str, object], output: str) -> str:

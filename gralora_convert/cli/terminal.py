@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import click
 
+from gralora_convert.cli.spelling import spelled, spelled_json
 from gralora_convert.disk import dump_json
 from gralora_convert.errors import Finding
 
@@ -52,8 +53,8 @@ def open_streams() -> None:
 
 
 def show(text: str, *, err: bool = False) -> None:
-    """Prints lines; on a terminal in colours, and wrapped at its width."""
-    stream = sys.stderr if err else sys.stdout
+    """Prints lines, `spelled`; on a terminal in colours, and wrapped at its width."""
+    text, stream = spelled(text), sys.stderr if err else sys.stdout
     if not _is_terminal(stream):
         click.echo(text, err=err, color=False)
         return
@@ -64,9 +65,9 @@ def show(text: str, *, err: bool = False) -> None:
     click.echo("\n".join(shown), err=err, color=not plain)
 
 
-def show_json(value: object) -> None:
-    """One JSON document on stdout."""
-    click.echo(dump_json(value))
+def show_json(value: object, *, as_written: bool = False) -> None:
+    """One JSON document on stdout, its sentences `spelled` unless it is a file that was written."""
+    click.echo(dump_json(value if as_written else spelled_json(value)))
 
 
 def show_notes(lines: Iterable[str | Finding]) -> None:

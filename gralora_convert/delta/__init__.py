@@ -41,11 +41,13 @@ from gralora_convert.delta.resizing import (
     Made,
     Shape,
     blocks_for,
+    least_rank,
     loss_json,
     relative,
     require_divisible,
     require_same,
     require_sensible,
+    resize,
     rounded,
     shape_of,
 )
@@ -65,14 +67,16 @@ from gralora_convert.delta.svd import Method, block_norms, energies, squared_nor
 from gralora_convert.delta.variants import Start, dora, start_of, without_start
 
 __all__ = [
-    "EXACT", "Addend", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora", "Loss",
+    "EXACT", "Addend", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora",
+    "Loss",
     "Made", "Method", "Shape", "Stack", "Start", "Survival", "Verdict", "admissible", "block_norms",
-    "blocks_for", "compare", "delta_weight", "dense", "direct_sum", "dora", "energies", "exact_rank",
+    "blocks_for", "compare", "delta_weight", "dense", "direct_sum", "dora", "energies",
+    "exact_rank",
     "explain", "features", "forward_path", "gralora_product", "gralora_to_hybrid",
-    "gralora_to_lora", "half_ulp", "hybrid_to_gralora", "is_finite", "lora_to_gralora",
-    "lora_to_hybrid", "loss_json", "magnitude_rows", "pad", "pad_lora", "permute_rows", "relative",
-    "require_device", "require_divisible", "require_same", "require_sensible", "rounded", "rows",
-    "shape_of", "smallest_rank", "spectra", "squared_norm", "start_of", "survival", "terms",
-    "to_device", "to_gralora", "to_hybrid", "to_lora", "tolerance", "with_scaling", "without_start",
-    "worst_ratio",
+    "gralora_to_lora", "half_ulp", "hybrid_to_gralora", "is_finite", "least_rank",
+    "lora_to_gralora", "lora_to_hybrid", "loss_json", "magnitude_rows", "pad", "pad_lora",
+    "permute_rows", "relative", "require_device", "require_divisible", "require_same",
+    "require_sensible", "resize", "rounded", "rows", "shape_of", "smallest_rank", "spectra",
+    "squared_norm", "start_of", "survival", "terms", "to_device", "to_gralora", "to_hybrid",
+    "to_lora", "tolerance", "with_scaling", "without_start", "worst_ratio",
 ]  # fmt: skip

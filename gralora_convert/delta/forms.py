@@ -200,7 +200,7 @@ def require_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as problem:
         raise MisuseError(
-            f"--device {name!r} cannot be used: torch knows no such device",
+            f"`device={name!r}` cannot be used: torch knows no such device",
             hint="Is it cpu or cuda?",
         ) from problem
     try:
@@ -209,7 +209,7 @@ def require_device(name: str) -> torch.device:
         # torch asserts that it was built for cuda, and imports what other devices need
         reason = str(problem).split(". ")[0].split("\n")[0][:200]
         raise MisuseError(
-            f"--device {name!r} cannot be used: {reason}", hint="Is it cpu or cuda?"
+            f"`device={name!r}` cannot be used: {reason}", hint="Is it cpu or cuda?"
         ) from problem
     return device
 

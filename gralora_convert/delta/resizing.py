@@ -3,21 +3,33 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar, assert_never, get_args
 
 import torch
 
+from gralora_convert.delta.exact import (
+    gralora_to_lora,
+    hybrid_to_gralora,
+    lora_to_hybrid,
+    pad,
+    pad_lora,
+    with_scaling,
+)
+from gralora_convert.delta.fit import Fit, exact_rank, to_gralora, to_hybrid, to_lora
 from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora
 from gralora_convert.delta.forward import forward_path
+from gralora_convert.delta.svd import Method, squared_norm
 from gralora_convert.errors import CheckFailedError, MisuseError, is_number
 
 __all__ = [
     "Kind",
     "Loss",
     "Shape",
+    "least_rank",
     "loss_json",
     "require_same",
     "require_sensible",
+    "resize",
     "rounded",
 ]
 
@@ -90,12 +102,12 @@ def require_sensible(
     if max_error is None:
         return
     if not is_number(max_error) or not 0 < max_error < 1:
-        raise MisuseError(f"--max-error {max_error!r} is not a number between 0 and 1")
+        raise MisuseError(f"`max_error={max_error!r}` is not a number between 0 and 1")
     if r is not None:
-        raise MisuseError("--max-error chooses the rank and excludes --r", hint="Give one of them.")
+        raise MisuseError("`max_error` chooses the rank and excludes `r`", hint="Give one of them.")
     if to == "hybrid":
         raise MisuseError(
-            "--max-error chooses the rank of a LoRA or GraLoRA, not of a Hybrid", hint="Give --r."
+            "`max_error` chooses the rank of a LoRA or GraLoRA, not of a Hybrid", hint="Give `r`."
         )
 
 
@@ -108,7 +120,7 @@ def blocks_for(to: Kind, k: int | None, hybrid_r: int | None, default: int) -> i
     if to == "lora" and (k is not None or hybrid_r):
         raise MisuseError("a LoRA has neither k nor hybrid_r", hint="Leave them out.")
     if to == "gralora" and hybrid_r:
-        raise MisuseError("a pure GraLoRA has no hybrid_r", hint="Use --to hybrid.")
+        raise MisuseError("a pure GraLoRA has no hybrid_r", hint='Use `to="hybrid"`.')
     return 1 if to == "lora" else k or default
 
 
@@ -136,6 +148,112 @@ def require_divisible(k: int, module: str, weight: tuple[int, int], or_else: str
         )
 
 
+def least_rank(delta: Delta, to: Kind, k: int, general: int) -> int:
+    """The smallest exact r of one module for factors of full rank; what a general part of rank
+    `general` cannot hold of the source's goes into the blocks."""
+    if to != "hybrid" or isinstance(delta, Dense):
+        return exact_rank(delta, "gralora" if to == "hybrid" else to, k)
+    side = min(delta.in_features, delta.out_features) // k
+    if isinstance(delta, Lora):
+        return k * max(1, min(delta.r - general, side))
+    more = max(0, delta.hybrid_r - general)
+    return min(exact_rank(delta, "hybrid", k) + k * more, k * side)
+
+
+def resize(
+    delta: Delta,
+    shape: Shape,
+    generator: torch.Generator | None = None,
+    *,
+    method: Method = "auto",
+) -> Fit[Gralora] | Fit[Lora]:
+    """`delta` as `shape`, with what was lost: exact where a rewriting of its factors can be, else
+    the best fit. Factors have the dtype of the delta's, float32 for a dense one. A missing
+    generator is seed 0.
+
+    >>> lora = Lora(torch.ones(1, 4), torch.ones(6, 1), 1.0)
+    >>> resize(lora, Shape("gralora", k=2, r=2, hybrid_r=0, scaling=1.0)).error2
+    0.0
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    match shape.kind:
+        case "lora":
+            return _as_lora(delta, shape, method, generator)
+        case "gralora":
+            return _as_gralora(delta, shape, method, generator)
+        case "hybrid":
+            return _as_hybrid(delta, shape, method, generator)
+        case other:
+            assert_never(other)
+
+
+def _fitted_dtype(delta: Delta) -> torch.dtype:
+    return torch.float32 if isinstance(delta, Dense) else delta.A.dtype
+
+
+def _as_lora(delta: Delta, shape: Shape, method: Method, generator: torch.Generator) -> Fit[Lora]:
+    lora = gralora_to_lora(delta) if isinstance(delta, Gralora) else delta
+    if isinstance(lora, Lora) and lora.r <= shape.r:
+        return _exact(pad_lora(with_scaling(lora, shape.scaling), shape.r))
+    dtype = _fitted_dtype(delta)
+    return to_lora(
+        delta, shape.r, scaling=shape.scaling, dtype=dtype, method=method, generator=generator
+    )
+
+
+def _as_gralora(
+    delta: Delta, shape: Shape, method: Method, generator: torch.Generator
+) -> Fit[Gralora]:
+    if isinstance(delta, Gralora) and delta.k == shape.k:
+        pure = hybrid_to_gralora(delta)
+        if pure.r <= shape.r:
+            return _exact(pad(with_scaling(pure, shape.scaling), shape.r, generator))
+    return to_gralora(
+        delta, shape.k, shape.r, scaling=shape.scaling, dtype=_fitted_dtype(delta),
+        method=method, generator=generator,
+    )  # fmt: skip
+
+
+def _as_hybrid(
+    delta: Delta, shape: Shape, method: Method, generator: torch.Generator
+) -> Fit[Gralora]:
+    """Exact where the general part and the blocks hold all; else alternating fits."""
+    k, r, h = shape.k, shape.r, shape.hybrid_r
+    if isinstance(delta, Lora) and delta.r <= h:
+        general = pad_lora(with_scaling(delta, shape.scaling), h, generator)
+        return _exact(lora_to_hybrid(general, k, r, generator))
+    kept = isinstance(delta, Gralora) and delta.hybrid_r <= h
+    if not isinstance(delta, Dense) and (kept or least_rank(delta, "hybrid", k, h) <= r):
+        general, rest = _divided(delta, h)
+        fit = _as_gralora(rest, replace(shape, kind="gralora"), method, generator)
+        general = pad_lora(with_scaling(general, shape.scaling), h, generator)
+        both = replace(fit.delta, general_A=general.A, general_B=general.B)
+        return Fit(both, fit.error2, squared_norm(delta))
+    return to_hybrid(
+        delta, k, r, h, scaling=shape.scaling, dtype=_fitted_dtype(delta), method=method,
+        generator=generator,
+    )  # fmt: skip
+
+
+def _divided(delta: Gralora | Lora, h: int) -> tuple[Lora, Gralora | Lora]:
+    """The first h terms of the general part (of a LoRA: of all), and the rest for the blocks."""
+    if isinstance(delta, Lora):
+        head = Lora(delta.A[:h], delta.B[:, :h], delta.scaling)
+        return head, Lora(delta.A[h:], delta.B[:, h:], delta.scaling)
+    if delta.general_A is None or delta.general_B is None:
+        a, b = delta.A.new_empty(0, delta.in_features), delta.B.new_empty(delta.out_features, 0)
+        return Lora(a, b, delta.scaling), delta
+    a, b = delta.general_A, delta.general_B
+    rest = (a[h:], b[:, h:]) if h < delta.hybrid_r else (None, None)
+    blocks = Gralora(delta.A, delta.B, delta.scaling, *rest)
+    return Lora(a[:h], b[:, :h], delta.scaling), blocks
+
+
+def _exact(delta: Made) -> Fit[Made]:
+    """A layout that loses nothing, with the norm of its delta for the overall error."""
+    return Fit(delta, 0.0, squared_norm(delta))
+
+
 def rounded(module: str, delta: Gralora | Lora, dtype: torch.dtype) -> Gralora | Lora:
     """The factors in the dtype that is written, on the CPU.
 
@@ -153,7 +271,7 @@ def rounded(module: str, delta: Gralora | Lora, dtype: torch.dtype) -> Gralora |
                 raise CheckFailedError(
                     "float16 cannot hold its factors: values up to "
                     f"{float(held.abs().max()):.3g} would lose more than by rounding",
-                    where=module, hint="Give --dtype float32 or bfloat16.",
+                    where=module, hint='Give `dtype="float32"` or `dtype="bfloat16"`.',
                 )  # fmt: skip
         return made
 

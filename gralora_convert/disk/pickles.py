@@ -66,7 +66,7 @@ def read_pickle(path: Path) -> TensorFile:
             with zipfile.ZipFile(_Bounded(file)) as archive:
                 description, entries = _entries(archive, path)
                 storages = _places(file.fileno(), entries, status.st_size)
-        except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, MemoryError) as error:
+        except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as error:
             raise TensorFileError(f"is a damaged zip archive: {error}", where=path) from error
     tensors = _unpickle(description, path)
     specs = {name: _spec(name, tensor, storages, path) for name, tensor in tensors.items()}

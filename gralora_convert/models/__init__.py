@@ -1,17 +1,16 @@
 """Models in memory: on the meta device, with an adapter attached, run."""
 
 from gralora_convert.models.attachment import attach
-from gralora_convert.models.inputs import Inputs
-from gralora_convert.models.layer import GraloraLinear
-from gralora_convert.models.meta import (
-    Blueprint,
+from gralora_convert.models.building import (
     absurd_count,
     bare_shapes,
     build_problem,
-    first_line,
-    foreign_errors,
     has_absurd_counts,
 )
+from gralora_convert.models.foreign import quiet
+from gralora_convert.models.inputs import Inputs
+from gralora_convert.models.layer import GraloraLinear
+from gralora_convert.models.meta import Blueprint
 from gralora_convert.models.running import (
     CannotRunError,
     Loaded,
@@ -21,14 +20,13 @@ from gralora_convert.models.running import (
     load,
     memory_needed,
     outputs_of,
-    quiet,
     stored_dtype,
     tokenised,
 )
 
 __all__ = [
     "Blueprint", "CannotRunError", "GraloraLinear", "Inputs", "Loaded", "absurd_count", "attach",
-    "available_memory", "bare_shapes", "build_problem", "first_line", "first_that_runs",
-    "foreign_errors", "has_absurd_counts", "holder_of", "load", "memory_needed", "outputs_of",
+    "available_memory", "bare_shapes", "build_problem", "first_that_runs",
+    "has_absurd_counts", "holder_of", "load", "memory_needed", "outputs_of",
     "quiet", "stored_dtype", "tokenised",
 ]  # fmt: skip

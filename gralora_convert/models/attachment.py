@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from gralora_convert.adapters import PREFIX, Adapter, GraloraConfig, LoraConfig
 from gralora_convert.delta import Delta, Gralora, Lora
-from gralora_convert.disk import TensorSpec, read_torch
-from gralora_convert.errors import Finding, MisuseError, Report, error
+from gralora_convert.disk import read_torch
+from gralora_convert.errors import Finding, MisuseError, Report, UnsupportedError, error
 from gralora_convert.models.layer import (
     Branch,
     GraloraLinear,
@@ -28,7 +28,6 @@ from gralora_convert.models.layer import (
 from gralora_convert.output import config_of, folder_of
 
 __all__ = [
-    "AdapterLike",
     "Attachment",
     "attach",
 ]
@@ -36,23 +35,15 @@ __all__ = [
 
 # On a value that an attached adapter brought: the adapter's name.
 _MARK = "_gralora_convert_adapter"
+# After PEFT 0.21.2, tuners/lora: MiCA freezes B, BD-LoRA trains only the blocks, and VeLoRA and
+# MonteCLoRA have a forward or backward pass of their own.
+_TRAINED_OTHERWISE = {
+    "MiCA": ("mica",),
+    "BD-LoRA": ("use_bdlora",),
+    "VeLoRA": ("velora", "velora_config"),
+    "MonteCLoRA": ("monteclora_config",),
+}
 _TRAINED_ON = "Is this the model it was trained on?"
-
-
-class AdapterLike(Protocol):
-    """What `attach` reads of an adapter on disk; `gralora_convert.Adapter` is one."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def config(self) -> GraloraConfig | LoraConfig: ...
-    @property
-    def modules(self) -> tuple[str, ...]: ...
-    @property
-    def biases(self) -> Mapping[str, TensorSpec]: ...
-    @property
-    def saved(self) -> Mapping[str, TensorSpec]: ...
-    def delta(self, module: str) -> Gralora | Lora: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +184,7 @@ class Attachment:
 
 def attach(
     model: nn.Module,
-    adapter: AdapterLike | Mapping[str, Delta] | str | Path,
+    adapter: Adapter | Mapping[str, Delta] | str | Path,
     *,
     name: str = "default",
     dropout: float | None = None,
@@ -221,7 +212,8 @@ def attach(
             a bias or head has no place; carries a finding for each.
         MisuseError: the name is taken or cannot be one, or there is nothing to attach.
         UnreadableError: a folder that is not there.
-        UnsupportedError: a dense delta.
+        UnsupportedError: a dense delta; `trainable` of a LoRA that PEFT trains in another way
+            (MiCA, BD-LoRA, VeLoRA, MonteCLoRA).
 
     >>> model = nn.Sequential(nn.Linear(4, 6))
     >>> delta = Gralora(torch.ones(2, 2, 2), torch.ones(2, 2, 3), scaling=0.5)
@@ -239,6 +231,8 @@ def attach(
     if not isinstance(model, nn.Module):
         raise TypeError(f"{model!r:.99} is not a torch.nn.Module")
     source = _source(Adapter.open(adapter) if isinstance(adapter, str | Path) else adapter)
+    if trainable:
+        _require_trainable(source)
     tree = dict(model.named_modules(remove_duplicate=False))
     rate = source.dropout if dropout is None else dropout
     slots: list[_Slot] = []
@@ -275,10 +269,10 @@ class _Source:
     config: GraloraConfig | LoraConfig | None = None
 
 
-def _source(adapter: AdapterLike | Mapping[str, Delta]) -> _Source:
+def _source(adapter: Adapter | Mapping[str, Delta]) -> _Source:
     if isinstance(adapter, Mapping):
         return _Source("", tuple(adapter), adapter.__getitem__, {}, 0.0)
-    if not hasattr(adapter, "biases"):
+    if not isinstance(adapter, Adapter):
         raise TypeError(f"{adapter!r:.99} is neither an adapter, its folder nor deltas by module")
     specs = {f"{module}.bias": spec for module, spec in adapter.biases.items()}
     values = {path: read_torch(spec) for path, spec in {**specs, **adapter.saved}.items()}
@@ -286,7 +280,23 @@ def _source(adapter: AdapterLike | Mapping[str, Delta]) -> _Source:
     return _Source(str(adapter.path), adapter.modules, adapter.delta, values, rate, config)
 
 
-def _dropout(adapter: AdapterLike) -> float:
+def _require_trainable(source: _Source) -> None:
+    """Raises `UnsupportedError` for LoRAs of which PEFT trains other parameters than A and B, or
+    these by another rule."""
+    if not isinstance(source.config, LoraConfig):
+        return
+    extra, init = source.config.extra, source.config.init_lora_weights
+    for name, marks in _TRAINED_OTHERWISE.items():
+        if init in marks or any(extra.get(mark) not in (None, False) for mark in marks):
+            raise UnsupportedError(
+                f"is a {name}, which PEFT trains in another way than the factors of a LoRA",
+                where=source.where,
+                hint="Attach it without `trainable=True`, train it with PEFT, or convert it to a "
+                "plain LoRA first.",
+            )
+
+
+def _dropout(adapter: Adapter) -> float:
     match adapter.config:
         case GraloraConfig() as config:
             return config.gralora_dropout

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gralora_convert.models.foreign import ForeignError, foreign
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -158,9 +160,9 @@ def _with_placeholders(
         return None
     one = {name: value[:1] for name, value in inputs.items()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), foreign():
             found = features(pixel_values=one["pixel_values"].to(model.device))
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+    except ForeignError:
         return None
     found = getattr(found, "pooler_output", found)
     found = found[0] if isinstance(found, (list, tuple)) else found

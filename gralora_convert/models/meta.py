@@ -9,18 +9,18 @@ values move, every row is followed through the conversion.
 
 import contextlib
 import copy
-import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from gralora_convert.disk import Checkpoint, Rows, config_errors
-from gralora_convert.errors import printable
+from gralora_convert.disk import Checkpoint, Rows
+from gralora_convert.models.building import models
+from gralora_convert.models.foreign import ForeignError, foreign, quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,33 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Blueprint",
     "TieFlag",
-    "absurd_count",
-    "bare_shapes",
-    "build_problem",
-    "first_line",
-    "foreign_errors",
-    "has_absurd_counts",
-    "on_meta",
 ]
-
-
-_COUNTED = re.compile(r"n_layer|num_blocks|depths?|(.*_)?layers|(num|n)_(.*_)?experts")
-_MOST_COUNTED = 1000  # of models without weights, of which the tensors say nothing
-
-
-def foreign_errors() -> tuple[type[Exception], ...]:
-    """What transformers may raise for a folder or config that it cannot read, build or convert:
-    whatever its code stumbles over."""
-    return (
-        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
-        RuntimeError, TypeError, ValueError, *config_errors(),
-    )  # fmt: skip
-
-
-def first_line(error: BaseException) -> str:
-    """What such an error says, on one printable line."""
-    name, line = type(error).__name__, next(iter(str(error).splitlines()), "")
-    return printable(f"{name}: {line}" if isinstance(error, LookupError) else line or name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +62,8 @@ class Blueprint:
         """The first of the classes that has all `modules`, else the one that has most of them;
         None when transformers can build none of them."""
         best: tuple[int, Blueprint] | None = None
-        with _quiet():
-            for model in _models(base, class_names, trust_remote_code):
+        with quiet():
+            for model in models(base, class_names, trust_remote_code):
                 names = {name for name, _ in model.named_modules()}
                 hits = sum(module in names for module in modules)
                 if best is None or hits > best[0]:
@@ -143,8 +117,9 @@ class Blueprint:
     def _output_embedding(self) -> torch.nn.Module | None:
         getter = getattr(self.model, "get_output_embeddings", None)
         try:
-            found = getter() if getter is not None else None
-        except foreign_errors():
+            with foreign():
+                found = getter() if getter is not None else None
+        except ForeignError:
             return None
         return found if isinstance(found, torch.nn.Module) else None
 
@@ -287,8 +262,9 @@ class Blueprint:
             names.append(key)
             position += shape[0]
         try:
-            made = converter.convert(first, model=self.model, config=self.model.config)
-        except foreign_errors():
+            with foreign():
+                made = converter.convert(first, model=self.model, config=self.model.config)
+        except ForeignError:
             return {}
         found = {}
         for name, value in made.items():
@@ -314,10 +290,11 @@ class Blueprint:
     def _reverted(self, parameter: str) -> str | None:
         renamings, _ = self._mapping
         try:
-            reverse = [entry.reverse_transform() for entry in reversed(renamings)]
-            for entry in reverse:
-                parameter, _ = entry.rename_source_key(parameter)
-        except foreign_errors():
+            with foreign():
+                reverse = [entry.reverse_transform() for entry in reversed(renamings)]
+                for entry in reverse:
+                    parameter, _ = entry.rename_source_key(parameter)
+        except ForeignError:
             return None
         return parameter
 
@@ -350,92 +327,6 @@ def _segments(rows: Sequence[int], starts: Sequence[int], names: Sequence[str]) 
         first = stop
 
 
-def has_absurd_counts(base: Checkpoint) -> bool:
-    """Whether its config counts more layers or experts than its tensors could be of."""
-    return absurd_count(base.config, len(base.tensors)) != ""
-
-
-def absurd_count(config: Mapping[str, object], tensors: int) -> str:
-    """The setting that counts more layers or experts than so many tensors could be of, '' if none
-    does: building them would take hours."""
-    most = max(_MOST_COUNTED, tensors)
-    entries: list[tuple[str, object]] = list(config.items())
-    while entries:
-        name, value = entries.pop()
-        if isinstance(value, dict):
-            entries += value.items()
-        elif isinstance(value, list):
-            entries += [(name, item) for item in value]
-        elif isinstance(value, int) and value > most and _COUNTED.fullmatch(name):
-            return name
-    return ""
-
-
-def on_meta(maker: Any, config: object, **options: object) -> torch.nn.Module:
-    """A model of a class, or by an auto class (with its `options`), on the meta device."""
-    with torch.device("meta"):
-        is_class = hasattr(maker, "config_class")
-        model: torch.nn.Module = maker(config) if is_class else maker.from_config(config, **options)
-        return model
-
-
-def _models(
-    base: Checkpoint, class_names: Sequence[str], trust_remote_code: bool
-) -> Iterator[torch.nn.Module]:
-    """The models of those classes that transformers can build, and of its default class."""
-    import transformers
-
-    if has_absurd_counts(base):
-        return
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            base.folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except foreign_errors():
-        return
-    custom = [n for n in getattr(config, "auto_map", None) or {} if n.startswith("AutoModel")]
-    for name in dict.fromkeys([*class_names, *custom, "AutoModel"]):
-        maker = getattr(transformers, name, None)
-        if not isinstance(maker, type):
-            continue
-        try:
-            model = on_meta(maker, config, trust_remote_code=trust_remote_code)
-        except foreign_errors():
-            continue
-        yield model
-
-
-def build_problem(base: Checkpoint, class_name: str) -> str:
-    """Why transformers cannot build a class of its own from a model's config; '' when it can."""
-    import transformers
-
-    maker: Any = getattr(transformers, class_name, None)
-    if not isinstance(maker, type) or class_name.startswith("Auto"):
-        return ""
-    if name := absurd_count(base.config, len(base.tensors)):
-        return f"{name} counts more than its tensors could be of"
-    with _quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(base.folder, local_files_only=True)
-            on_meta(maker, config)
-        except foreign_errors() as error:
-            return first_line(error)
-    return ""
-
-
-def bare_shapes(config: Mapping[str, object]) -> Mapping[str, tuple[int, ...]] | None:
-    """The parameters of the bare model that a config describes, with their shapes; None when
-    transformers cannot build it."""
-    import transformers
-
-    with _quiet():
-        try:
-            model = on_meta(transformers.AutoModel, transformers.AutoConfig.for_model(**config))
-        except foreign_errors():
-            return None
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
 def _config_path(root: "PretrainedConfig", wanted: object) -> tuple[str, ...] | None:
     """The names that lead from a config to one of its sub-configs; () for itself."""
     if root is wanted:
@@ -452,20 +343,7 @@ def _embeddings(module: torch.nn.Module, dot: str) -> Iterator[str]:
     """Names of the weights of a model's input and output embeddings."""
     names = {id(part): name for name, part in module.named_modules()}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(*foreign_errors()):
+        with contextlib.suppress(ForeignError), foreign():
             part = getattr(module, getter)()
             if id(part) in names:
                 yield f"{dot}{names[id(part)]}.weight"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers' remarks about a config off stderr."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

@@ -1,8 +1,7 @@
 """Whole models in memory: loaded from a folder, run once, their outputs."""
 
 import contextlib
-import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from gralora_convert.adapters import Adapter
 from gralora_convert.disk import Checkpoint, torch_dtype
-from gralora_convert.errors import MisuseError
+from gralora_convert.errors import MisuseError, OutOfMemoryError
+from gralora_convert.models.building import on_meta
+from gralora_convert.models.foreign import ForeignError, foreign
 from gralora_convert.models.inputs import Inputs, inputs_for
-from gralora_convert.models.meta import first_line, foreign_errors, on_meta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +33,11 @@ def memory_needed(merged: Checkpoint, dtype: torch.dtype) -> int:
 
 class CannotRunError(Exception):
     """Why a whole model cannot be run; weights and modules still decide."""
+
+    @property
+    def is_for_memory(self) -> bool:
+        """Whether there was no memory for it, which says nothing about the model."""
+        return isinstance(self.__cause__, OutOfMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +79,22 @@ def load(
     cls = getattr(transformers, class_name, None) or transformers.AutoModel
     trust = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
-        config = transformers.AutoConfig.from_pretrained(source.folder, **trust)
-        if trained is not None:
-            vocabulary = config.get_text_config().vocab_size
-            config = transformers.AutoConfig.from_pretrained(trained, **trust)
-            config.get_text_config().vocab_size = vocabulary
-        if labels is not None:
-            config.num_labels = labels
-        require_size(source, cls, config)
-        torch.manual_seed(0)  # a head that the source lacks is drawn at random, then replaced
-        model, info = cls.from_pretrained(
-            source.folder, config=config, dtype=dtype, ignore_mismatched_sizes=True,
-            output_loading_info=True, **trust,
-        )  # fmt: skip
-    except foreign_errors() as error:
-        raise CannotRunError(
-            f"transformers cannot load {source.source}: {first_line(error)}"
-        ) from error
+        with foreign():
+            config = transformers.AutoConfig.from_pretrained(source.folder, **trust)
+            if trained is not None:
+                vocabulary = config.get_text_config().vocab_size
+                config = transformers.AutoConfig.from_pretrained(trained, **trust)
+                config.get_text_config().vocab_size = vocabulary
+            if labels is not None:
+                config.num_labels = labels
+            require_size(source, cls, config)
+            torch.manual_seed(0)  # a head that the source lacks is drawn at random, then replaced
+            model, info = cls.from_pretrained(
+                source.folder, config=config, dtype=dtype, ignore_mismatched_sizes=True,
+                output_loading_info=True, **trust,
+            )  # fmt: skip
+    except (ForeignError, OutOfMemoryError) as error:
+        raise CannotRunError(f"transformers cannot load {source.source}: {error}") from error
     mismatched = {name: (tuple(disk), tuple(live)) for name, disk, live in info["mismatched_keys"]}
     return Loaded(model.to(device).eval(), frozenset(info["missing_keys"]), mismatched)
 
@@ -100,7 +104,7 @@ def require_size(source: Checkpoint, cls: Any, config: object) -> None:
     room for all of them."""
     try:
         model = on_meta(cls, config)
-    except foreign_errors():
+    except ForeignError:
         return  # loading says more
     described = sum(parameter.numel() for parameter in model.parameters())
     held = sum(spec.numel for spec in source.tensors.values())
@@ -120,6 +124,8 @@ def first_that_runs(
         try:
             return inputs, outputs_of(model, inputs)
         except CannotRunError as reason:
+            if reason.is_for_memory:
+                raise
             failed = reason
     raise failed
 
@@ -144,11 +150,10 @@ def holder_of(model: nn.Module, adapter: Adapter) -> nn.Module:
 def outputs_of(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
     with torch.no_grad():
         try:
-            result = model(**{name: _like(value, model) for name, value in inputs.items()})
-        except foreign_errors() as error:
-            raise CannotRunError(
-                f"it does not take {', '.join(inputs)} alone: {first_line(error)}"
-            ) from error
+            with foreign():
+                result = model(**{name: _like(value, model) for name, value in inputs.items()})
+        except (ForeignError, OutOfMemoryError) as error:
+            raise CannotRunError(f"it does not take {', '.join(inputs)} alone: {error}") from error
     values = result.values() if isinstance(result, Mapping) else result
     for name in ("logits", "start_logits", "last_hidden_state"):
         if isinstance(result, Mapping) and isinstance(result.get(name), Tensor):
@@ -173,14 +178,15 @@ def tokenised(merged: Checkpoint, text: str, trust_remote_code: bool) -> Inputs:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            merged.folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except foreign_errors() as error:
+        with foreign():
+            tokenizer = AutoTokenizer.from_pretrained(
+                merged.folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except ForeignError as error:
         raise MisuseError(
-            f"--text needs a tokenizer, and none can be loaded: {first_line(error)}",
+            f"`text` needs a tokenizer, and none can be loaded: {error}",
             where=merged.path,
-            hint="Copy the tokenizer's files there, or leave --text out.",
+            hint="Copy the tokenizer's files there, or leave `text` out.",
         ) from error
     encoded = tokenizer(text, return_tensors="pt")
     inputs: Inputs = {"input_ids": encoded["input_ids"]}
@@ -197,22 +203,3 @@ def available_memory() -> int:
         limit = int((_CONTROL_GROUP / "memory.max").read_text())
         free = min(free, limit - int((_CONTROL_GROUP / "memory.current").read_text()))
     return free
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers' bars and warnings off stderr: what matters is in the comparison."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
-    enabled = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if enabled:
-            logging.enable_progress_bar()
-        if bars is None:
-            os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)

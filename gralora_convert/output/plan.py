@@ -27,7 +27,7 @@ from gralora_convert.output.journal import (
     journal_names,
     read_journals,
 )
-from gralora_convert.output.ranks import Follower, Leader, Ranks
+from gralora_convert.output.ranks import Ranks, meeting
 from gralora_convert.output.staging import Staging
 from gralora_convert.output.workers import default_jobs
 from gralora_convert.output.writing import Computed, OutputFile, copy_file, write_files, write_text
@@ -160,7 +160,6 @@ class Plan:
         digests: bool | None = None,
         progress: Callable[[int], None] | None = None,
         ranks: Ranks | None = None,
-        note: Callable[[str], None] | None = None,
     ) -> dict[str, object]:
         """Makes the output folder, complete or not at all, and returns its receipt.
 
@@ -174,8 +173,7 @@ class Plan:
                 (None: of outputs up to 256 MiB).
             progress: is called with the number of bytes just written, from any worker.
             ranks: which of several processes this is, that call `write` with the same plan; all
-                but rank 0 write their share of the files and return {}.
-            note: is told in a sentence what is waited for, when other ranks do not come soon.
+                but rank 0 write their share of the files and return {} when it has published.
 
         Raises:
             MisuseError: a plan that cannot be resumed or shared.
@@ -190,26 +188,26 @@ class Plan:
         staging = self._staging(output, overwrite, keep=resume or ranks.size > 1)
         plan = self.fingerprint()
         work = _Work(self, plan, ranks, jobs, progress or (lambda count: None))
-        note = note or (lambda sentence: None)
-        if not ranks.is_leader:
-            staging.require_allowed()
-            follower = Follower(staging.output, ranks, plan, note)
-            with follower.join():
-                work.write_tensors(staging.folder, follower.require_leader)
-            return {}
-        leader = Leader(staging.output, ranks, plan, note)
-        left = self._done_bytes(staging.folder, plan) if resume else 0
-        with (
-            leader.heard(),
-            staging.open(self.nbytes - left, work.begun if resume else None) as folder,
-            leader.gather(),
-        ):
-            work.write_tensors(folder, leader.require_others)
-            leader.wait()
-            work.take_over(folder)
-            digested = self.nbytes <= DIGESTED_BYTES if digests is None else digests
-            receipt = self._finish(folder, verify, digested)
-            staging.publish()
+        if ranks.size > 1:
+            staging.require_allowed()  # by each at once, before they wait for one another
+        with meeting(ranks, staging.output) as others:
+            if not ranks.is_leader:
+                others.agree(plan)
+                work.write_tensors(staging.folder, others.require_others)
+                others.wait()
+                others.publish()
+                return {}
+            left = self._done_bytes(staging.folder, plan) if resume else 0
+            begun = work.begun if resume else None
+            with staging.open(self.nbytes - left, begun) as folder:
+                others.agree(plan)
+                work.write_tensors(folder, others.require_others)
+                others.wait()
+                work.take_over(folder)
+                digested = self.nbytes <= DIGESTED_BYTES if digests is None else digests
+                receipt = self._finish(folder, verify, digested)
+                staging.publish()
+            others.publish()
         return receipt
 
     def _require_possible(self, jobs: int, resume: bool, ranks: Ranks) -> None:

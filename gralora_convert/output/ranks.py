@@ -1,29 +1,26 @@
 """The processes of a launcher that carry out one plan together, each on files of its own.
 
-torchrun, srun and mpirun say in the environment who is who; everything else passes through small
-files beside the output, because a file system is all that the processes surely share. Rank 0 makes
-the output's folder, invites the others and publishes; they write into it. Each shows that it lives
-by writing its file anew every second, and who stops doing so is lost.
+torchrun, srun and mpirun start and supervise them; torch.distributed (its store, and gloo, which
+sees a peer that has gone) carries what they say to one another. Rank 0 makes the output's folder
+and publishes it; all write into it, so they need to see one file system.
 """
 
 import contextlib
+import hashlib
 import os
-import re
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gralora_convert.errors import ConvertError, MisuseError, OutputError
-from gralora_convert.output.heartbeat import BUSY_SECONDS, Note, Sign, Wait, Watch, busy, only_one
 
-__all__ = [
-    "Follower",
-    "Leader",
-    "Ranks",
-]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store
 
+__all__ = ["Meeting", "Ranks", "meeting"]
 
 # What launchers set: this process's number, how many there are, and how many on this machine.
 _VARIABLES = (
@@ -33,8 +30,12 @@ _VARIABLES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH and its kin
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
 )
-HEARD_SECONDS = 5.0  # that a refusal of rank 0 stays for the others to read
-_AGAIN = "Run all of them again; with --resume what is done is not done again."
+# What tells one launch from the next, where no address for the processes to meet at is given.
+_LAUNCHES = ("SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
+JOIN_SECONDS = 120.0  # until all are there
+WORK_SECONDS = 3600.0  # that one may write longer than another
+HEARD_SECONDS = 5.0  # that the store of rank 0 outlives its work, for the others to read
+_AGAIN = "Run all of them again; with `resume=True` what is done is not done again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,214 +100,195 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-def _place(output: Path, rank: int) -> Path:
-    return output.with_name(f".{output.name}.rank-{rank}")
+@contextlib.contextmanager
+def meeting(ranks: Ranks, output: Path) -> Iterator["Meeting"]:
+    """All ranks of one launch, met; a failure within is told to the others. One process alone
+    imports and starts nothing for it.
 
-
-class Leader:
-    """Rank 0 among the others: `gather` them, work, `wait` for them.
-
-    `plan` is the fingerprint of what is to be written, which all must agree on; `note` is told
-    what is waited for when that takes long.
+    Raises:
+        OutputError: one did not come, or has failed or gone before the end.
+        MisuseError: the launcher names no place to meet at.
     """
+    if ranks.size == 1:
+        yield Meeting(ranks, output)
+        return
+    import torch.distributed as dist
 
-    def __init__(self, output: Path, ranks: Ranks, plan: str, note: Note) -> None:
-        self._output, self._ranks, self._plan, self._note = output, ranks, plan, note
-        self._token = uuid.uuid4().hex
-        self._others = {rank: Watch(_place(output, rank)) for rank in range(1, ranks.size)}
-        self._has_gathered = False
+    store = _store(ranks, output)
+    met = Meeting(ranks, output, store)
+    try:
+        met.come()
+        with _lost(output):
+            dist.init_process_group(
+                "gloo", store=store, rank=ranks.rank, world_size=ranks.size,
+                timeout=timedelta(seconds=JOIN_SECONDS),
+            )  # fmt: skip
+            met.group = dist.new_group(timeout=timedelta(seconds=WORK_SECONDS))
+        yield met
+    except BaseException as error:
+        met.tell(error)
+        raise
+    finally:
+        met.leave()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
-    @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
-        """A refusal within is told to the others, who would wait for rank 0 in vain."""
+
+def _store(ranks: Ranks, output: Path) -> "Store":
+    """Where the ranks meet: the launcher's address, or a file beside the output."""
+    import torch.distributed as dist
+
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not address or not port:
+        launch = [value for name in _LAUNCHES if (value := os.environ.get(name))]
+        if not launch:
+            raise MisuseError(
+                f"{ranks.size} processes were started, and nothing says where they meet",
+                hint="Set MASTER_ADDR and MASTER_PORT alike for all of them, or use torchrun.",
+            )
+        job = hashlib.sha256(repr([str(output), *launch]).encode()).hexdigest()[:16]
+        folder = next(folder for folder in output.parents if folder.is_dir())
+        return dist.FileStore(str(folder / f".gralora-convert-{job}"), ranks.size)
+    # torchrun serves a store itself (torch 2.13, distributed/rendezvous.py), the same one for all
+    # attempts of a launch; else rank 0 does
+    is_master = ranks.is_leader and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    until = time.monotonic() + JOIN_SECONDS
+    while True:
         try:
-            yield
-        except ConvertError as error:
-            with contextlib.suppress(OutputError):  # then they wait as for one that was killed
-                self._decline(error)
-            raise
+            store = dist.TCPStore(
+                address, int(port), None, is_master, timedelta(seconds=min(JOIN_SECONDS, 2)),
+                wait_for_workers=False,
+            )  # fmt: skip
+        except (RuntimeError, ValueError) as error:
+            if not is_master and isinstance(error, RuntimeError) and time.monotonic() < until:
+                continue  # rank 0 may not have started yet
+            raise OutputError(
+                f"the processes cannot meet at {address}:{port}: {str(error).splitlines()[0]}",
+                where=output, hint="Unset RANK and WORLD_SIZE to run alone.",
+            ) from error  # fmt: skip
+        return dist.PrefixStore(f"gralora-convert/{attempt}", store)
 
-    def _decline(self, error: ConvertError) -> None:
-        theirs = Watch(_place(self._output, 0))
-        of_another_launch = theirs.look() and not theirs.is_lost
-        if self._has_gathered or not self._others or of_another_launch:
-            return
-        if not self._output.parent.is_dir():
-            return
-        sign = Sign(theirs.path, plan=self._plan, refused=str(error))
-        try:
-            time.sleep(HEARD_SECONDS)
-        finally:
-            sign.stop()
-            sign.path.unlink(missing_ok=True)
 
-    @contextlib.contextmanager
-    def gather(self) -> Iterator[None]:
-        """Waits until all others are here; afterwards nothing is left of it.
+@contextlib.contextmanager
+def _lost(output: Path) -> Iterator[None]:
+    """torch.distributed says with a RuntimeError that a peer, or the store, is not there."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OutputError(f"another rank is lost ({reason})", where=output, hint=_AGAIN) from error
+
+
+@dataclass
+class Meeting:
+    """One rank among the others."""
+
+    ranks: Ranks
+    output: Path
+    store: "Store | None" = None
+    group: "ProcessGroup | None" = None
+
+    def come(self) -> None:
+        """Waits until all are there."""
+        self._say("here")
+        until = time.monotonic() + JOIN_SECONDS
+        while absent := self._without("here"):
+            self.require_others()
+            if time.monotonic() > until:
+                raise OutputError(
+                    f"rank {absent[0]} of {self.ranks.size} did not come", where=self.output,
+                    hint="Start all of them, or unset RANK and WORLD_SIZE to run alone.",
+                )  # fmt: skip
+            time.sleep(0.05)
+
+    def agree(self, plan: str) -> None:
+        """Waits until all have come this far, with the same plan.
 
         Raises:
-            OutputError: one does not come, or has refused.
-            MisuseError: one has another plan.
+            MisuseError: one has another.
+            OutputError: one has failed, or is lost.
         """
-        sign = None
-        self._has_gathered = True
-        try:
-            if self._others:
-                sign = Sign(_place(self._output, 0), token=self._token, plan=self._plan)
-                self._invite(sign)
-                sign.say(closed=True)
-            yield
-        finally:
-            if sign is not None:
-                sign.stop()
-            self._clear()
+        if self.store is None:
+            return
+        self._say("plan", plan)
+        self._barrier()
+        for rank in range(self.ranks.size):
+            with _lost(self.output):
+                other = self.store.get(f"plan-{rank}").decode()
+            if other != plan:
+                raise MisuseError(
+                    f"rank {max(rank, self.ranks.rank)} would write something else than rank "
+                    f"{min(rank, self.ranks.rank)}",
+                    where=self.output,
+                    hint="Give all processes the same arguments, inputs and version of the tool.",
+                )
 
-    def _clear(self) -> None:
-        """Removes the signs of all ranks, also of those that are dead."""
-        start = re.escape(_place(self._output, 0).name.removesuffix("0"))
-        ours = re.compile(rf"{start}\d+(\.\d+|\.lock)?", re.DOTALL)
-        with contextlib.suppress(OSError):  # they are small, and the next run removes them
-            for path in self._output.parent.iterdir():
-                if ours.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
-                    path.unlink(missing_ok=True)
+    def _barrier(self) -> None:
+        import torch.distributed as dist
 
-    def _invite(self, sign: Sign) -> None:
-        wait = Wait(self._output, self._note)
-        invited: dict[str, object] = {}
-        while True:
-            said = {rank: watch.look() for rank, watch in self._others.items()}
-            nonces = {str(rank): fields.get("nonce") for rank, fields in said.items()}
-            if nonces != invited:
-                invited = nonces
-                sign.say(nonces=nonces)
-            absent = [rank for rank, fields in said.items() if fields.get("token") != self._token]
-            if not absent:
-                return self._require_agreement(said)
-            for rank in absent:
-                if self._others[rank].has_died:
-                    raise self._lost(rank)
-            wait.a_moment(f"rank {absent[0]} of {self._ranks.size}")
-
-    def _require_agreement(self, said: Mapping[int, Mapping[str, object]]) -> None:
-        for rank, fields in said.items():
-            if fields.get("plan") != self._plan:
-                raise _disagreement(rank, self._output)
-            self._others[rank].follow(self._token)
+        with _lost(self.output):
+            waited = dist.barrier(self.group, async_op=True)
+            while waited is not None and not waited.is_completed():
+                self.require_others()
+                time.sleep(0.02)
+            if waited is not None:
+                waited.wait()
 
     def wait(self) -> None:
-        """Waits until all others have written their files.
+        """Waits until all have written their files.
 
         Raises:
             OutputError: one has failed, or is lost.
         """
-        while not self.require_others():
-            time.sleep(0.05)
+        if self.store is not None:
+            self._barrier()
 
-    def require_others(self) -> bool:
-        """Whether all others have written their files.
+    def require_others(self) -> None:
+        """Raises `OutputError` when another has failed; cheap, to be asked now and then."""
+        if self.store is None:
+            return
+        with _lost(self.output):
+            failed = self.store.get("failed").decode() if self.store.check(["failed"]) else ""
+        if failed:
+            raise OutputError(failed, where=self.output, hint=_AGAIN)
 
-        Raises:
-            OutputError: one has failed, or is lost.
-        """
-        return all([self._is_done(rank, watch) for rank, watch in self._others.items()])
+    def publish(self) -> None:
+        """Rank 0 says that the output is complete; the others wait until it does."""
+        if self.store is None:
+            return
+        if self.ranks.is_leader:
+            self._say("published")
+            return
+        with _lost(self.output):
+            while not self.store.check(["published-0"]):
+                self.require_others()
+                time.sleep(0.05)
 
-    def _is_done(self, rank: int, watch: Watch) -> bool:
-        said = watch.look()
-        if said.get("state") == "done":
-            return True
-        if said.get("state") == "failed":
-            raise OutputError(f"rank {rank} failed: {said.get('message')}", where=self._output)
-        if watch.is_lost:
-            raise self._lost(rank)
-        return False
+    def tell(self, error: BaseException) -> None:
+        """Tells the others why they will wait in vain, unless one of them was first."""
+        assert self.store is not None
+        known = str(error) if isinstance(error, ConvertError) else "it was interrupted"
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it who would read it
+            if not self.store.check(["failed"]):
+                self.store.set("failed", f"rank {self.ranks.rank} failed: {known}")
 
-    def _lost(self, rank: int) -> OutputError:
-        return OutputError(
-            f"rank {rank} of {self._ranks.size} is lost", where=self._output, hint=_AGAIN
-        )
+    def leave(self) -> None:
+        """Goes; rank 0, whose store the others read, when they have, or soon after."""
+        assert self.store is not None
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"gone-{self.ranks.rank}", "")
+            until = time.monotonic() + HEARD_SECONDS
+            while self.ranks.is_leader and self._without("gone") and time.monotonic() < until:
+                time.sleep(0.02)
 
+    def _say(self, what: str, value: str = "") -> None:
+        assert self.store is not None
+        with _lost(self.output):
+            self.store.set(f"{what}-{self.ranks.rank}", value)
 
-def _disagreement(rank: int, output: Path) -> MisuseError:
-    """What is said when two processes do not write the same thing."""
-    return MisuseError(
-        f"rank {rank} would write something else than rank 0",
-        where=output,
-        hint="Give all processes the same arguments, inputs and version of the tool.",
-    )
-
-
-class Follower:
-    """A rank other than 0: `join` rank 0, write."""
-
-    def __init__(self, output: Path, ranks: Ranks, plan: str, note: Note) -> None:
-        self._output, self._ranks, self._plan, self._note = output, ranks, plan, note
-        self._nonce = uuid.uuid4().hex
-        self._leader = Watch(_place(output, 0))
-
-    @contextlib.contextmanager
-    def join(self) -> Iterator[None]:
-        """Entered when rank 0 has made the folder to write into; rank 0 is told how it ended.
-
-        Raises:
-            OutputError: rank 0 does not come, or refuses; another launch writes this output.
-        """
-        self._until(self._output.parent.is_dir)
-        place = _place(self._output, self._ranks.rank)
-        with only_one(place.with_name(f"{place.name}.lock"), self._output):
-            self._require_no_other_launch()
-            sign = Sign(place, nonce=self._nonce, plan=self._plan)
-            try:
-                self._until(self._is_invited)
-                self._leader.follow(self._leader.fields.get("token"))
-                sign.say(token=self._leader.fields.get("token"))
-                if self._leader.fields.get("plan") != self._plan:
-                    raise _disagreement(self._ranks.rank, self._output)
-                yield
-                sign.say(state="done")
-            except BaseException as error:
-                known = str(error) if isinstance(error, ConvertError) else "interrupted"
-                token = self._leader.fields.get("token")
-                with contextlib.suppress(OutputError):
-                    sign.say(state="failed", message=known, token=token)
-                raise
-            finally:
-                sign.stop()
-                if not self._is_read():
-                    sign.path.unlink(missing_ok=True)
-
-    def _is_read(self) -> bool:
-        """Whether rank 0 is there to read the sign of this one, and to remove it."""
-        has_token = self._leader.fields.get("token") is not None
-        return has_token and self._leader.path.exists() and not self._leader.is_lost
-
-    def _is_invited(self) -> bool:
-        said = self._leader.look()
-        if "refused" in said and said.get("plan") == self._plan and not self._leader.is_lost:
-            raise OutputError(f"rank 0 refused: {said['refused']}")
-        if self._leader.has_died:
-            raise self._stopped()
-        nonces = said.get("nonces")
-        return isinstance(nonces, Mapping) and nonces.get(str(self._ranks.rank)) == self._nonce
-
-    def _require_no_other_launch(self) -> None:
-        """Raises `OutputError` when rank 0 of another launch has all its ranks already."""
-        until = time.monotonic() + BUSY_SECONDS
-        while self._leader.look().get("closed") and self._leader.path.exists():
-            if self._leader.is_lost:
-                return
-            if time.monotonic() > until:
-                raise busy(self._output)
-            time.sleep(0.05)
-
-    def _until(self, condition: Callable[[], bool]) -> None:
-        wait = Wait(self._output, self._note)
-        while not condition():
-            wait.a_moment(f"rank 0 of {self._ranks.size}")
-
-    def require_leader(self) -> None:
-        """Raises `OutputError` when rank 0 has gone: then nothing will be published."""
-        if not self._leader.path.exists() or self._leader.is_lost:
-            raise self._stopped()
-
-    def _stopped(self) -> OutputError:
-        return OutputError("rank 0 has stopped", where=self._output, hint=_AGAIN)
+    def _without(self, what: str) -> list[int]:
+        """The ranks that have not said `what`."""
+        assert self.store is not None
+        with _lost(self.output):
+            return [r for r in range(self.ranks.size) if not self.store.check([f"{what}-{r}"])]

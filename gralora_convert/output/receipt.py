@@ -114,7 +114,7 @@ def _file_findings(
         yield note(
             "receipt-without-digests", RECEIPT_NAME,
             "states no digests of the files: tensors and bytes were compared, not their values",
-            "Large merges get them with `merge --digests`; `verify` compares every element.",
+            "Large merges get them with `digests=True`; `verify` compares every element.",
         )  # fmt: skip
     if receipt.outputs is None:
         return

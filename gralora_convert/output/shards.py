@@ -61,11 +61,11 @@ def _shards(parts: Iterable[Part], limit: int) -> Iterator[list[Part]]:
 def _parse_size(text: str) -> int:
     found = _SIZE.fullmatch(str(text).strip())
     if not found:
-        raise MisuseError(f"--shard-size {text!r} is neither keep nor a size such as 5GB or 500MB")
+        raise MisuseError(f"`shard_size={text!r}` is neither keep nor a size such as 5GB or 500MB")
     number, unit, binary = found.groups()
     size = float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
     if size < 1:
-        raise MisuseError(f"--shard-size {text!r} is less than a byte")
+        raise MisuseError(f"`shard_size={text!r}` is less than a byte")
     return int(size)
 
 

@@ -34,7 +34,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # What file systems say that know no locks, or no flushing of folders.
 _NOT_OFFERED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
 _ELSEWHERE = "Choose an output outside the input folders."
-_CHOOSE = "Choose another output, or replace it with --overwrite."
+_CHOOSE = "Choose another output, or replace it with `overwrite=True`."
 _DELETE = "Delete it yourself or choose another output."
 
 
@@ -133,7 +133,7 @@ class Staging:
             raise OutputError("exists and is not empty", where=self.output, hint=_CHOOSE)
         if entries and not _holds_a_model(entries):
             raise OutputError(
-                "exists and holds no model, so --overwrite does not replace it",
+                "exists and holds no model, so `overwrite=True` does not replace it",
                 where=self.output,
                 hint=_DELETE,
             )
@@ -308,7 +308,9 @@ class Staging:
 
     def _remark(self, leftover: Path) -> str:
         if self._is_kept:
-            return f"What is done is kept in {leftover}: run again with --resume, or delete it."
+            return (
+                f"What is done is kept in {leftover}: run again with `resume=True`, or delete it."
+            )
         return _removal(leftover)
 
     def _remove(self) -> None:

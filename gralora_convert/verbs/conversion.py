@@ -7,10 +7,9 @@ approximate Hybrid is asked for, or the source is a DoRA.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import assert_never
 
 import torch
 
@@ -22,39 +21,27 @@ from gralora_convert.adapters import (
     LoraConfig,
     key_of,
 )
+from gralora_convert.base import trained_beside
 from gralora_convert.delta import (
     EXACT,
-    Delta,
-    Dense,
-    Fit,
     Gralora,
     Kind,
     Lora,
     Loss,
-    Made,
     Shape,
     blocks_for,
-    exact_rank,
-    gralora_to_lora,
-    hybrid_to_gralora,
-    lora_to_hybrid,
+    least_rank,
     loss_json,
-    pad,
-    pad_lora,
     relative,
     require_device,
     require_divisible,
     require_same,
     require_sensible,
+    resize,
     rounded,
     shape_of,
     smallest_rank,
     spectra,
-    squared_norm,
-    to_gralora,
-    to_hybrid,
-    to_lora,
-    with_scaling,
 )
 from gralora_convert.disk import (
     FLOATING,
@@ -141,7 +128,7 @@ def convert(
         raise MisuseError(
             "a DoRA has an update of full rank, which a smaller adapter can only approximate",
             where=opened.path,
-            hint="Give --r with --allow-inexact, or --max-error.",
+            hint="Give `r` with `allow_inexact=True`, or `max_error`.",
         )
     with one_arithmetic_thread():
         shape = _shape(source, to, k, r, hybrid_r, alpha, max_error)
@@ -182,7 +169,7 @@ def _usual_scaling(source: Source) -> float:
 def _general(source: Source, hybrid_r: int | None) -> int:
     if hybrid_r is not None:
         if hybrid_r < 1:
-            raise MisuseError("a Hybrid has hybrid_r of at least 1", hint="Use --to gralora.")
+            raise MisuseError("a Hybrid has hybrid_r of at least 1", hint='Use `to="gralora"`.')
         return hybrid_r
     config = source.adapter.config
     if isinstance(config, GraloraConfig):
@@ -195,22 +182,10 @@ def _default_rank(source: Source, to: Kind, k: int, general: int, max_error: flo
     modules = source.adapter.modules
     if max_error is not None:
         return k * smallest_rank([spectra(source.delta(m), k).cpu() for m in modules], max_error)
-    least = max(_least_rank(source.outline(module), to, k, general) for module in modules)
+    least = max(least_rank(source.outline(module), to, k, general) for module in modules)
     if to == "hybrid" and source.adapter.kind == "lora":
         return max(least, -(-general // k) * k)
     return least
-
-
-def _least_rank(delta: Delta, to: Kind, k: int, general: int) -> int:
-    """The smallest exact r of one module for factors of full rank; what a general part of rank
-    `general` cannot hold of the source's goes into the blocks."""
-    if to != "hybrid" or isinstance(delta, Dense):
-        return exact_rank(delta, "gralora" if to == "hybrid" else to, k)
-    side = min(delta.in_features, delta.out_features) // k
-    if isinstance(delta, Lora):
-        return k * max(1, min(delta.r - general, side))
-    more = max(0, delta.hybrid_r - general)
-    return min(exact_rank(delta, "hybrid", k) + k * more, k * side)
 
 
 @dataclass
@@ -245,7 +220,7 @@ class _Conversion:
                     self.shape.kind, adapter.config.base_model_name_or_path, adapter.path
                 ),
             },
-            sidecars=sidecars(adapter.path),
+            sidecars=sidecars(adapter.path) | trained_beside(adapter),
             inputs=(adapter.file, *(() if base is None else base.layout.values())),
             protected=(adapter.path, *(() if base is None else (base.path,))),
             notes=tuple(notes),
@@ -257,7 +232,7 @@ class _Conversion:
         short = [m for m in modules if self._needed(m) is not None]
         if not short:
             return
-        fits = {m: self._fit(m, self.source.delta(m)) for m in modules}
+        fits = {m: resize(self.source.delta(m), self.shape, self._draws(m)) for m in modules}
         error = relative({module: (fit.error2, fit.norm2) for module, fit in fits.items()})
         if error <= EXACT:
             return
@@ -266,7 +241,8 @@ class _Conversion:
             f"r={self.shape.r} cannot hold the update exactly: the relative error would be "
             f"{error:.3g}; exact from r={needed}",
             where=self.adapter.path,
-            hint=f"Give --r {needed} or leave it out, or accept the error with --allow-inexact.",
+            hint=f"Give `r={needed}` or leave it out, or accept the error with "
+            "`allow_inexact=True`.",
             exact_rank=needed,
             error=error,
         )
@@ -282,29 +258,18 @@ class _Conversion:
     def _needed(self, module: str) -> int | None:
         """The smallest exact r when the shape's is smaller, for factors of full rank."""
         shape = self.shape
-        needed = _least_rank(self.source.outline(module), shape.kind, shape.k, shape.hybrid_r)
+        needed = least_rank(self.source.outline(module), shape.kind, shape.k, shape.hybrid_r)
         return needed if shape.r < needed else None
 
     # one module -----------------------------------------------------------------------------------
 
-    def _fit(self, module: str, delta: Delta) -> Fit[Gralora] | Fit[Lora]:
-        """The module as the shape, with what was lost; layouts without arithmetic come first."""
-        shape = self.shape
-        generator = torch.Generator().manual_seed(self.adapter.modules.index(module))
-        match shape.kind:
-            case "lora":
-                return _as_lora(delta, shape, generator)
-            case "gralora":
-                return _as_gralora(delta, shape, generator)
-            case "hybrid":
-                return _as_hybrid(delta, shape, generator)
-            case other:
-                assert_never(other)
+    def _draws(self, module: str) -> torch.Generator:
+        return torch.Generator().manual_seed(self.adapter.modules.index(module))
 
     def _made(self, module: str) -> Gralora | Lora:
         """The converted module as it is stored; what was lost is kept for the receipt."""
         delta = self.source.delta(module)
-        fit = self._fit(module, delta)
+        fit = resize(delta, self.shape, self._draws(module))
         dtype = torch_dtype(self._dtype_of(module))
         made = rounded(module, fit.delta, dtype)
         if self.verify:
@@ -372,7 +337,7 @@ class _Conversion:
             targets = list(self.adapter.modules)  # the tensors are the truth
         # LoRA's config refuses what has no effect: layers beside a regex, a pattern without layers
         layers = None if isinstance(targets, str) else old.layers_to_transform
-        pattern = old.layers_pattern if layers else None
+        pattern = None if layers in (None, []) else old.layers_pattern  # layer 0 is one
         if shape.kind == "lora":
             return LoraConfig(
                 r=shape.r, lora_alpha=shape.alpha, lora_dropout=dropout, target_modules=targets,
@@ -427,63 +392,3 @@ def _left_out(ignored: Mapping[str, str]) -> list[str]:
         f"{keys[0]}{f' and {len(keys) - 1} more' if keys[1:] else ''}: {reason}; left out"
         for reason, keys in reasons.items()
     ]
-
-
-def _fitted_dtype(delta: Delta) -> torch.dtype:
-    return torch.float32 if isinstance(delta, Dense) else delta.A.dtype
-
-
-def _as_lora(delta: Delta, shape: Shape, generator: torch.Generator) -> Fit[Lora]:
-    lora = gralora_to_lora(delta) if isinstance(delta, Gralora) else delta
-    if isinstance(lora, Lora) and lora.r <= shape.r:
-        return _exact(pad_lora(with_scaling(lora, shape.scaling), shape.r))
-    dtype = _fitted_dtype(delta)
-    return to_lora(delta, shape.r, scaling=shape.scaling, dtype=dtype, generator=generator)
-
-
-def _as_gralora(delta: Delta, shape: Shape, generator: torch.Generator) -> Fit[Gralora]:
-    if isinstance(delta, Gralora) and delta.k == shape.k:
-        pure = hybrid_to_gralora(delta)
-        if pure.r <= shape.r:
-            return _exact(pad(with_scaling(pure, shape.scaling), shape.r, generator))
-    return to_gralora(
-        delta, shape.k, shape.r, scaling=shape.scaling, dtype=_fitted_dtype(delta),
-        generator=generator,
-    )  # fmt: skip
-
-
-def _as_hybrid(delta: Delta, shape: Shape, generator: torch.Generator) -> Fit[Gralora]:
-    """Exact where the general part and the blocks hold all; else alternating fits."""
-    k, r, h = shape.k, shape.r, shape.hybrid_r
-    if isinstance(delta, Lora) and delta.r <= h:
-        general = pad_lora(with_scaling(delta, shape.scaling), h, generator)
-        return _exact(lora_to_hybrid(general, k, r, generator))
-    kept = isinstance(delta, Gralora) and delta.hybrid_r <= h
-    if not isinstance(delta, Dense) and (kept or _least_rank(delta, "hybrid", k, h) <= r):
-        general, rest = _divided(delta, h)
-        fit = _as_gralora(rest, replace(shape, kind="gralora"), generator)
-        general = pad_lora(with_scaling(general, shape.scaling), h, generator)
-        both = replace(fit.delta, general_A=general.A, general_B=general.B)
-        return Fit(both, fit.error2, squared_norm(delta))
-    return to_hybrid(
-        delta, k, r, h, scaling=shape.scaling, dtype=_fitted_dtype(delta), generator=generator
-    )
-
-
-def _divided(delta: Gralora | Lora, h: int) -> tuple[Lora, Gralora | Lora]:
-    """The first h terms of the general part (of a LoRA: of all), and the rest for the blocks."""
-    if isinstance(delta, Lora):
-        head = Lora(delta.A[:h], delta.B[:, :h], delta.scaling)
-        return head, Lora(delta.A[h:], delta.B[:, h:], delta.scaling)
-    if delta.general_A is None or delta.general_B is None:
-        a, b = delta.A.new_empty(0, delta.in_features), delta.B.new_empty(delta.out_features, 0)
-        return Lora(a, b, delta.scaling), delta
-    a, b = delta.general_A, delta.general_B
-    rest = (a[h:], b[:, h:]) if h < delta.hybrid_r else (None, None)
-    blocks = Gralora(delta.A, delta.B, delta.scaling, *rest)
-    return Lora(a[:h], b[:, :h], delta.scaling), blocks
-
-
-def _exact(delta: Made) -> Fit[Made]:
-    """A layout that loses nothing, with the norm of its delta for the overall error."""
-    return Fit(delta, 0.0, squared_norm(delta))

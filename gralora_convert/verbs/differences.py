@@ -41,7 +41,7 @@ class Module:
         if not is_finite(difference):
             raise InvalidAdapterError(
                 "the difference of the two weights is not finite", where=self.name,
-                hint="Leave it out with --exclude.",
+                hint="Leave it out with `exclude`.",
             )  # fmt: skip
         return Dense(difference.T if self.transposed else difference)
 
@@ -83,19 +83,20 @@ class Differences:
         self.entries: set[str] = set()  # of modules_to_save
         self._left_out: set[str] = set()  # tensors that differ and keep the base's values
         self._has_biases = False
-        names = Names(Architecture(before, trust_remote_code=trust_remote_code))
+        names = Architecture(before, trust_remote_code=trust_remote_code)
         old, new = self._paired(before, after, names, trust_remote_code)
         changed = frozenset(n for n, spec in old.items() if not _same(spec, new[n]))
         modules = {names.parameter(name).rpartition(".")[0] for name in old}
         self.notes += _unmatched(modules, include, exclude, after)
         held: set[str] = set()
-        for module in names.linear(changed, old, new):
+        layers, lost = _linear(names, changed, old, new)
+        for module in layers:
             held.update(part.tensor for part in module.parts)
             if _chosen(module.name, include, exclude):
                 self.modules.append(module)
             else:
                 self._leave_out(module.name, *(part.tensor for part in module.parts))
-        others = [name for name in old if name in changed - (held - names.lost)]
+        others = [name for name in old if name in changed - (held - lost)]
         if not self.modules:
             raise MisuseError(
                 "no linear layer differs" + (" that was chosen" if self.notes else ""),
@@ -105,7 +106,7 @@ class Differences:
         self._save(self._holders(others, names, new, exclude), names, old, new)
 
     def _paired(
-        self, before: Checkpoint, after: Checkpoint, names: "Names", trust_remote_code: bool
+        self, before: Checkpoint, after: Checkpoint, names: Architecture, trust_remote_code: bool
     ) -> tuple[Tensors, Tensors]:
         """The tensors of both checkpoints under the names of the first. Where names differ, those
         are one that are loaded as one; what is not loaded, or a copy that ties make, is no matter.
@@ -116,19 +117,19 @@ class Differences:
         alone = before.tensors.keys() ^ after.tensors.keys()
         if not alone:
             return before.tensors, after.tensors
-        others = Names(Architecture(after, trust_remote_code=trust_remote_code))
-        there = {others.parameter(n): n for n in after.tensors if n in alone and others.knows(n)}
+        others = Architecture(after, trust_remote_code=trust_remote_code)
+        there = {p: name for name, p in others.parameters.items() if name in alone}
         renamed = {
-            name: there[names.parameter(name)]
-            for name in before.tensors
-            if name in alone and names.knows(name) and names.parameter(name) in there
+            name: there[parameter]
+            for name, parameter in names.parameters.items()
+            if name in alone and parameter in there
         }
         matched = {*renamed, *renamed.values()}
         single = [
-            (name, held) for held in (names, others) for name in held.architecture.base.tensors
+            (name, held) for held in (names, others) for name in held.base.tensors
             if name in alone and name not in matched
         ]  # fmt: skip
-        lost = [name for name, held in single if not held.is_spare(name)]
+        lost = [name for name, held in single if not _is_spare(held, name)]
         if lost:
             raise UnsupportedError(
                 f"{len(lost)} tensors are in one checkpoint only, first {min(lost)}",
@@ -148,12 +149,12 @@ class Differences:
         self._left_out.update(tensors)
 
     def _holders(
-        self, others: Sequence[str], names: "Names", after: Tensors, exclude: Sequence[str]
+        self, others: Sequence[str], names: Architecture, after: Tensors, exclude: Sequence[str]
     ) -> set[str]:
         """The modules that must be saved whole; biases alone are left to the bias mode."""
         holders = set()
         for name in others:
-            holder = names.holder(name)
+            holder = _holder(names.parameter(name))
             if names.is_ignored(name):
                 self.notes.append(f"{name} differs and is nothing that the model loads: left out")
             elif not _chosen(holder, (), exclude):
@@ -163,7 +164,7 @@ class Differences:
             elif not holder:
                 raise UnsupportedError(
                     "differs, and is a parameter of the model itself, which no adapter can hold",
-                    where=name, hint="Leave it out with --exclude ''.",
+                    where=name, hint="Leave it out with `exclude=['']`.",
                 )  # fmt: skip
             elif name.endswith(".bias") and not self._is_norm(name, after):
                 self._has_biases = True
@@ -171,20 +172,22 @@ class Differences:
                 holders.add(holder)
         return holders
 
-    def _save(self, holders: Set[str], names: "Names", before: Tensors, after: Tensors) -> None:
+    def _save(
+        self, holders: Set[str], names: Architecture, before: Tensors, after: Tensors
+    ) -> None:
         """Whole tensors: all within a holder for `modules_to_save`, all biases for bias `all`."""
-        self.entries = names.entries(holders)
+        self.entries = _entries(names, holders)
         values = {name: (before if name in self._left_out else after)[name] for name in after}
         for name, spec in values.items():
-            parameters = names.sharing(name)
+            parameters = names.sharing(names.parameter(name))  # PEFT unties a saved embedding
             if names.is_ignored(name) or not any(_is_within(p, self.entries) for p in parameters):
                 continue
             if not names.is_whole(name):
-                raise _inseparable(name, names.holder(name))
+                raise _inseparable(name, _holder(names.parameter(name)))
             for parameter in parameters:
                 self.saved[parameter] = spec
                 if not _is_within(parameter, self.entries):
-                    self.entries.add(names.holder(name, parameter))
+                    self.entries.add(_holder(parameter))
                 if spec.shape != before[name].shape:
                     self.notes.append(
                         f"{parameter} has shape {spec.shape}, {before[name].shape} in the "
@@ -208,11 +211,11 @@ class Differences:
             raise UnsupportedError(
                 f"has parameters of its own that differ{more and f' ({more[5:]} have, too)'}: it "
                 "would be saved whole, and no linear layer that differs is left", where=found[0],
-                hint=f"Leave its own out with --exclude {found[0]!r}.",
+                hint=f"Leave its own out with `exclude={found[:1]}`.",
             )  # fmt: skip
         self.notes.append(
             f"{found[0]}{more}: saved whole, {len(within)} linear layers with it, for parameters "
-            f"of its own that differ; --exclude {found[0]!r} leaves its own out"
+            f"of its own that differ; `exclude={found[:1]}` leaves its own out"
         )
 
     @staticmethod
@@ -221,121 +224,80 @@ class Differences:
         return weight is not None and len(weight.shape) == 1
 
 
-class Names:
-    """Names on disk as names in memory, by transformers where it knows the architecture."""
+def _holder(parameter: str) -> str:
+    """The module that a parameter in memory belongs to: of a weight that torch computes from
+    others, the one that has it."""
+    module = parameter.rpartition(".")[0]
+    return module.partition(".parametrizations.")[0].removesuffix(".parametrizations")
 
-    def __init__(self, architecture: Architecture) -> None:
-        self.architecture = architecture
-        self._origins = architecture.origins
-        tensors = architecture.base.tensors
-        self._parameters = {
-            found[0].tensor: name
-            for name, found in self._origins.items()
-            if len(found) == 1 and _is_whole(found[0], tensors)
-        }
-        model = self.blueprint = architecture.blueprint
-        if model is not None:
-            scalars = [name for name, spec in tensors.items() if not spec.shape]
-            loaded = {name: model.loaded_name(name) for name in scalars}  # no rows to follow
-            self._parameters |= {
-                name: parameter
-                for name, (parameter, moved) in loaded.items()
-                if moved is None and parameter in model.state
-            }
-        known = architecture.linear_modules()
-        self._linear = None if known is None else set(known)
-        self.lost: set[str] = set()  # tensors of which a changed part is no linear layer
 
-    def parameter(self, name: str) -> str:
-        return self._parameters.get(name, name)
+def _entries(names: Architecture, holders: Set[str]) -> set[str]:
+    """The modules that PEFT saves when `modules_to_save` names these: it compares the ends of
+    names, without a dot before them. None of them lies within another."""
+    paths = [names.parameter(name).split(".")[:-1] for name in names.base.tensors]
+    modules = {".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)}
+    found = holders | {m for m in modules if m.endswith(tuple(holders))}
+    return {m for m in found if not _is_within(m, found)}
 
-    def sharing(self, name: str) -> tuple[str, ...]:
-        """All names in memory of a tensor: PEFT unties a saved embedding from its head, so that
-        both must be saved."""
-        return self.architecture.sharing(self.parameter(name))
 
-    def holder(self, name: str, parameter: str | None = None) -> str:
-        """The module that a tensor belongs to (under one of its names in memory): of a weight that
-        torch computes from others, the one that has it."""
-        path = self.parameter(name) if parameter is None else parameter
-        return (
-            path.rpartition(".")[0]
-            .partition(".parametrizations.")[0]
-            .removesuffix(".parametrizations")
-        )
+def _is_spare(names: Architecture, tensor: str) -> bool:
+    """Whether the model is the same without a tensor: it is not loaded, or one that is tied to it
+    has its values."""
+    tensors, known = names.base.tensors, names.parameters
+    shared = set(names.sharing(known[tensor])) if tensor in known else set()
+    return names.is_ignored(tensor) or any(
+        other != tensor and parameter in shared and _same(tensors[tensor], tensors[other])
+        for other, parameter in known.items()
+    )
 
-    def entries(self, holders: Set[str]) -> set[str]:
-        """The modules that PEFT saves when `modules_to_save` names these: it compares the ends of
-        names, without a dot before them. None of them lies within another."""
-        paths = [self.parameter(name).split(".")[:-1] for name in self.architecture.base.tensors]
-        modules = {".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)}
-        found = holders | {m for m in modules if m.endswith(tuple(holders))}
-        return {m for m in found if not _is_within(m, found)}
 
-    def knows(self, name: str) -> bool:
-        """Whether a tensor on disk is known to be one parameter in memory."""
-        return name in self._parameters
+def _linear(
+    names: Architecture, changed: Set[str], before: Tensors, after: Tensors
+) -> tuple[list[Module], set[str]]:
+    """The linear layers (the output head is none) of which a tensor changed; and the tensors of
+    which a changed part is no linear layer."""
+    listed = names.linear_modules()
+    known, found, lost = None if listed is None else set(listed), list[Module](), set[str]()
 
-    def is_spare(self, name: str) -> bool:
-        """Whether the model is the same without a tensor: it is not loaded, or one that is tied to
-        it has its values."""
-        tensors = self.architecture.base.tensors
-        shared = set(self.sharing(name)) if self.knows(name) else set()
-        return self.is_ignored(name) or any(
-            other != name and parameter in shared and _same(tensors[name], tensors[other])
-            for other, parameter in self._parameters.items()
-        )
+    def add(parameter: str, parts: tuple[Rows, ...]) -> bool:
+        module = _module(names, known, parameter, parts, before, after)
+        found.extend([module] if module else [])
+        return module is not None
 
-    def is_ignored(self, name: str) -> bool:
-        """Whether the class that the config names is known, and does not load this tensor."""
-        if self.blueprint is None or name in self._parameters:
-            return False
-        if type(self.blueprint.model).__name__ not in self.architecture.base.architectures:
-            return False
-        return self.blueprint.loaded_name(name)[0] not in self.blueprint.state
+    for name, spec in before.items():
+        if name in changed and names.is_whole(name):
+            add(names.parameter(name), (Rows(name, 0, spec.shape[0] if spec.shape else 1),))
+    for parameter, parts in names.origins.items():
+        if not any(p.tensor in changed and not names.is_whole(p.tensor) for p in parts):
+            continue
+        if _differs(parts, before, after) and not add(parameter, parts):
+            lost.update(part.tensor for part in parts)
+    return found, lost
 
-    def is_whole(self, name: str) -> bool:
-        """Whether a tensor on disk is a parameter in memory, not joined with others or cut."""
-        return not self._origins or name in self._parameters
 
-    def linear(self, changed: Set[str], before: Tensors, after: Tensors) -> Iterator[Module]:
-        """The linear layers (the output head is none) of which a tensor changed."""
-        for name, spec in before.items():
-            if name in changed and self.is_whole(name):
-                whole = (Rows(name, 0, spec.shape[0] if spec.shape else 1),)
-                module = self._module(self.parameter(name), whole, before, after)
-                if module is not None:
-                    yield module
-        for parameter, parts in self._origins.items():
-            if any(p.tensor in changed and not self.is_whole(p.tensor) for p in parts):
-                if not _differs(parts, before, after):
-                    continue
-                module = self._module(parameter, parts, before, after)
-                if module is not None:
-                    yield module
-                else:
-                    self.lost.update(part.tensor for part in parts)
-
-    def _module(
-        self, parameter: str, parts: tuple[Rows, ...], before: Tensors, after: Tensors
-    ) -> Module | None:
-        name = parameter.removesuffix(".weight")
-        pairs = [(before[part.tensor], after[part.tensor]) for part in parts]
-        if name == parameter or any(
-            len(old.shape) != 2 or old.shape != new.shape or not {old.dtype, new.dtype} <= FLOATING
-            for old, new in pairs
-        ):
-            return None
-        if self._linear is None:
-            is_linear = not self.architecture.is_embedding(name) and not name.endswith("lm_head")
-        else:
-            is_linear = name in self._linear
-        if not is_linear:
-            return None
-        rows, columns = sum(part.count for part in parts), pairs[0][0].shape[1]
-        transposed = self.architecture.kind(name) == "Conv1D"
-        shape = (columns, rows) if transposed else (rows, columns)
-        return Module(name, parts, shape, transposed, before, after)
+def _module(
+    names: Architecture,
+    linear: Set[str] | None,
+    parameter: str,
+    parts: tuple[Rows, ...],
+    before: Tensors,
+    after: Tensors,
+) -> Module | None:
+    """A parameter as a linear layer; None when it is none. `linear` are the known ones."""
+    name = parameter.removesuffix(".weight")
+    pairs = [(before[part.tensor], after[part.tensor]) for part in parts]
+    if name == parameter or any(
+        len(old.shape) != 2 or old.shape != new.shape or not {old.dtype, new.dtype} <= FLOATING
+        for old, new in pairs
+    ):
+        return None
+    likely = not names.is_embedding(name) and not name.endswith("lm_head")
+    if not (likely if linear is None else name in linear):
+        return None
+    rows, columns = sum(part.count for part in parts), pairs[0][0].shape[1]
+    transposed = names.kind(name) == "Conv1D"
+    return Module(name, parts, (columns, rows) if transposed else (rows, columns), transposed,
+                  before, after)  # fmt: skip
 
 
 def _is_within(name: str, modules: Set[str]) -> bool:
@@ -348,13 +310,8 @@ def _inseparable(name: str, holder: str) -> UnsupportedError:
     return UnsupportedError(
         "differs, and is loaded as a part of what no adapter can hold (a stack of experts, or "
         "layers joined into one)",
-        where=name, hint=f"Leave it out with --exclude {holder!r}.",
+        where=name, hint=f"Leave it out with `exclude={[holder]}`.",
     )  # fmt: skip
-
-
-def _is_whole(part: Rows, tensors: Tensors) -> bool:
-    shape = tensors[part.tensor].shape
-    return part.order is None and part.count == (shape[0] if shape else 1)
 
 
 def _differs(parts: Sequence[Rows], before: Tensors, after: Tensors) -> bool:
@@ -379,10 +336,10 @@ def _unmatched(
         close = near_misses(pattern.strip("*"), sorted(modules))
         if pattern in include:
             raise MisuseError(
-                f"--include {pattern!r} matches no module", where=after.path,
+                f"`include={[pattern]}` matches no module", where=after.path,
                 hint=f"A pattern matches whole names, such as '*.q_proj'. {close}".strip(),
             )  # fmt: skip
-        yield f"--exclude {pattern!r} matches no module. {close}".strip()
+        yield f"`exclude={[pattern]}` matches no module. {close}".strip()
 
 
 def _same(one: TensorSpec, other: TensorSpec) -> bool:

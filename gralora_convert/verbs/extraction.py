@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import assert_never, get_args
+from typing import get_args
 
 from gralora_convert.adapters import CONFIG_NAME, GraloraConfig, LoraConfig, key_of
 from gralora_convert.base import quantisation
 from gralora_convert.delta import (
-    Dense,
-    Fit,
     Gralora,
     Kind,
     Lora,
@@ -29,12 +27,11 @@ from gralora_convert.delta import (
     require_divisible,
     require_same,
     require_sensible,
+    resize,
     rounded,
     shape_of,
     smallest_rank,
     spectra,
-    to_gralora,
-    to_hybrid,
     to_lora,
 )
 from gralora_convert.disk import WRITTEN, Checkpoint, torch_dtype, written_dtype
@@ -139,14 +136,14 @@ def _shape(
 ) -> Shape:
     blocks = blocks_for(to, k, hybrid_r, 2)
     for module in modules:
-        way = f", leave this one out with --exclude {module.name!r}, or take --to lora"
+        way = f', leave this one out with `exclude={[module.name]}`, or take `to="lora"`'
         require_divisible(blocks, module.name, module.shape, way)
     if max_error is not None:
         tails = [spectra(m.delta(how.device), blocks, method=how.svd).cpu() for m in modules]
         r = blocks * smallest_rank(tails, max_error)
     r = DEFAULT_RANK if r is None else r
     if to == "hybrid" and hybrid_r == 0:
-        raise MisuseError("a Hybrid has hybrid_r of at least 1", hint="Use --to gralora.")
+        raise MisuseError("a Hybrid has hybrid_r of at least 1", hint='Use `to="gralora"`.')
     general = (hybrid_r or -(-r // 2)) if to == "hybrid" else 0
     return shape_of(to, blocks, r, general, alpha, 1.0)
 
@@ -196,7 +193,7 @@ class _Extraction:
     def _made(self, module: Module) -> Gralora | Lora:
         """The module's adapter as it is stored; what was lost is kept for the receipt."""
         delta, shape = module.delta(self.how.device), self.shape
-        fit = self._fit(delta)
+        fit = resize(delta, shape, method=self.how.svd)
         dtype = torch_dtype(self.dtype)
         made = rounded(module.name, fit.delta, dtype)
         if self.how.verify:
@@ -210,20 +207,6 @@ class _Extraction:
         if rounding2 is not None:
             self.floor[module.name] = (rounding2, fit.norm2)
         return made
-
-    def _fit(self, delta: Dense) -> Fit[Gralora] | Fit[Lora]:
-        shape, svd = self.shape, self.how.svd
-        match shape.kind:
-            case "lora":
-                return to_lora(delta, shape.r, scaling=shape.scaling, method=svd)
-            case "gralora":
-                return to_gralora(delta, shape.k, shape.r, scaling=shape.scaling, method=svd)
-            case "hybrid":
-                return to_hybrid(
-                    delta, shape.k, shape.r, shape.hybrid_r, scaling=shape.scaling, method=svd
-                )
-            case other:
-                assert_never(other)
 
     def _config(self) -> GraloraConfig | LoraConfig:
         shape = self.shape

@@ -136,7 +136,7 @@ def _hints(scan: Scan, folder: Path) -> Iterator[Finding]:
         yield warning(
             "zero-factor", scan.adapter.file.path.name,
             f"the first values of all {len(specs)} B factors are zero: they may have no effect",
-            "Is it trained? `gralora-convert validate` reads all values.",
+            "Is it trained? `validate` reads all values.",
         )  # fmt: skip
 
 

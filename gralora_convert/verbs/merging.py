@@ -6,22 +6,30 @@ base's own, or shards of a given size.
 """
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import assert_never
 
 from gralora_convert.adapters import Adapter
-from gralora_convert.base import Placement, Replacement, place, updated
-from gralora_convert.delta import Gralora, Lora, Survival, permute_rows, to_device
+from gralora_convert.base import (
+    Kept,
+    Merged,
+    Patched,
+    Recipe,
+    Replaced,
+    beside,
+    combine,
+    named_labels,
+    place,
+    updated,
+)
+from gralora_convert.delta import Survival
 from gralora_convert.disk import (
     FLOATING,
     Checkpoint,
-    TensorSpec,
     load_json,
     nbytes_of,
-    sidecars,
     written_dtype,
 )
 from gralora_convert.errors import CheckFailedError, MisuseError, is_number
@@ -29,12 +37,10 @@ from gralora_convert.output import (
     CARD_NAME,
     CastTensor,
     Computed,
-    Contribution,
     Copied,
     MergedTensor,
     OutputFile,
     Part,
-    Patch,
     PatchedTensor,
     Plan,
     index_json,
@@ -49,13 +55,6 @@ __all__ = [
 ]
 
 
-# What a trainer may save beside an adapter and what then describes the merged model better.
-_ADAPTER_SIDECARS = re.compile(
-    r"(config|generation_config|(\w+_)?(pre)?processor_config|special_tokens_map|added_tokens"
-    r"|tokenizer\w*|vocab|chat_template)\.json|vocab\.txt|merges\.txt|.*\.(model|tiktoken|jinja)"
-)
-
-
 def merge(
     *adapters: Adapter | str | Path,
     base: Checkpoint | str | Path | None = None,
@@ -66,6 +65,7 @@ def merge(
     verify: bool = True,
     again: bool = False,
     key_map: Mapping[str, str] | None = None,
+    labels: Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """The plan of base + sum of weight * delta; `plan.write(output)` carries it out.
@@ -82,6 +82,8 @@ def merge(
         verify: recompute one row in 64 while it is hot, and refuse to publish what
             differs by more than one rounding.
         again: merge also what the base's receipt says it holds already.
+        labels: the names of a trained classifier's labels, in the order of its outputs; default:
+            those of the config beside the adapter or of the base.
 
     Raises:
         InvalidAdapterError: an adapter has errors or does not fit the base.
@@ -99,7 +101,7 @@ def merge(
         adapter.require_plain()
     factors = _weights(weights, opened)
     if len(opened) > 1 and len({adapter.sha256() for adapter in opened}) < len(opened):
-        raise MisuseError("an adapter is named twice", hint="Use --weight 2 to apply it twice.")
+        raise MisuseError("an adapter is named twice", hint="Use `weights=[2]` to apply it twice.")
     named = _base_name(opened) if base is None else base
     target = named if isinstance(named, Checkpoint) else Checkpoint.open(named)
     if not again:
@@ -112,7 +114,31 @@ def merge(
         report.require_ok(adapter.path)
         assert placement is not None
         placements.append(placement)
-    return _Merge(opened, factors, target, placements, dtype, device, verify).plan(shard_size)
+    recipe = combine(placements, factors, dtype)
+    merged = {
+        name: MergedTensor(entry.spec, entry.dtype, entry.updates, device=device, check=verify)
+        for name, entry in recipe.merged.items()
+    }
+    files = lay_out(target, _parts(recipe, merged), shard_size)
+    texts, copies, notes = _texts_and_sidecars(recipe, files, dtype, labels)
+    return Plan(
+        command="merge",
+        files=files,
+        receipt=partial(_receipt, recipe, merged, factors, dtype, verify, notes),
+        texts=texts,
+        sidecars=copies,
+        inputs=(*target.layout.values(), *(adapter.file for adapter in opened)),
+        protected=(target.path, *(adapter.path for adapter in opened)),
+        notes=tuple(notes),
+        settings={
+            "adapters": [adapter.config.to_dict() for adapter in opened],
+            "weights": factors,
+            "device": device,
+            "verify": verify,
+        },
+        resumable=True,
+        meanwhile=lambda: [adapter.sha256() for adapter in opened],
+    )
 
 
 def _weights(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> list[float]:
@@ -123,7 +149,7 @@ def _weights(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> li
     if len(weights) != len(adapters):
         raise MisuseError(
             f"{len(weights)} weights for {len(adapters)} adapters; one each was needed",
-            hint="Repeat --weight, in the order of the adapters.",
+            hint="Repeat `weights`, in the order of the adapters.",
         )
     for weight, adapter in zip(weights, adapters, strict=True):
         if not is_number(weight):
@@ -149,7 +175,7 @@ def _base_name(adapters: Sequence[Adapter]) -> str:
     if names or not name:
         found = "different base models" if names else "no base model"
         raise MisuseError(
-            f"adapter_config.json names {found}", where=adapters[0].path, hint="Give --base."
+            f"adapter_config.json names {found}", where=adapters[0].path, hint="Give `base`."
         )
     return name
 
@@ -162,7 +188,7 @@ def _refuse_twice(adapters: Sequence[Adapter], base: Checkpoint) -> None:
             raise MisuseError(
                 f"the base {base.source} already holds this adapter (its receipt lists it)",
                 where=adapter.path,
-                hint="Merge into the original base, or insist with --again.",
+                hint="Merge into the original base, or insist with `again=True`.",
             )
 
 
@@ -173,284 +199,125 @@ def _merged_before(base: Checkpoint) -> list[str]:
     return [value for value in listed if isinstance(value, str)] if isinstance(listed, list) else []
 
 
-@dataclass(frozen=True)
-class _Merge:
-    """Everything one merge knows before it computes."""
+def _parts(recipe: Recipe, merged: Mapping[str, MergedTensor]) -> dict[str, list[Part]]:
+    """The tensors of the output by weight file of the base, in the base's order; new ones (an
+    untied head, a trained classifier) follow in the last file."""
+    base = recipe.base
+    files = {
+        file_name: [
+            _part(recipe, name, merged)
+            for name, spec in base.tensors.items()
+            if spec.file == file.path
+        ]
+        for file_name, file in base.layout.items()
+    }
+    new = [name for name in recipe.tensors if name not in base.tensors]
+    files[next(reversed(files))] += [_part(recipe, name, merged) for name in new]
+    return files
 
-    adapters: list[Adapter]
-    weights: list[float]
-    base: Checkpoint
-    placements: list[Placement]
-    dtype: str
-    device: str
-    verify: bool
 
-    def plan(self, shard_size: str) -> Plan:
-        merged = self._merged_tensors()
-        parts = self._parts(merged)
-        files = lay_out(self.base, parts, shard_size)
-        texts, copies, notes = self._texts_and_sidecars(files)
-        return Plan(
-            command="merge",
-            files=files,
-            receipt=partial(self._receipt, merged, notes),
-            texts=texts,
-            sidecars=copies,
-            inputs=(*self.base.layout.values(), *(a.file for a in self.adapters)),
-            protected=(self.base.path, *(a.path for a in self.adapters)),
-            notes=tuple(notes),
-            settings={
-                "adapters": [adapter.config.to_dict() for adapter in self.adapters],
-                "weights": self.weights,
-                "device": self.device,
-                "verify": self.verify,
-            },
-            resumable=True,
-            meanwhile=lambda: [adapter.sha256() for adapter in self.adapters],
+def _part(recipe: Recipe, name: str, merged: Mapping[str, MergedTensor]) -> Part:
+    source: Copied | Computed
+    trained = {adapter.file.path for adapter in recipe.adapters}
+    match recipe.tensors[name]:
+        case Merged(spec=spec, dtype=dtype):
+            source = merged[name].source()
+        case Patched(spec=spec, dtype=dtype, parts=parts):
+            source = PatchedTensor(spec, dtype, parts).source()
+        case Replaced(spec=spec, dtype=dtype) if spec.file in trained:
+            source = taken(spec, dtype)
+        case Replaced(spec=spec, dtype=dtype) | Kept(spec=spec, dtype=dtype):
+            source = Copied(spec) if spec.dtype == dtype else CastTensor(spec, dtype).source()
+        case other:
+            assert_never(other)
+    size = nbytes_of(dtype, spec.shape)
+    return Part(recipe.final_name(name), dtype, spec.shape, size, source)
+
+
+def _texts_and_sidecars(
+    recipe: Recipe, files: Sequence[OutputFile], dtype: str, labels: Sequence[str] | None
+) -> tuple[dict[str, bytes], dict[str, Path], list[str]]:
+    """Small files to write, files to copy, and what is worth telling about them."""
+    held = beside(recipe.base, recipe.adapters)
+    notes = [*recipe.notes, *held.notes]
+    copies = held.copies
+    texts = held.texts | {CARD_NAME: merged_card(recipe.base, recipe.adapters)}
+    source = copies.get("config.json")
+    config = load_json(source, allow_non_finite=True) if source is not None else {}
+    edits, said = named_labels(_config_edits(recipe, config, dtype), labels)
+    edited = updated(config, edits)
+    if source is not None and edited != config:
+        del copies["config.json"]
+        texts["config.json"] = (json.dumps(edited, indent=2) + "\n").encode()
+        notes += said
+    if len(files) > 1:
+        texts["model.safetensors.index.json"] = index_json(files)
+    return texts, copies, notes
+
+
+def _config_edits(recipe: Recipe, config: Mapping[str, object], dtype: str) -> dict[str, object]:
+    edits = dict(recipe.config_edits())
+    if dtype == "keep":
+        return edits
+    dtypes = {s.dtype for s in recipe.base.tensors.values() if s.dtype in FLOATING}
+    if dtypes != {written_dtype(dtype, "")} and "torch_dtype" not in config:
+        edits["dtype"] = dtype
+    return updated(edits, _dtype_edits(config, dtype))
+
+
+def _receipt(
+    recipe: Recipe,
+    merged: Mapping[str, MergedTensor],
+    weights: Sequence[float],
+    dtype: str,
+    verify: bool,
+    notes: Sequence[str],
+) -> dict[str, object]:
+    """What was done; raises when the check of what was written says no."""
+    if not any(tensor.changed for tensor in merged.values()) and not recipe.replaced:
+        raise CheckFailedError(
+            "the merge would change nothing: every update is zero or below the rounding of the "
+            "stored dtype",
+            hint='Is the adapter trained? If it is, write `dtype="float32"`.',
         )
-
-    def _merged_tensors(self) -> dict[str, MergedTensor]:
-        """Output name -> the tensor that receives updates."""
-        contributions: dict[str, list[Contribution]] = {}
-        sources: dict[str, TensorSpec] = {}
-        dtypes: dict[str, str] = {}
-        for adapter, weight, placement in zip(
-            self.adapters, self.weights, self.placements, strict=True
-        ):
-            for target in placement.targets:
-                for piece in target.pieces:
-                    stored = self.base.tensors[piece.tensor]
-                    sources[piece.output] = piece.source or stored
-                    dtypes[piece.output] = stored.dtype
-                    contributions.setdefault(piece.output, []).append(
-                        Contribution(
-                            target.module,
-                            _loader(adapter, target.module, piece.order, self.device),
-                            weight,
-                            piece.start,
-                            piece.count,
-                            0 if piece.order else piece.delta_start,
-                            target.transposed,
-                            adapter.blocks,
-                            adapter.factor_bytes(target.module),
-                        )
-                    )
-        return {
-            name: MergedTensor(
-                sources[name],
-                self._written(dtypes[name]),
-                of_tensor,
-                device=self.device,
-                check=self.verify,
-            )
-            for name, of_tensor in contributions.items()
-        }
-
-    def _written(self, dtype: str) -> str:
-        return written_dtype(self.dtype, dtype) if dtype in FLOATING else dtype
-
-    def _parts(self, merged: Mapping[str, MergedTensor]) -> dict[str, list[Part]]:
-        """The tensors of the output by weight file of the base, in the base's order; new ones (an
-        untied head, a trained classifier) follow in the last file."""
-        replaced = self._replacements()
-        self._refuse_clash(merged, replaced)
-        added = {*merged, *replaced}
-        files: dict[str, list[Part]] = {}
-        for file_name, file in self.base.layout.items():
-            specs = [s for n, s in self.base.tensors.items() if s.file == file.path]
-            parts = files[file_name] = []
-            for spec in specs:
-                parts.append(self._part(spec.name, spec, merged, replaced))
-                added.discard(spec.name)
-        last = files[next(reversed(files))]
-        for name in [*merged, *replaced]:
-            if name in added:
-                last.append(self._part(name, None, merged, replaced))
-        return files
-
-    def _part(
-        self,
-        name: str,
-        spec: TensorSpec | None,
-        merged: Mapping[str, MergedTensor],
-        replaced: Mapping[str, list[Replacement]],
-    ) -> Part:
-        final = self._final_name(name)
-        if name in merged:
-            tensor = merged[name]
-            shape, dtype = tensor.spec.shape, tensor.dtype
-            return Part(final, dtype, shape, nbytes_of(dtype, shape), tensor.source())
-        found = replaced.get(name)
-        if found is not None and found[0].start is not None and spec is not None:
-            patches = [_patch(replacement) for replacement in found]
-            patched = PatchedTensor(spec, self._written(spec.dtype), patches)
-            nbytes = nbytes_of(patched.dtype, spec.shape)
-            return Part(final, patched.dtype, spec.shape, nbytes, patched.source())
-        stored = spec if found is None else found[0].source
-        assert stored is not None
-        dtype = self._written(stored.dtype)
-        if name in replaced and spec is not None and spec.dtype in FLOATING:
-            dtype = self._written(spec.dtype)  # a float32 head of a bfloat16 model stays bfloat16
-        source: Copied | Computed
-        if any(stored.file == adapter.file.path for adapter in self.adapters):
-            source = taken(stored, dtype)
-        else:
-            same = dtype == stored.dtype
-            source = Copied(stored) if same else CastTensor(stored, dtype).source()
-        return Part(final, dtype, stored.shape, nbytes_of(dtype, stored.shape), source)
-
-    def _final_name(self, name: str) -> str:
-        """A bare base that gets a head is written with its architecture's prefix."""
-        return next((p.final_name(name) for p in self.placements if p.outer_names), name)
-
-    def _replacements(self) -> dict[str, list[Replacement]]:
-        """Output name -> what replaces it: one whole tensor, or rows of it."""
-        found: dict[str, list[Replacement]] = {}
-        owners: dict[str, Adapter] = {}
-        for adapter, placement in zip(self.adapters, self.placements, strict=True):
-            for replacement in placement.replacements:
-                owner = owners.setdefault(replacement.output, adapter)
-                held = found.setdefault(replacement.output, [])
-                if owner is not adapter and replacement not in held:
-                    raise MisuseError(
-                        f"replaces {replacement.output!r}, as another of the adapters does",
-                        where=adapter.path,
-                        hint="Only one adapter can carry a bias or saved module.",
-                    )
-                if replacement not in held:
-                    held.append(replacement)
-        return found
-
-    def _refuse_clash(
-        self, merged: Mapping[str, MergedTensor], replaced: Mapping[str, list[Replacement]]
-    ) -> None:
-        both = sorted(merged.keys() & replaced.keys())
-        if both:
-            raise MisuseError(
-                f"{both[0]!r} is adapted by one adapter and replaced whole by another",
-                where=self.adapters[0].path,
-                hint="Merge one of them, and train the other on the result.",
-            )
-
-    def _texts_and_sidecars(
-        self, files: Sequence[OutputFile]
-    ) -> tuple[dict[str, bytes], dict[str, Path], list[str]]:
-        """Small files to write, files to copy, and what is worth telling about them."""
-        notes = [note for p in self.placements for note in p.notes]
-        copies = self.base.sidecars()
-        for adapter in self.adapters:
-            same_model = adapter.model_config.get("model_type") == self.base.model_type
-            beside = {
-                name: path
-                for name, path in sidecars(adapter.path).items()
-                if _ADAPTER_SIDECARS.fullmatch(PurePosixPath(name).name)
-                and (name != "config.json" or same_model)
-            }
-            for name, path in beside.items():
-                if name.endswith("config.json"):  # what is no object, transformers does not load
-                    load_json(path, allow_non_finite=True)
-            if beside:
-                notes.append(f"{', '.join(sorted(beside))} taken from {adapter.path}")
-            copies |= beside
-        texts = {CARD_NAME: merged_card(self.base, self.adapters)}
-        if "config.json" in copies:
-            config = load_json(copies["config.json"], allow_non_finite=True)
-            edited = updated(config, self._config_edits(config))
-            if edited != config:
-                del copies["config.json"]
-                texts["config.json"] = (json.dumps(edited, indent=2) + "\n").encode()
-        if len(files) > 1:
-            texts["model.safetensors.index.json"] = index_json(files)
-        return texts, copies, notes
-
-    def _config_edits(self, config: Mapping[str, object]) -> dict[str, object]:
-        edits: dict[str, object] = {}
-        for placement in self.placements:
-            edits = updated(edits, placement.config_edits())
-        if self.dtype == "keep":
-            return edits
-        dtypes = {s.dtype for s in self.base.tensors.values() if s.dtype in FLOATING}
-        if dtypes != {written_dtype(self.dtype, "")} and "torch_dtype" not in config:
-            edits["dtype"] = self.dtype
-        return updated(edits, _dtype_edits(config, self.dtype))
-
-    def _receipt(
-        self,
-        merged: Mapping[str, MergedTensor],
-        notes: Sequence[str],
-    ) -> dict[str, object]:
-        """What was done; raises when the check of what was written says no."""
-        if not any(tensor.changed for tensor in merged.values()) and not self._replacements():
+    survival = sum((tensor.survival for tensor in merged.values()), Survival())
+    for name, tensor in merged.items():
+        if tensor.worst > 1.0:
             raise CheckFailedError(
-                "the merge would change nothing: every update is zero or below the rounding of "
-                "the stored dtype",
-                hint="Is the adapter trained? If it is, write --dtype float32.",
+                f"differs from base + delta by {tensor.worst:.3g} x what one rounding allows",
+                where=name,
+                hint="Nothing was published. Please report this with the two inputs.",
             )
-        survival = sum((tensor.survival for tensor in merged.values()), Survival())
-        for name, tensor in merged.items():
-            if tensor.worst > 1.0:
-                raise CheckFailedError(
-                    f"differs from base + delta by {tensor.worst:.3g} x what one rounding allows",
-                    where=name,
-                    hint="Nothing was published. Please report this with the two inputs.",
-                )
-        digests = [adapter.sha256() for adapter in self.adapters]
-        return {
-            "tool": "gralora-convert",
-            "version": __version__,
-            "command": "merge",
-            "inputs": {
-                "base": {"source": self.base.source, "headers_sha256": self.base.digest()},
-                "adapters": [
-                    {
-                        "path": str(adapter.path),
-                        "sha256": digest,
-                        "weight": weight,
-                        "kind": adapter.kind,
-                    }
-                    for adapter, digest, weight in zip(
-                        self.adapters, digests, self.weights, strict=True
-                    )
-                ],
-            },
-            "merged_adapters": [*_merged_before(self.base), *digests],
-            "modules": [_row(name, tensor, checked=self.verify) for name, tensor in merged.items()],
-            "replaced": sorted(self._replacements()),
-            "survival": survival.as_json() if self.verify else None,
-            "dtype": self.dtype,
-            "notes": list(notes),
-        }
-
-
-def _loader(
-    adapter: Adapter, module: str, order: tuple[int, ...] | None, device: str
-) -> Callable[[], Gralora | Lora]:
-    """Reads the factors of one module; with rows in another order on disk, as that permutation of
-    the exact LoRA (a permutation breaks the blocks, not the rank)."""
-
-    def load() -> Gralora | Lora:
-        delta = adapter.delta(module)
-        ordered = delta if order is None else permute_rows(delta, order)
-        return ordered if device == "cpu" else to_device(ordered, device)
-
-    return load
-
-
-def _patch(replacement: Replacement) -> Patch:
-    assert replacement.start is not None
-    return Patch(
-        replacement.source,
-        replacement.start,
-        replacement.count,
-        replacement.source_start,
-        replacement.order,
-    )
+    base, digests = recipe.base, [adapter.sha256() for adapter in recipe.adapters]
+    return {
+        "tool": "gralora-convert",
+        "version": __version__,
+        "command": "merge",
+        "inputs": {
+            "base": {"source": base.source, "headers_sha256": base.digest()},
+            "adapters": [
+                {
+                    "path": str(adapter.path),
+                    "sha256": digest,
+                    "weight": weight,
+                    "kind": adapter.kind,
+                }
+                for adapter, digest, weight in zip(recipe.adapters, digests, weights, strict=True)
+            ],
+        },
+        "merged_adapters": [*_merged_before(base), *digests],
+        "modules": [_row(name, tensor, checked=verify) for name, tensor in merged.items()],
+        "replaced": sorted(recipe.replaced),
+        "survival": survival.as_json() if verify else None,
+        "dtype": dtype,
+        "notes": list(notes),
+    }
 
 
 def _row(name: str, tensor: MergedTensor, *, checked: bool) -> dict[str, object]:
     row: dict[str, object] = {
         "tensor": name,
-        "modules": list(dict.fromkeys(c.module for c in tensor.contributions)),
+        "modules": list(dict.fromkeys(update.module for update in tensor.updates)),
         "shape": list(tensor.spec.shape),
         "dtype": tensor.dtype,
     }

@@ -3,39 +3,22 @@
 __all__ = [
     "SERVED_RANKS",
     "served_rank",
-    "serving_lines",
     "serving_notes",
 ]
 
 
-# vLLM's choices of --max-lora-rank (vllm/config/lora.py)
+# vLLM's choices of max_lora_rank (vllm/config/lora.py)
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LORAX_RANK = 128  # of its kernels
 
 
 def served_rank(r: int) -> int | None:
-    """The smallest `--max-lora-rank` of vLLM that serves a LoRA of rank r; None above its largest.
+    """The smallest `max_lora_rank` of vLLM that serves a LoRA of rank r; None above its largest.
 
     >>> served_rank(136), served_rank(1024)
     (256, None)
     """
     return next((rank for rank in SERVED_RANKS if rank >= r), None)
-
-
-def serving_lines(rank: int, output: str) -> list[str]:
-    """How servers are told about the LoRA of this rank in the folder `output`."""
-    lines = []
-    served = served_rank(rank)
-    if served is not None:
-        lines.append(
-            f"to serve: vllm serve MODEL --enable-lora --max-lora-rank {served} --max-loras 1 "
-            f"--lora-modules NAME={output}"
-        )
-    lines.append(
-        f"      or: sglang.launch_server --model-path MODEL --enable-lora --max-lora-rank {rank} "
-        f"--lora-paths NAME={output}"
-    )
-    return lines
 
 
 def serving_notes(rank: int, *, extras: bool) -> list[str]:
@@ -46,8 +29,8 @@ def serving_notes(rank: int, *, extras: bool) -> list[str]:
     notes = []
     if served_rank(rank) is None:
         notes.append(
-            f"rank {rank} is above vLLM's largest, {SERVED_RANKS[-1]}: give --r with "
-            "--allow-inexact, or merge"
+            f"rank {rank} is above vLLM's largest, {SERVED_RANKS[-1]}: give `r` with "
+            "`allow_inexact=True`, or merge"
         )
     if rank > LORAX_RANK:
         notes.append(f"rank {rank} is above what LoRAX's kernels take, {LORAX_RANK}")

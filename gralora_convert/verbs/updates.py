@@ -65,7 +65,7 @@ class Source:
                 raise UnsupportedError(
                     f"is a LoRA with {', '.join(adapter.unsupported)}: its update is not "
                     "scaling * B @ A, and the model that it was trained on was not given",
-                    where=adapter.path, hint="Give --base MODEL, the original one.",
+                    where=adapter.path, hint="Give `base`, the original one.",
                 )  # fmt: skip
             return cls(adapter, None, None, device)
         opened = base if isinstance(base, Checkpoint) else Checkpoint.open(base)

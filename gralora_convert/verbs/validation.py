@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter, is_saved, parse_key, scan_adapter
-from gralora_convert.base import bias_missing, place
+from gralora_convert.base import bias_missing, extra_weights, place
 from gralora_convert.disk import FLOATING, RECEIPT_NAME, Checkpoint, TensorFile, is_folder, look
 from gralora_convert.errors import ConvertError, Finding, Report, error, note, warning
 from gralora_convert.output import adapter_receipt_findings, checkpoint_receipt_findings
@@ -107,12 +107,13 @@ def _alone_findings(adapter: Adapter) -> Iterator[Finding]:
             yield warning(
                 "target-without-tensors", CONFIG_NAME,
                 f"target_modules names {name!r}, of which the file holds no tensors",
-                "Check with --base whether the model has it.",
+                "Check with `base` whether the model has it.",
             )  # fmt: skip
     saved = {is_saved(config, parameter) for parameter in adapter.saved}
     for entry in config.modules_to_save or ():
         if entry not in saved:
             yield note("modules-to-save-unmatched", entry, "is in modules_to_save, without tensors")
+    yield from extra_weights(adapter)
     yield from _uneven_layers(adapter)
 
 
@@ -131,7 +132,7 @@ def _uneven_layers(adapter: Adapter) -> Iterator[Finding]:
             yield warning(
                 "target-without-tensors", f"{stack}.{index}",
                 f"lacks {', '.join(lacking)}, which other layers have",
-                "Check with --base.",
+                "Check with `base`.",
             )  # fmt: skip
 
 

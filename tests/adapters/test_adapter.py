@@ -20,7 +20,12 @@ from safetensors.numpy import save_file
 from gralora_convert.adapters.adapter import Adapter, Scan, scan_adapter
 from gralora_convert.adapters.config import CONFIG_NAME, GraloraConfig, LoraConfig
 from gralora_convert.disk.specs import DTYPE_BITS
-from gralora_convert.errors import InvalidAdapterError, UnreadableError, UnsupportedError
+from gralora_convert.errors import (
+    InvalidAdapterError,
+    MisuseError,
+    UnreadableError,
+    UnsupportedError,
+)
 from gralora_convert.verbs.merging import merge
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
@@ -699,6 +704,28 @@ def test_what_peft_saves_of_unusual_models_is_valid(name: str, tmp_path: Path) -
     require_accounted(adapter)
     assert (set(adapter.saved), set(adapter.frozen)) == (saved, frozen)
     assert len(adapter.biases) == biases
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_pefts_conversion_loses_is_no_finding(tmp_path: Path) -> None:
+    """PEFT 0.21.2 writes no task, no base and each module twice; `add_adapter` an empty base."""
+    peft = pytest.importorskip("peft")
+    config = peft.GraloraConfig(
+        r=4, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM"
+    )
+    peft.save_as_lora(tmp_path / "lora", peft.get_peft_model(llama(), config), rank=8)
+    model = llama()
+    model.add_adapter(config)
+    model.save_pretrained(tmp_path / "added")
+    for name, base, targets in (("lora", None, 2), ("added", "", 1)):
+        saved = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert saved["task_type"] == (None if name == "lora" else "CAUSAL_LM")
+        assert (saved["base_model_name_or_path"], len(saved["target_modules"])) == (base, targets)
+        adapter = Adapter.open(tmp_path / name)
+        require_accounted(adapter)
+        assert {f.severity for f in adapter.findings} <= {"note"}
+        with pytest.raises(MisuseError, match="names no base model"):
+            merge(adapter)
 
 
 # values -------------------------------------------------------------------------------------------

@@ -51,18 +51,20 @@ LONG = "x" * 5000
                               ("r", 2.0), ("r", "2"), ("hybrid_r", -1), ("hybrid_r", "2"),
                               ("alpha", math.nan), ("alpha", math.inf), ("alpha", "8"),
                               ("alpha", 10**400))),
-        *((call, "max_error", value, "max-error") for call in (convert, extract)
+        *((call, "max_error", value, "max_error") for call in (convert, extract)
           for value in (0, 1, -0.5, math.nan, "0.5")),
-        *((merge, "shard_size", value, "shard-size") for value in (5, None, "5", "-5GB", "5XB")),
+        *((merge, "shard_size", value, "shard_size") for value in (5, None, "5", "-5GB", "5XB")),
         *((merge, "weights", value, "weight") for value in
           ([], [1, 2], [0], [math.nan], ["a"], [None], [True])),
         *((verify, "slack", value, "slack") for value in (0, -1, math.nan, math.inf, "1", None)),
         *((verify, "level", value, "level") for value in ("x", None)),
         (extract, "svd", "x", "svd"),
-        *((call, "base", value, "") for call in (merge, verify) for value in (LONG, "", "a\0b")),
-        *((call, "adapter", value, "") for call in (merge, convert, verify)
-          for value in (LONG, "", "a\0b", BASE)),
-        (verify, "merged", LONG, ""),
+        *((call, name, value, word)
+          for call, name in ((merge, "base"), (verify, "base"), (verify, "merged"))
+          for value, word in ((LONG, "too long"), ("", "empty name"), ("a\0b", "no such file"))),
+        *((call, "adapter", value, word) for call in (merge, convert, verify)
+          for value, word in ((LONG, "Name a local folder"), ("", "empty name"),
+                              ("a\0b", "is not a folder"), (BASE, "config-missing"))),
         (extract, "tuned", "", "empty"),
     ],
 )  # fmt: skip
@@ -74,7 +76,7 @@ def test_a_wrong_value_is_refused_by_name(call: Call, name: str, value: object, 
 
 
 def test_several_options_that_exclude_one_another() -> None:
-    with pytest.raises(gc.ConvertError, match="excludes --r"):
+    with pytest.raises(gc.ConvertError, match="excludes `r`"):
         convert(max_error=0.1, r=4)
     with pytest.raises(gc.ConvertError, match="not of a Hybrid"):
         convert(max_error=0.1, to="hybrid")

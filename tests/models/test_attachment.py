@@ -310,6 +310,19 @@ def test_forward_and_backward_are_pefts(name: str, shape: tuple[int, ...]) -> No
     assert_follows(mlp(), reference, torch.randn(shape), dropout=config.get("gralora_dropout", 0.0))
 
 
+@pytest.mark.parametrize("shape", [(8,), (2, 3, 2, 8)], ids=str)
+@pytest.mark.parametrize("name", ["default", "hybrid"])
+def test_inputs_that_pefts_forward_cannot_take(name: str, shape: tuple[int, ...]) -> None:
+    """One vector, and images in channels-last order: each row gives what PEFT gives for it."""
+    reference = with_peft(mlp(), target_modules=TARGETS, **CONFIGS[name])
+    model, x = mlp(), torch.randn(shape)
+    attach(model, deltas_of(reference))
+    with pytest.raises(ValueError, match="to unpack"):
+        reference(x)
+    with torch.no_grad():
+        assert_close(model(x), reference(x.reshape(-1, 8)).reshape(*shape[:-1], 4))
+
+
 @pytest.mark.parametrize("cast", [True, False], ids=["factors-fp32", "factors-as-base"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes_are_pefts(dtype: torch.dtype, cast: bool) -> None:

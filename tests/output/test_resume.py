@@ -1,13 +1,11 @@
 """Runs that break off and go on, and runs of several processes: the bytes are those of one run."""
 
-import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from gralora_convert.errors import MisuseError, OutputError
-from gralora_convert.output import heartbeat as signs
 from gralora_convert.output import ranks as ranks_module
 from gralora_convert.output import writing
 from gralora_convert.output.journal import Journal
 from gralora_convert.output.plan import Plan
-from gralora_convert.output.ranks import Follower, Leader, Ranks
+from gralora_convert.output.ranks import Ranks
 from gralora_convert.output.writing import Computed, Part
 from gralora_convert.verbs.merging import merge
 from tests.builders import SHAPES, random_delta, write_adapter, write_base
@@ -68,7 +65,7 @@ def breaking(plan: Plan, output: Path, after: int, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "record", failing)
         patch.setattr(writing, "FLUSH_BYTES", 1)
-        with pytest.raises(OutputError, match=r"run again with --resume, or delete it"):
+        with pytest.raises(OutputError, match=r"run again with `resume=True`, or delete it"):
             _watched(plan, made).write(output, resume=True, jobs=1)
     return made
 
@@ -232,11 +229,24 @@ def test_an_interrupted_merge_says_how_to_go_on(inputs: list[str], tmp_path: Pat
 # several processes --------------------------------------------------------------------------------
 
 
-def start(arguments: list[str], rank: int, size: int) -> subprocess.Popen[str]:
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size)}
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def launched(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun puts into the environment."""
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {**os.environ, **here, "RANK": str(rank), "WORLD_SIZE": str(size)}
+
+
+def start(
+    arguments: list[str], rank: int, size: int, port: int, *program: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "gralora_convert", *arguments],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *(program or ("-m", "gralora_convert")), *arguments],
+        env=launched(rank, size, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -245,7 +255,8 @@ def test_ranks_write_the_bytes_of_one_process(
     size: int, inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
 ) -> None:
     arguments = [*inputs, "-o", str(tmp_path / "far/out"), "--json"]
-    processes = [start(arguments, rank, size) for rank in reversed(range(size))]
+    port = free_port()
+    processes = [start(arguments, rank, size, port) for rank in reversed(range(size))]
     said = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0] * size, said
     assert [out for out, _ in said[:-1]] == [""] * (size - 1)  # rank 0 alone speaks
@@ -268,45 +279,95 @@ def test_torchrun_starts_them(
     assert tree(tmp_path / "out") == whole
 
 
-LOST = """
-import os, signal, sys
-from gralora_convert.output import writing
-from gralora_convert.cli.entry import main
-writing.write_files = None
+def test_processes_of_mpirun_meet_at_a_file(
+    inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    arguments = [*inputs, "-o", str(tmp_path / "far/out")]
+    processes = []
+    for rank in range(2):
+        launcher = {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2"}
+        processes.append(subprocess.Popen(
+            [sys.executable, "-m", "gralora_convert", *arguments],
+            env={**os.environ, **launcher, "PMIX_NAMESPACE": "prterun-host-4711@1"},
+        ))  # fmt: skip
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert tree(tmp_path / "far/out") == whole
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_where_nothing_says_where_to_meet_it_is_refused(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    outcome = run(*inputs, "-o", tmp_path / "out")
+    assert outcome.status == 2
+    assert "nothing says where they meet" in outcome.stderr
+    assert not (tmp_path / "out").exists()
+
+
+DYING = """
+import os, signal, sys, time
+from gralora_convert.cli.entry import run
 from gralora_convert.output import plan
+write_files, attempt = plan.write_files, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+lost, when = sys.argv[1:3]
 def dying(*arguments, **options):
-    os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ["RANK"] == lost and attempt == "0":
+        if when == "late":
+            write_files(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write_files(*arguments, **options)
 plan.write_files = dying
-main(sys.argv[1:])
+sys.argv[1:] = sys.argv[3:]
+run()
 """
 
 
+@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_rank_leaves_nothing_published_and_is_made_up_for(
+    lost: int, when: str, inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    arguments, port = [*inputs, "-o", str(tmp_path / "out")], free_port()
+    program = ("-c", DYING, str(lost), when)
+    processes = [start(arguments, rank, 2, port, *program) for rank in range(2)]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert processes[lost].returncode == -signal.SIGKILL
+    assert processes[1 - lost].returncode == 2, said
+    out, err = said[1 - lost]
+    assert out == ""
+    assert "another rank is lost" in err
+    assert "--resume" in err
+    assert err.count("\n") <= 2
+    assert not (tmp_path / "out").exists()
+    outcome = run_ok(*arguments, "--resume")  # alone, this time
+    assert tree(tmp_path / "out") == whole
+    assert "merged" in outcome.stdout
+
+
+def test_torchrun_heals_a_killed_worker(
     inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
 ) -> None:
-    arguments = [*inputs, "-o", str(tmp_path / "out")]
-    leader = start(arguments, 0, 2)
-    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
-    lost = subprocess.run(
-        [sys.executable, "-c", LOST, *arguments], env=environment, capture_output=True, check=False
-    )
-    assert lost.returncode == -signal.SIGKILL
-    out, err = leader.communicate(timeout=120)
-    assert leader.returncode == 2
-    assert out == ""
-    assert "rank 1 of 2 is lost" in err
-    assert "--resume" in err
-    assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".out.rank-*"))
-    outcome = run_ok(*arguments, "--resume")  # alone, this time
-    assert "goes on" in outcome.stderr
+    (tmp_path / "dying.py").write_text(DYING)
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--max-restarts", "3", "--monitor-interval", "0.1", "--master-port", str(free_port()),
+    ]  # fmt: skip
+    outcome = subprocess.run(
+        [*torchrun, str(tmp_path / "dying.py"), "1", "late", *inputs, "--resume",
+         "-o", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
     assert tree(tmp_path / "out") == whole
 
 
 def test_a_rank_that_refuses_is_heard(inputs: list[str], tmp_path: Path) -> None:
     arguments = [*inputs, "-o", str(tmp_path / "out")]
     other = [*arguments, "--weight", "2"]
-    processes = [start(arguments, 0, 2), start(other, 1, 2)]
+    port = free_port()
+    processes = [start(arguments, 0, 2, port), start(other, 1, 2, port)]
     said = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert "rank 1 would write something else than rank 0" in said[0]
@@ -314,31 +375,33 @@ def test_a_rank_that_refuses_is_heard(inputs: list[str], tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("rank", "who"), [(0, "rank 1 of 2 did not come"), (1, "cannot meet")])
 def test_a_rank_alone_gives_up(
-    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rank: int, who: str, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signs, "JOIN_SECONDS", 0.2)
-    for rank, who in ((0, "rank 1"), (1, "rank 0")):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        outcome = run(*inputs, "-o", tmp_path / "out")
-        assert outcome.status == 2
-        assert f"{who} of 2 did not come" in outcome.stderr
-        assert not (tmp_path / "out").exists()
-        assert not list(tmp_path.glob(".out.rank-*"))
+    monkeypatch.setattr(ranks_module, "JOIN_SECONDS", 0.2)
+    monkeypatch.setattr(ranks_module, "HEARD_SECONDS", 0.2)
+    for name, value in launched(rank, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    outcome = run(*inputs, "-o", tmp_path / "out")
+    assert outcome.status == 2
+    assert who in outcome.stderr
+    assert "RANK and WORLD_SIZE" in outcome.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_a_rank_that_shows_no_life_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On another machine nobody can be asked whether the process runs."""
-    monkeypatch.setattr(signs, "LOST_SECONDS", 0.3)
-    path = tmp_path / ".out.rank-1"
-    path.write_text('{"pid": 1, "machine": "elsewhere"}')
-    watch = signs.Watch(path)
-    assert not watch.is_lost
-    path.write_text('{"pid": 1, "machine": "elsewhere", "beats": 2}')
-    assert not watch.is_lost
-    time.sleep(0.4)
-    assert watch.is_lost
+def test_one_process_starts_nothing(inputs: list[str], tmp_path: Path) -> None:
+    program = (
+        "import sys; from gralora_convert.output.plan import Plan; write = Plan.write\n"
+        "def watched(*arguments, **options):\n"
+        "    receipt = write(*arguments, **options)\n"
+        "    import torch; assert not torch.distributed.is_initialized()\n"
+        "    return receipt\n"
+        "Plan.write = watched\n"
+        "from gralora_convert.cli.entry import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, *inputs, "-o", str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize(
@@ -405,141 +468,39 @@ def test_an_output_that_exists_is_refused_by_every_rank_at_once(
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "10":
         monkeypatch.setenv("RANK", rank)
-        monkeypatch.setattr(ranks_module, "HEARD_SECONDS", 0.0)
         assert "exists and is not empty" in run(*inputs, "-o", tmp_path / "out").stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
 
-def follower(output: Path, note: signs.Note = lambda sentence: None) -> Follower:
-    return Follower(output, Ranks(1, 2), "plan", note)
+FAILING = """
+import sys
+from gralora_convert.errors import OutputError
+from gralora_convert.cli.entry import run
+from gralora_convert.output.staging import Staging
+def refuse(self, *arguments):
+    raise {failure}
+Staging._require_space = refuse
+run()
+"""
 
 
-def leader(output: Path) -> Leader:
-    return Leader(output, Ranks(0, 2), "plan", lambda sentence: None)
-
-
-def test_a_refusal_of_rank_0_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks_module, "HEARD_SECONDS", 0.5)
-
-    def refuse() -> None:
-        with contextlib.suppress(OutputError), leader(tmp_path / "out").heard():
-            raise OutputError("no space")
-
-    thread = threading.Thread(target=refuse)
-    thread.start()
-    with (
-        pytest.raises(OutputError, match="rank 0 refused: no space"),
-        follower(tmp_path / "out").join(),
-    ):
-        pass
-    thread.join()
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_interrupt_before_the_work_is_heard(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with contextlib.suppress(KeyboardInterrupt), follower(tmp_path / "out").join():
-            raise KeyboardInterrupt
-
-    thread = threading.Thread(target=interrupted)
-    thread.start()
-    zero = leader(tmp_path / "out")
-    with pytest.raises(OutputError, match="rank 1 failed: interrupted"), zero.gather():
-        zero.wait()
-    thread.join()
-    assert not list(tmp_path.iterdir())
-
-
-def test_ranks_of_two_launches_do_not_share_a_sign(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("failure", "status", "heard"),
+    [
+        ('OutputError("no space")', 2, "rank 0 failed: no space"),
+        ("KeyboardInterrupt", 130, "rank 0 failed: it was interrupted"),
+    ],
+)
+def test_a_failure_of_rank_0_is_heard(
+    failure: str, status: int, heard: str, inputs: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(signs, "BUSY_SECONDS", 0.2)
-    lock = tmp_path / ".out.rank-1.lock"
-    with signs.only_one(lock, tmp_path / "out"):
-        with (
-            pytest.raises(OutputError, match="another run is writing this output"),
-            follower(tmp_path / "out").join(),
-        ):
-            pass
-        assert lock.exists()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_launch_that_has_its_ranks_takes_no_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ranks_module, "BUSY_SECONDS", 0.2)
-    first = signs.Sign(tmp_path / ".out.rank-0", token="t", plan="plan", closed=True)
-    with (
-        pytest.raises(OutputError, match="another run is writing this output"),
-        follower(tmp_path / "out").join(),
-    ):
-        pass
-    first.stop()
-
-
-def test_a_process_that_nobody_has_waited_for_is_dead() -> None:
-    with subprocess.Popen(["true"]) as process:
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert not signs._is_running(process.pid)
-    assert signs._is_running(os.getpid())
-
-
-def test_one_that_was_seen_and_died_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(signs, "BUSY_SECONDS", 0.1)
-    here = {"machine": signs._machine(), "nonce": "n"}
-    place = tmp_path / ".out.rank-1"
-    place.write_text(json.dumps({**here, "pid": os.getpid()}))
-    watch = signs.Watch(place)
-    assert not watch.has_died
-    place.write_text(json.dumps({**here, "pid": 2**22 + 1}))  # above every pid of Linux
-    assert not watch.has_died
-    time.sleep(0.2)
-    assert watch.has_died
-    stale = signs.Watch(place)
-    assert not stale.has_died
-    time.sleep(0.2)
-    assert not stale.has_died
-
-
-def test_hostile_signs_lead_nowhere(tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.write_text("x")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    names = (".out.rank-1", f".out.rank-1.{os.getpid()}", ".out.rank-1.lock", ".out.rank-0")
-    for name in names:
-        (folder / name).symlink_to(precious)
-    (folder / ".out.rank-1.partial").mkdir()  # of an output that is called so
-    zero, one = leader(folder / "out"), follower(folder / "out")
-
-    def join() -> None:
-        with one.join():
-            pass
-
-    thread = threading.Thread(target=join)
-    thread.start()
-    with zero.gather():
-        zero.wait()
-    thread.join()
-    assert precious.read_text() == "x"
-    assert [path.name for path in folder.iterdir()] == [".out.rank-1.partial"]
-
-
-def test_who_waits_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signs, "NOTE_SECONDS", 0.1)
-    monkeypatch.setattr(signs, "JOIN_SECONDS", 0.3)
-    said: list[str] = []
-    with (
-        pytest.raises(OutputError, match="rank 0 of 2 did not come"),
-        follower(tmp_path / "out", said.append).join(),
-    ):
-        pass
-    assert len(said) == 1
-    assert "waiting for rank 0 of 2" in said[0]
-    assert "Unset RANK and WORLD_SIZE" in said[0]
+    arguments, port = [*inputs, "-o", str(tmp_path / "out")], free_port()
+    program = ("-c", FAILING.replace("{failure}", failure))
+    processes = [start(arguments, rank, 2, port, *program) for rank in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [status, 2], said
+    assert heard in said[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_where_nothing_was_done_nothing_is_kept(

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gralora_convert.adapters.adapter import Adapter
+from gralora_convert.adapters.keys import Role, key_of
 from gralora_convert.delta.forms import Lora
 from gralora_convert.errors import MisuseError, OutputError
 from gralora_convert.models.attachment import Attachment, attach
@@ -116,6 +118,19 @@ def test_deltas_are_saved_with_the_config_that_they_imply(
     with pytest.raises(OutputError, match="exists"):
         handle.save_pretrained(tmp_path / "out")
     handle.save_pretrained(tmp_path / "out", overwrite=True)
+
+
+def test_factors_are_saved_by_their_values_however_they_lie_in_memory(tmp_path: Path) -> None:
+    """safetensors 0.8.0's NumPy writer stores the memory of a transposed array."""
+    plain = random_delta(12, 8, hybrid_r=3)
+    roles: tuple[Role, ...] = ("A", "B", "general_A", "general_B")
+    turned = {role: getattr(plain, role).mT.contiguous().mT for role in roles}
+    assert not any(factor.is_contiguous() for factor in turned.values())
+    attach(mlp(), {"up": replace(plain, **turned)}).save_pretrained(tmp_path / "out")
+    found = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert len(found) == 4
+    for role in roles:
+        assert torch.equal(found[key_of("up", role)], getattr(plain, role)), role
 
 
 def str_of(dtype: torch.dtype) -> str:

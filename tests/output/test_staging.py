@@ -176,7 +176,7 @@ def refusal(output: Path, **options: bool | tuple[Path, ...]) -> ConvertError:
 
 def test_what_exists_is_kept_unless_told(tmp_path: Path) -> None:
     make(tmp_path / "out", MODEL)
-    assert "--overwrite" in str(refusal(tmp_path / "out"))
+    assert "`overwrite=True`" in str(refusal(tmp_path / "out"))
     assert tree(tmp_path / "out") == MODEL
 
 

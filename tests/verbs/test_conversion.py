@@ -17,7 +17,7 @@ import gralora_convert as gc
 from gralora_convert.adapters.keys import key_of
 from gralora_convert.delta.forms import Gralora, Lora
 from gralora_convert.delta.products import dense
-from gralora_convert.errors import InexactError, MisuseError
+from gralora_convert.errors import CheckFailedError, InexactError, MisuseError
 from tests import oracle
 from tests.builders import SHAPES, random_delta, write_adapter, write_base
 from tests.command import run, run_ok
@@ -322,10 +322,10 @@ def test_the_rank_for_an_error_is_the_smallest(to: str, k: int, tmp_path: Path) 
         ({"to": "gralora", "k": 5}, "k=5 does not divide"),
         ({"to": "gralora", "r": 3}, "not a positive multiple"),
         ({"to": "gralora", "alpha": 0}, "cannot carry an update"),
-        ({"to": "lora", "r": 4, "max_error": 0.1}, "excludes --r"),
+        ({"to": "lora", "r": 4, "max_error": 0.1}, "excludes `r`"),
         ({"to": "lora", "max_error": 1.5}, "between 0 and 1"),
-        ({"to": "lora", "device": "nowhere"}, "--device 'nowhere'"),
-        ({"to": "lora", "device": "meta"}, "--device 'meta'"),
+        ({"to": "lora", "device": "nowhere"}, "`device='nowhere'`"),
+        ({"to": "lora", "device": "meta"}, "`device='meta'`"),
     ],
     ids=str,
 )
@@ -437,6 +437,18 @@ def test_factors_that_float16_cannot_hold_are_refused(alpha: float, tmp_path: Pa
         refused = run(*arguments, "--dtype", "float16", *more)
         assert refused.status == 2
         assert "a: float16 cannot hold its factors" in refused.stderr
-        assert "--dtype float32" in refused.stderr
         assert not (tmp_path / "lora").exists()
+    with pytest.raises(CheckFailedError, match='`dtype="float32"`'):
+        gc.convert(adapter, to="lora", dtype="float16").write(tmp_path / "lora")
     run_ok(*arguments, "--dtype", "bfloat16")
+
+
+@pytest.mark.parametrize("to", ["gralora", "lora"])
+@pytest.mark.parametrize("layers", [0, [0]], ids=str)
+def test_layer_0_keeps_its_pattern(layers: int | list[int], to: Any, tmp_path: Path) -> None:
+    deltas = {"model.layer.0.q": random_delta(48, 24)}
+    chosen = {"target_modules": ["q"], "layers_to_transform": layers, "layers_pattern": "layer"}
+    adapter = write_adapter(tmp_path / "adapter", deltas, **chosen)
+    gc.convert(adapter, to=to).write(tmp_path / "new")
+    config = gc.Adapter.open(tmp_path / "new").config
+    assert (config.layers_to_transform, config.layers_pattern) == (layers, "layer")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import gralora_convert as gc
 from gralora_convert.delta.products import dense
+from gralora_convert.errors import MisuseError
 from tests import oracle
 from tests.builders import SHAPES, random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok
@@ -172,7 +173,7 @@ def test_experts_are_refused_or_left_out_by_name(tmp_path: Path) -> None:
     refused = run("extract", *pair, "-o", tmp_path / "new")
     assert refused.status == 2
     assert "experts" in refused.stderr
-    assert "--exclude" in refused.stderr
+    assert re.search(r"--exclude \S*experts", refused.stderr)
     done = run_ok("extract", *pair, "--exclude", "*experts*", "-o", tmp_path / "new")
     assert done.stderr.count("left out") == 6
     assert gc.Adapter.open(tmp_path / "new").modules == ("model.layers.0.self_attn.q_proj",)
@@ -492,5 +493,7 @@ def test_a_layer_that_k_does_not_divide_is_named_with_the_ways_out(tmp_path: Pat
     refused = run("extract", *pair, "-o", tmp_path / "adapter")
     assert refused.status == 2
     assert "score: k=2 does not divide its 3 x 24 weight" in refused.stderr
-    assert "--exclude 'score', or take --to lora" in refused.stderr
+    assert "leave this one out with --exclude score, or take --to lora" in refused.stderr
+    with pytest.raises(MisuseError, match=r'with `exclude=.*`, or take `to="lora"`'):
+        gc.extract(base=tmp_path / "base", tuned=tmp_path / "tuned", to="gralora")
     run_ok("extract", *pair, "--exclude", "score", "-o", tmp_path / "adapter")

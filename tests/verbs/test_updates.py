@@ -12,6 +12,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, 
 from safetensors.torch import load_file
 
 import gralora_convert as gc
+from gralora_convert.errors import UnsupportedError
 from gralora_convert.verbs.updates import Source
 from tests.command import run, run_ok
 from tests.verbs.test_conversion import GPT2, LLAMA, in_peft
@@ -240,3 +241,15 @@ def test_a_pissa_of_a_bfloat16_base_survives_bfloat16(tmp_path: Path) -> None:
         wanted = gc.dense(source.delta(module), torch.float64)
         found = gc.dense(result.delta(module), torch.float64)
         assert float((found - wanted).norm() / wanted.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("name", ["mica", "velora", "monteclora", "bdlora"])
+def test_what_peft_trains_in_another_way_is_not_trained(
+    name: str, bases: Bases, tmp_path: Path
+) -> None:
+    expected = write(EXACT[name], bases["llama"], tmp_path / "lora")
+    model = load(bases["llama"], "AutoModelForCausalLM")
+    with pytest.raises(UnsupportedError, match="trains in another way"):
+        gc.attach(model, tmp_path / "lora", trainable=True)
+    with gc.attach(model, tmp_path / "lora"):
+        assert close(outputs(model), expected) <= 1e-5

@@ -13,7 +13,8 @@ import gralora_convert as gc
 from benchmarks import peft_merges
 from gralora_convert.delta.products import dense
 from gralora_convert.disk.checkpoint import Checkpoint
-from gralora_convert.verbs.verification.comparison import Comparison, Update
+from gralora_convert.disk.specs import Rows
+from gralora_convert.verbs.verification.comparison import Comparison, Factored
 from tests.builders import random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok
 from tests.merges import WRONG, Setting, Tensors, applies, setting, wrong_modules
@@ -177,7 +178,7 @@ def test_rows_of_a_fused_matrix_are_judged_one_by_one(tmp_path: Path) -> None:
         before, after = (
             Checkpoint.open(tmp_path / name).tensors["w"] for name in ("base", "merged")
         )
-        updates = [Update(n, deltas[n], start, 24) for n, start in weights.items()]
+        updates = [Factored(n, deltas[n], Rows("w", start, 24)) for n, start in weights.items()]
         return {f.module: f.what for f in Comparison(before, after, updates).found() if f.worst > 1}
 
     right = base.clone()

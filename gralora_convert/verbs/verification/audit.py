@@ -1,26 +1,26 @@
 """One pass over a merged checkpoint: every tensor against what base and adapter say it must be."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from gralora_convert.adapters import Adapter
-from gralora_convert.base import Piece, Placement, Replacement, Target
-from gralora_convert.delta import Delta, Survival, permute_rows, to_device
-from gralora_convert.disk import FLOATING, Checkpoint, TensorSpec, read_torch, torch_dtype
+from gralora_convert.base import Kept, Merged, Patched, Recipe, Replaced, spellings
+from gralora_convert.delta import Survival
+from gralora_convert.disk import FLOATING, Checkpoint, TensorSpec, read_torch
 from gralora_convert.verbs.verification.comparison import (
     WRONG,
     Comparison,
+    Factored,
     Others,
-    Update,
     difference,
 )
 
 __all__ = [
-    "Audit",
     "Row",
+    "audited",
 ]
 
 
@@ -41,6 +41,7 @@ class Row:
     what: str = ""
     survival: Survival | None = None
     output_worst: float | None = None
+    kept: bool = False  # a tensor that no adapter touches
 
     def as_json(self) -> dict[str, object]:
         row: dict[str, object] = {"tensor": self.tensor, "module": self.module, "worst": self.worst}
@@ -49,224 +50,189 @@ class Row:
         return row | (self.survival.as_json() if self.survival else {})
 
 
-class Audit:
-    """The rows of one merged checkpoint. After `rows` has ended, `untouched` counts the tensors
-    that are the base's, `changed` those that should be and are not."""
+@dataclass(frozen=True)
+class _Audit:
+    """A recipe beside what was merged, and how to look."""
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        base: Checkpoint,
-        merged: Checkpoint,
-        placement: Placement,
-        *,
-        probe: bool,
-        device: str,
-        progress: Callable[[int], None],
-    ) -> None:
-        self.adapter, self.base, self.merged, self.placement = adapter, base, merged, placement
-        self.probe, self.device, self.progress = probe, device, progress
-        self.untouched = self.changed = 0
-        self._names = _names_in(merged, placement, base)
-        self._old_head = _old_head(placement, base)
+    recipe: Recipe
+    merged: Checkpoint
+    names: Mapping[str, str]  # as expected -> in the merged checkpoint
+    probe: bool
+    device: str
+    progress: Callable[[int], None]
 
-    def rows(self) -> Iterator[Row]:
-        """A row for each adapted or replaced tensor, and for each other one that is wrong."""
-        expected: set[str] = set()
-        pieces: dict[str, list[tuple[Target, Piece]]] = {}
-        for target in self.placement.targets:
-            for piece in target.pieces:
-                pieces.setdefault(piece.output, []).append((target, piece))
-        for output, held in pieces.items():
-            expected.add(output)
-            yield from self._targeted(output, held)
-        patches: dict[str, list[Replacement]] = {}
-        for replacement in self.placement.replacements:
-            expected.add(replacement.output)
-            if replacement.start is None:
-                yield self._replaced(replacement.output, replacement.source)
-            else:
-                patches.setdefault(replacement.output, []).append(replacement)
-        for output, parts in patches.items():
-            yield self._patched(output, parts)
-        for name, spec in self.base.tensors.items():
-            if name not in expected:
-                yield from self._kept(name, spec)
-        known = {self._names.get(name) for name in (*expected, *self.base.tensors)}
-        for name in self.merged.tensors:
-            if name not in known:
-                yield from self._extra(name)
-
-    def _find(self, name: str) -> TensorSpec | None:
-        found = self._names.get(name)
+    def find(self, name: str) -> TensorSpec | None:
+        found = self.names.get(name)
         return None if found is None else self.merged.tensors[found]
 
-    # Adapted tensors -----------------------------------------------------------------------------
 
-    def _targeted(self, output: str, held: list[tuple[Target, Piece]]) -> Iterator[Row]:
-        module, piece = held[0][0].module, held[0][1]
-        before, after = piece.source or self.base.tensors[piece.tensor], self._find(output)
-        if after is None:
-            tied = any(target.untied for target, _ in held)
-            why = "is missing; the tied base weight is used instead" if tied else "is missing"
-            yield Row(output, module, WRONG, why)
-            return
-        if after.shape != before.shape or after.dtype not in FLOATING:
-            what = f"is {after.dtype} {after.shape}, {before.shape} was needed"
-            yield Row(output, module, WRONG, what)
-            return
-        comparison = Comparison(
-            before, after, [self._update(target, piece) for target, piece in held],
-            probe=self.probe, device=self.device, progress=self.progress,
-        )  # fmt: skip
-        for found in comparison.found(self._others):
-            module = found.module or _module_of(output)
-            row = (found.worst, found.what, found.survival, found.output_worst)
-            yield Row(output, module, *row)
+def audited(
+    recipe: Recipe,
+    merged: Checkpoint,
+    *,
+    probe: bool,
+    device: str,
+    progress: Callable[[int], None],
+) -> Iterator[Row]:
+    """A row for every tensor of the recipe, and for each one that is in `merged` besides."""
+    audit = _Audit(recipe, merged, _names_in(merged, recipe), probe, device, progress)
+    old_head = _old_head(recipe)
+    for name, entry in recipe.tensors.items():
+        match entry:
+            case Merged():
+                yield from _merged(audit, name, entry)
+            case Replaced():
+                yield _replaced(audit, name, entry.spec)
+            case Patched():
+                yield _patched(audit, name, entry)
+            case Kept():
+                yield from _kept(audit, name, entry.spec, name in old_head)
+    known = set(audit.names.values())
+    for name in merged.tensors:
+        if name not in known:
+            yield _extra(audit, name)
 
-    def _update(self, target: Target, piece: Piece) -> Update:
-        delta: Delta = self.adapter.delta(target.module)
-        begin, short = piece.delta_start, self.adapter.short_dtype(target.module)
-        if piece.order is not None:
-            delta, begin = permute_rows(self.adapter.delta(target.module), piece.order), 0
-        return Update(
-            target.module, to_device(delta, self.device), piece.start, piece.count, begin,
-            target.transposed, None if short is None else torch_dtype(short),
-        )  # fmt: skip
 
-    def _others(self, module: str) -> Others:
-        """The modules of the same shape, the nearest in the file first."""
-        names = self.adapter.modules
-        own, shape = names.index(module), self.adapter.shape(module)
-        same = [name for name in names if name != module and self.adapter.shape(name) == shape]
-        same.sort(key=lambda name: abs(names.index(name) - own))
-        return [(name, partial(self.adapter.delta, name)) for name in same[:NEIGHBOURS]]
+# Adapted tensors ----------------------------------------------------------------------------------
 
-    # Replaced tensors ----------------------------------------------------------------------------
 
-    def _replaced(self, output: str, source: TensorSpec) -> Row:
-        after, module = self._find(output), _module_of(output)
-        if after is None:
-            return Row(output, module, WRONG, "is missing; the adapter brings it")
-        ratio = difference(source, after, self.progress)
-        what = (
-            ""
-            if ratio == 0
-            else self._why_not_replaced(self.base.tensors.get(output), source, after)
-        )
-        return Row(output, module, ratio, what)
+def _merged(audit: _Audit, output: str, entry: Merged) -> Iterator[Row]:
+    before, after = entry.spec, audit.find(output)
+    module = entry.updates[0].module
+    if after is None:
+        why = "is missing; the tied base weight is used instead" if entry.untied else "is missing"
+        yield Row(output, module, WRONG, why)
+        return
+    if after.shape != before.shape or after.dtype not in FLOATING:
+        what = f"is {after.dtype} {after.shape}, {before.shape} was needed"
+        yield Row(output, module, WRONG, what)
+        return
+    comparison = Comparison(
+        before, after, [Factored.of(update, audit.device) for update in entry.updates],
+        probe=audit.probe, device=audit.device, progress=audit.progress,
+    )  # fmt: skip
+    adapters = {update.module: update.adapter for update in entry.updates}
+    for found in comparison.found(lambda module: _others(adapters[module], module)):
+        row = (found.worst, found.what, found.survival, found.output_worst)
+        yield Row(output, found.module or _module_of(output), *row)
 
-    def _why_not_replaced(
-        self, before: TensorSpec | None, source: TensorSpec, after: TensorSpec
-    ) -> str:
-        what = "is not the value that the adapter brings"
-        if before is None or before.shape != after.shape:
-            return what
-        if difference(before, after, _ignore) == 0:
-            return f"{what}: it was not replaced, the base's value is still there"
-        if after.numel <= SUM_ELEMENTS and after.dtype in FLOATING and before.dtype in FLOATING:
-            total = read_torch(before).double() + read_torch(source).double()
-            found = read_torch(after)
-            if torch.allclose(found.double(), total, rtol=torch.finfo(found.dtype).eps):
-                return f"{what}: it was added to the base's value instead of replacing it"
+
+def _others(adapter: Adapter, module: str) -> Others:
+    """The modules of the same shape, the nearest in the file first."""
+    names = adapter.modules
+    own, shape = names.index(module), adapter.shape(module)
+    same = [name for name in names if name != module and adapter.shape(name) == shape]
+    same.sort(key=lambda name: abs(names.index(name) - own))
+    return [(name, partial(adapter.delta, name)) for name in same[:NEIGHBOURS]]
+
+
+# Replaced tensors ---------------------------------------------------------------------------------
+
+
+def _replaced(audit: _Audit, output: str, source: TensorSpec) -> Row:
+    after, module = audit.find(output), _module_of(output)
+    if after is None:
+        return Row(output, module, WRONG, "is missing; the adapter brings it")
+    ratio = difference(source, after, audit.progress)
+    before = audit.recipe.base.tensors.get(output)
+    what = _why_not_replaced(before, source, after) if ratio else ""
+    return Row(output, module, ratio, what)
+
+
+def _why_not_replaced(before: TensorSpec | None, source: TensorSpec, after: TensorSpec) -> str:
+    what = "is not the value that the adapter brings"
+    if before is None or before.shape != after.shape:
         return what
-
-    def _patched(self, output: str, parts: Sequence[Replacement]) -> Row:
-        """A tensor of the base of which rows are replaced (a bias that is fused on disk)."""
-        after, module = self._find(output), _module_of(output)
-        if after is None or after.shape != self.base.tensors[output].shape:
-            return Row(output, module, WRONG, "is missing or of another shape")
-        wanted = read_torch(self.base.tensors[output]).clone()
-        for part in parts:
-            values = read_torch(part.source)
-            picked = list(part.order) if part.order is not None else None
-            begin = part.source_start
-            chosen = values[begin : begin + part.count] if picked is None else values[picked]
-            assert part.start is not None
-            wanted[part.start : part.start + part.count] = chosen
+    if difference(before, after, _ignore) == 0:
+        return f"{what}: it was not replaced, the base's value is still there"
+    if after.numel <= SUM_ELEMENTS and after.dtype in FLOATING and before.dtype in FLOATING:
+        total = read_torch(before).double() + read_torch(source).double()
         found = read_torch(after)
-        if torch.equal(found, wanted.to(found.dtype)):
-            return Row(output, module, 0.0)
-        if difference(self.base.tensors[output], after, _ignore) == 0:
-            return Row(output, module, WRONG, "was not replaced, the base's value is still there")
-        return Row(output, module, WRONG, "is not the value that the adapter brings")
+        if torch.allclose(found.double(), total, rtol=torch.finfo(found.dtype).eps):
+            return f"{what}: it was added to the base's value instead of replacing it"
+    return what
 
-    # All others ----------------------------------------------------------------------------------
 
-    def _kept(self, name: str, spec: TensorSpec) -> Iterator[Row]:
-        after = self._find(name)
-        if after is None:
-            if name not in self._old_head and not _is_droppable(name, spec, self.base):
-                yield Row(name, _module_of(name), WRONG, "is missing")
-            return
-        ratio = difference(spec, after, self.progress)
-        if ratio:
-            self.changed += 1
-            what = "was changed, but no adapter touches it"
-            if after.shape != spec.shape:
-                what = f"has shape {after.shape}, {spec.shape} was needed; no adapter touches it"
-            yield Row(name, _module_of(name), ratio, what)
-        else:
-            self.untouched += 1
+def _patched(audit: _Audit, output: str, entry: Patched) -> Row:
+    """A tensor of the base of which rows are replaced (a bias that is fused on disk)."""
+    after, module = audit.find(output), _module_of(output)
+    if after is None or after.shape != entry.spec.shape:
+        return Row(output, module, WRONG, "is missing or of another shape")
+    wanted = read_torch(entry.spec).clone()
+    for rows, source in entry.parts:
+        values = read_torch(source)
+        chosen = slice(rows.first, rows.first + rows.count)
+        picked = values[chosen] if rows.order is None else values[list(rows.order)]
+        wanted[rows.start : rows.stop] = picked
+    found = read_torch(after)
+    if torch.equal(found, wanted.to(found.dtype)):
+        return Row(output, module, 0.0)
+    if difference(entry.spec, after, _ignore) == 0:
+        return Row(output, module, WRONG, "was not replaced, the base's value is still there")
+    return Row(output, module, WRONG, "is not the value that the adapter brings")
 
-    def _extra(self, name: str) -> Iterator[Row]:
-        """A tensor that neither base nor adapter has; the copy of a tied weight is none."""
-        spec = self.merged.tensors[name]
-        twins = [
-            other
-            for other in self.base.tensors.values()
-            if other.shape == spec.shape
-            and name.rpartition(".")[2] == other.name.rpartition(".")[2]
-        ]
-        if name.endswith(_TIED) and any(difference(twin, spec, _ignore) == 0 for twin in twins):
-            self.untouched += 1
-            return
-        what = "is in the merged checkpoint, but neither in base nor adapter"
-        yield Row(name, _module_of(name), WRONG, what)
+
+# All others ---------------------------------------------------------------------------------------
+
+
+def _kept(audit: _Audit, name: str, spec: TensorSpec, spare: bool) -> Iterator[Row]:
+    after = audit.find(name)
+    if after is None:
+        if not spare and not _is_droppable(name, spec, audit.recipe.base):
+            yield Row(name, _module_of(name), WRONG, "is missing")
+        return
+    ratio, what = difference(spec, after, audit.progress), ""
+    if ratio:
+        what = "was changed, but no adapter touches it"
+        if after.shape != spec.shape:
+            what = f"has shape {after.shape}, {spec.shape} was needed; no adapter touches it"
+    yield Row(name, _module_of(name), ratio, what, kept=True)
+
+
+def _extra(audit: _Audit, name: str) -> Row:
+    """A tensor that neither base nor adapter has; the copy of a tied weight is none."""
+    spec = audit.merged.tensors[name]
+    leaf = name.rpartition(".")[2]
+    twins = [
+        other
+        for other in audit.recipe.base.tensors.values()
+        if other.shape == spec.shape and leaf == other.name.rpartition(".")[2]
+    ]
+    if name.endswith(_TIED) and any(difference(twin, spec, _ignore) == 0 for twin in twins):
+        return Row(name, _module_of(name), 0.0, kept=True)
+    what = "is in the merged checkpoint, but neither in base nor adapter"
+    return Row(name, _module_of(name), WRONG, what)
 
 
 def _module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0] or tensor
 
 
-def _names_in(merged: Checkpoint, placement: Placement, base: Checkpoint) -> Mapping[str, str]:
+def _names_in(merged: Checkpoint, recipe: Recipe) -> Mapping[str, str]:
     """Expected name -> name in the merged checkpoint, which may carry the base-model prefix."""
-    wanted = [*base.tensors, *(p.output for t in placement.targets for p in t.pieces)]
-    wanted += [r.output for r in placement.replacements]
     names = {}
-    for name in dict.fromkeys(wanted):
-        candidates = _spellings(name, placement.architecture.prefixes)
+    for name in (*recipe.base.tensors, *recipe.tensors):
+        candidates = spellings(name, recipe.prefixes)
         found = next((c for c in candidates if c in merged.tensors), None)
         if found is not None:
             names[name] = found
     return names
 
 
-def _spellings(name: str, prefixes: Iterable[str]) -> list[str]:
-    candidates = [name]
-    for prefix in prefixes:
-        candidates += [f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
-    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
-        candidates += [c.removesuffix(old) + new for c in candidates if c.endswith(old)]
-    return candidates
-
-
-def _old_head(placement: Placement, base: Checkpoint) -> frozenset[str]:
+def _old_head(recipe: Recipe) -> frozenset[str]:
     """The base's head, outside its bare model, where the trained function does not use it: the
     adapter brings another head, or was trained on the bare model. transformers leaves it out."""
-    for prefix in placement.architecture.prefixes:
+    base = recipe.base.tensors
+    for prefix in recipe.prefixes:
         inside = f"{prefix}."
-        outside = frozenset(name for name in base.tensors if not name.startswith(inside))
-        other = any(
-            not replacement.output.startswith(inside) and replacement.output not in base.tensors
-            for replacement in placement.replacements
-        )
+        outside = frozenset(name for name in base if not name.startswith(inside))
+        other = any(not n.startswith(inside) and n not in base for n in recipe.replaced)
         bare = any(
-            piece.tensor == f"{inside}{target.module}.weight"
-            for target in placement.targets
-            for piece in target.pieces
+            name == f"{inside}{update.module}.weight"
+            for name, entry in recipe.merged.items()
+            for update in entry.updates
         )
-        if len(outside) < len(base.tensors) and (other or bare):
+        if len(outside) < len(base) and (other or bare):
             return outside
     return frozenset()
 

@@ -6,25 +6,26 @@ The verdict is one pass of cheap arithmetic. Only where it is no, a second pass 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from gralora_convert.adapters import Update
 from gralora_convert.delta import (
+    Addend,
     BlockSums,
     Delta,
     Evidence,
     Gralora,
+    Lora,
     Survival,
+    Verdict,
+    compare,
     explain,
     features,
     forward_path,
-    magnitude_rows,
-    rows,
-    survival,
-    terms,
     to_device,
     tolerance,
     worst_ratio,
@@ -32,6 +33,7 @@ from gralora_convert.delta import (
 from gralora_convert.disk import (
     DTYPE_BITS,
     FLOATING,
+    Rows,
     TensorSpec,
     bytes_of,
     read_bytes,
@@ -44,8 +46,8 @@ __all__ = [
     "PROBES",
     "WRONG",
     "Comparison",
+    "Factored",
     "Found",
-    "Update",
     "difference",
 ]
 
@@ -66,22 +68,24 @@ Others = Iterable[tuple[str, Callable[[], Delta]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
-    """Rows `[start, start + count)` of a stored matrix get the rows `[delta_start, ...)` of a
-    module's delta (its transpose, for `transposed`). `rounded` is the dtype that the delta may have
-    been rounded to."""
+class Factored:
+    """An update with its delta on the device, its weight in the scaling: `rows` of a stored matrix
+    get the rows of the delta (its transpose, for `transposed`) that they name. `rounded` is the
+    dtype that the delta may have been rounded to."""
 
     module: str
-    delta: Delta
-    start: int
-    count: int
-    delta_start: int = 0
+    delta: Gralora | Lora
+    rows: Rows
     transposed: bool = False
     rounded: torch.dtype | None = None
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.count
+    @classmethod
+    def of(cls, update: Update, device: str) -> "Factored":
+        delta, short = update.delta(device), update.adapter.short_dtype(update.module)
+        return cls(
+            update.module, replace(delta, scaling=delta.scaling * update.weight), update.in_order,
+            update.transposed, None if short is None else torch_dtype(short),
+        )  # fmt: skip
 
     @property
     def delta_rows(self) -> int:
@@ -90,8 +94,15 @@ class Update:
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """The rows of the delta that belong to rows `start:stop` of the matrix."""
-        begin = start - self.start + self.delta_start
+        begin = start - self.rows.start + self.rows.first
         return begin, begin + stop - start
+
+    def addend(self, start: int, stop: int) -> Addend | None:
+        """What rows `start:stop` of the matrix get of it."""
+        met = self.rows.meet(start, stop)
+        if met is None or not isinstance(met[1], slice):
+            return None
+        return Addend(self.delta, met[0], met[1].start, self.transposed, rounded=self.rounded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +142,7 @@ class Comparison:
         self,
         before: TensorSpec,
         after: TensorSpec,
-        updates: Sequence[Update],
+        updates: Sequence[Factored],
         *,
         probe: bool = False,
         device: str = "cpu",
@@ -158,21 +169,21 @@ class Comparison:
     def _idle(self) -> Iterator[tuple[int, int]]:
         """The rows that no update touches."""
         position = 0
-        for update in sorted(self.updates, key=lambda update: update.start):
-            if update.start > position:
-                yield position, update.start
-            position = max(position, update.stop)
+        for update in sorted(self.updates, key=lambda update: update.rows.start):
+            if update.rows.start > position:
+                yield position, update.rows.start
+            position = max(position, update.rows.stop)
         if position < self.before.shape[0]:
             yield position, self.before.shape[0]
 
-    def _tiles(self, update: Update) -> Iterator[tuple[int, int]]:
+    def _tiles(self, update: Factored) -> Iterator[tuple[int, int]]:
         columns = self.before.shape[1]
         wide = min(TILE_ROWS, WIDE_ELEMENTS // columns)
         count = max(1, TILE_ELEMENTS // columns, wide)
-        for start in range(update.start, update.stop, count):
-            yield start, min(start + count, update.stop)
+        for start in range(update.rows.start, update.rows.stop, count):
+            yield start, min(start + count, update.rows.stop)
 
-    def _compared(self, update: Update, others: Callable[[str], Others]) -> Found:
+    def _compared(self, update: Factored, others: Callable[[str], Others]) -> Found:
         worst, kept = 0.0, Survival()
         probe = _Probe(update, self.before.shape[1]) if self.probe else None
         measure = partial(self._tile, update, probe)
@@ -189,99 +200,63 @@ class Comparison:
             what = self._explained(update, others(update.module))
         return Found(update.module, worst, what, kept, None if probe is None else probe.worst())
 
-    def _tile(self, update: Update, probe: "_Probe | None", span: tuple[int, int]) -> "_Tile":
+    def _tile(self, update: Factored, probe: "_Probe | None", span: tuple[int, int]) -> "_Tile":
         """What is found of rows `start:stop`; float32 decides where it can."""
-        ratio, kept, bound = self._measured(*span, self.wide)
-        if self.wide != torch.float64 and not (ratio < WRONG and kept.energy > 0):
-            ratio, kept, bound = self._measured(*span, torch.float64)
+        before, after, found = self._measured(*span, self.wide)
+        if self.wide != torch.float64 and not (found.worst < WRONG and found.survival.energy > 0):
+            before, after, found = self._measured(*span, torch.float64)
         outputs = None
         if probe is not None:
-            before, after = self._read(*span, torch.float64)
-            outputs = probe.outputs(before.cpu(), after.cpu(), bound.double().cpu(), *span)
+            one, two, bound = (t.cpu().double() for t in (before, after, found.bound))
+            outputs = probe.outputs(one, two, bound, *span)
         nbytes = (span[1] - span[0]) * self.after.nbytes // self.after.shape[0]
-        return _Tile(ratio, kept, nbytes, outputs)
+        return _Tile(min(found.worst, WRONG), found.survival, nbytes, outputs)
 
     def _read(self, start: int, stop: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
         one = _rows(self.before, start, stop).to(self.device, wide)
         return one, _rows(self.after, start, stop).to(self.device, wide)
 
-    def _expected(self, start: int, stop: int, wide: torch.dtype) -> tuple[Tensor, Tensor, int]:
-        """Delta rows, a bound of their sums of absolute products, and products per element."""
-        shape = (stop - start, self.before.shape[1])
-        delta, magnitude, products = None, None, 0
-        for update in self.updates:
-            first, last = max(start, update.start), min(stop, update.stop)
-            if first >= last:
-                continue
-            span, across = update.span(first, last), update.transposed
-            part = rows(update.delta, *span, wide, transposed=across)
-            size = magnitude_rows(update.delta, *span, wide, transposed=across)
-            products += terms(update.delta)
-            if delta is None and (first, last) == (start, stop):
-                delta, magnitude = part, size
-                continue
-            if delta is None or magnitude is None:
-                delta, magnitude = (
-                    torch.zeros(shape, dtype=wide, device=self.device) for _ in range(2)
-                )
-            delta[first - start : last - start] += part
-            magnitude[first - start : last - start] += size
-        assert delta is not None
-        assert magnitude is not None
-        return delta, magnitude, products
-
-    def _measured(self, start: int, stop: int, wide: torch.dtype) -> tuple[float, Survival, Tensor]:
-        """The worst ratio, what was kept, and the bound, of rows `start:stop`."""
+    def _measured(
+        self, start: int, stop: int, wide: torch.dtype, *, quick: bool = True
+    ) -> tuple[Tensor, Tensor, Verdict]:
+        """Rows `start:stop` before and after, and what `compare` says of them."""
         before, after = self._read(start, stop, wide)
-        delta, magnitude, products = self._expected(start, stop, wide)
-        magnitude += before.abs()
-        exact = before + delta
-        rounded = next((u.rounded for u in self.updates if u.rounded is not None), None)
-        bound = tolerance(
-            after, exact, magnitude=magnitude, terms=products, dtype=self.dtype, delta=delta,
-            delta_dtype=rounded,
-        )  # fmt: skip
-        ratio = worst_ratio(after, exact, bound)
-        return min(ratio, WRONG), survival(before, after, delta), bound
+        addends = [found for u in self.updates if (found := u.addend(start, stop))]
+        return before, after, compare(before, after, addends, dtype=self.dtype, quick=quick)
 
     # Only for what is wrong ----------------------------------------------------------------------
 
-    def _explained(self, update: Update, others: Others) -> str:
+    def _explained(self, update: Factored, others: Others) -> str:
         """What happened, in a clause."""
         delta = update.delta
         sums, wrong = BlockSums(delta.k if isinstance(delta, Gralora) else 1), list[int]()
         for start, stop in self._tiles(update):
-            before, after = self._read(start, stop, torch.float64)
-            added, magnitude, products = self._expected(start, stop, torch.float64)
-            exact = before + added
-            bound = tolerance(
-                after, exact, magnitude=magnitude + before.abs(), terms=products, dtype=self.dtype,
-                delta=added, delta_dtype=update.rounded,
-            )  # fmt: skip
-            outside = (after - exact).abs() > bound
+            before, after, found = self._measured(start, stop, torch.float64, quick=False)
+            exact = before + found.delta
+            outside = (after - exact).abs() > found.bound
             wrong += (outside.any(1).nonzero().flatten() + start).tolist()
             right = exact.to(self.dtype).double() - before
             sums.add(
-                after - before, right, added, outside,
+                after - before, right, found.delta, outside,
                 start=update.span(start, stop)[0], total=update.delta_rows,
                 transposed=update.transposed,
             )  # fmt: skip
         return explain(self._evidence(update, wrong), sums, others)
 
-    def _evidence(self, update: Update, wrong: Sequence[int]) -> Evidence:
+    def _evidence(self, update: Factored, wrong: Sequence[int]) -> Evidence:
         """All rows of a small matrix; of a large one runs from everywhere, half of them where it
         is wrong."""
         budget = max(RUN, EVIDENCE_ELEMENTS // self.before.shape[1])
-        if update.count <= budget:
-            runs = [(update.start, update.stop)]
+        if update.rows.count <= budget:
+            runs = [(update.rows.start, update.rows.stop)]
         else:
             count = max(1, budget // (2 * RUN))
-            even = range(update.start, update.stop, -(-update.count // count))
+            even = range(update.rows.start, update.rows.stop, -(-update.rows.count // count))
             starts = {row // RUN * RUN for row in (*even, *wrong[:: -(-len(wrong) // count)])}
             runs = [
-                (max(row, update.start), min(row + RUN, update.stop))
+                (max(row, update.rows.start), min(row + RUN, update.rows.stop))
                 for row in sorted(starts)
-                if row < update.stop
+                if row < update.rows.stop
             ]
         pairs = [self._read(*run, torch.float64) for run in runs]
         return Evidence(
@@ -302,24 +277,24 @@ class _Probe:
     |x| . bound.
     """
 
-    def __init__(self, update: Update, columns: int) -> None:
+    def __init__(self, update: Factored, columns: int) -> None:
         self.update = update
         delta = update.delta
-        n_in = update.count if update.transposed else columns
-        n_out = columns if update.transposed else update.count
+        n_in = update.rows.count if update.transposed else columns
+        n_out = columns if update.transposed else update.rows.count
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(PROBES, n_in, dtype=torch.float64, generator=generator)
         self.squares = torch.zeros(n_out, dtype=torch.float64)
         self.sums = torch.zeros(PROBES, n_out, dtype=torch.float64)
         path = forward_path(to_device(delta, "cpu"), self.x)
-        begin = 0 if update.transposed else update.delta_start
+        begin = 0 if update.transposed else update.rows.first
         self.difference = -path[:, begin : begin + n_out]
 
     def outputs(
         self, before: Tensor, after: Tensor, bound: Tensor, start: int, stop: int
     ) -> "_Outputs":
         """What rows `start:stop` of the stored weight contribute."""
-        place = slice(start - self.update.start, stop - self.update.start)
+        place = slice(start - self.update.rows.start, stop - self.update.rows.start)
         if self.update.transposed:
             x, everywhere = self.x[:, place], slice(None)
             moved, sums = x @ after - x @ before, x.abs() @ bound

@@ -19,7 +19,7 @@ from gralora_convert.adapters import Adapter
 from gralora_convert.base import Setting, different_settings, written_settings
 from gralora_convert.delta import admissible, magnitude_rows, rows, terms
 from gralora_convert.disk import Checkpoint, torch_dtype
-from gralora_convert.errors import ConvertError, OutOfMemoryError, printable
+from gralora_convert.errors import ConvertError, printable
 from gralora_convert.models import (
     CannotRunError,
     GraloraLinear,
@@ -196,6 +196,8 @@ def compare_models(
                     found = runner.compared(text, slack)
             except CannotRunError as failed:
                 reasons.append(str(failed))
+                if failed.is_for_memory and dtype == torch.float32:  # no class needs less
+                    return None, (f"the model was not run: {failed}",)
             else:
                 return found, _class_notes(merged, base, name)
     return None, (f"the model was not run: {reasons[0]}",)
@@ -276,7 +278,7 @@ class _Runner:
             failure = loaded.undecided(first.undecided)
             second = outputs_of(loaded.model, first.inputs)
         except CannotRunError as failed:
-            if OutOfMemoryError.is_meant_by(failed.__cause__ or failed):
+            if failed.is_for_memory:
                 raise
             settings, failure = written_settings(self.base, self.merged), failure or str(failed)
             second = first.adapter

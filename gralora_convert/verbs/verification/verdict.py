@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter
-from gralora_convert.base import place
+from gralora_convert.base import combine, lost_steps, place
 from gralora_convert.delta import Survival, require_device
 from gralora_convert.disk import Checkpoint
 from gralora_convert.errors import MisuseError, is_number, printable
 from gralora_convert.output import one_arithmetic_thread
-from gralora_convert.verbs.verification.audit import Audit, Row
+from gralora_convert.verbs.verification.audit import Row, audited
 from gralora_convert.verbs.verification.comparison import PROBES, WRONG
 from gralora_convert.verbs.verification.outputs import ModelComparison, compare_models
 
@@ -115,7 +115,7 @@ class Equivalence:
             inside = f" ({row.module})" if row.module not in row.tensor else ""
             yield f"{row.tensor}{inside}: {row.what} ({_times(row.worst)})"
         if len(self.wrong) > SHOWN:
-            yield f"... and {len(self.wrong) - SHOWN} more tensors; --json lists all"
+            yield f"... and {len(self.wrong) - SHOWN} more tensors (the JSON lists all)"
         worst = max((row.worst for row in self.rows), default=0.0)
         yield (
             f"weights: {'equal' if self.weights_ok else 'NOT equal'} to base + adapter; "
@@ -168,7 +168,7 @@ class Equivalence:
         part = least.survival
         yield f"least kept: {least.module}, {part.kept:.1%}, noise {part.noise:.1%}"
         if part.kept < MUCH_LOST or part.noise > MUCH_NOISE:
-            yield "much of the update is lost to the dtype: merge with --dtype float32"
+            yield 'much of the update is lost to the dtype: merge with `dtype="float32"`'
 
 
 def _times(ratio: float) -> str:
@@ -210,20 +210,23 @@ def verify(
     require_device(device)
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
     named = opened.base_source if base is None else base
-    if not named:
-        raise MisuseError("names no base model", where=opened.path, hint="Give --base.")
+    if named is None or (base is None and not named):
+        raise MisuseError("names no base model", where=opened.path, hint="Give `base`.")
     source = named if isinstance(named, Checkpoint) else Checkpoint.open(named)
     result = merged if isinstance(merged, Checkpoint) else Checkpoint.open(merged)
     placement, report = place(opened, source, key_map=key_map, trust_remote_code=trust_remote_code)
     report.require_ok(opened.path)
     assert placement is not None
-    audit = Audit(
-        opened, source, result, placement, probe=level != "weights", device=device,
-        progress=progress or (lambda count: None),
-    )  # fmt: skip
     with one_arithmetic_thread():
-        rows = tuple(audit.rows())
-    rows = _with_base_hint(rows, audit.changed, slack)
+        found = tuple(audited(
+            combine([placement]), result, probe=level != "weights", device=device,
+            progress=progress or (lambda count: None),
+        ))  # fmt: skip
+    rows = tuple(row for row in found if row.worst or not row.kept)
+    untouched = len(found) - len(rows)
+    rows = _with_base_hint(rows, slack)
+    lost = "of the adapter's pipeline is missing: other steps would run"
+    rows += tuple(Row(name, "", WRONG, lost) for name in lost_steps(opened, result))
     notes = (*_base_notes(opened, source), *_receipt_notes(opened, result), *_folder_notes(result))
     comparison = None
     if level == "model":
@@ -234,11 +237,12 @@ def verify(
         notes += more
         if comparison is not None and comparison.ok:
             notes += tuple(f"{setting}; the outputs agree" for setting in comparison.settings)
-    return Equivalence(rows, audit.untouched, slack, level, comparison, notes)
+    return Equivalence(rows, untouched, slack, level, comparison, notes)
 
 
-def _with_base_hint(rows: tuple[Row, ...], changed: int, slack: float) -> tuple[Row, ...]:
+def _with_base_hint(rows: tuple[Row, ...], slack: float) -> tuple[Row, ...]:
     """When untouched tensors differ, too, it is another base rather than a wrong merge."""
+    changed = sum(row.kept for row in rows)
     if changed < 2 or not any(row.survival and row.worst > slack for row in rows):
         return rows
     hint = f"; {changed} untouched tensors differ, too: merged into another base?"
@@ -250,7 +254,7 @@ def _base_notes(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
     held = (base.receipt or {}).get("merged_adapters")
     if isinstance(held, list) and adapter.sha256() in held:
         yield (
-            f"the base {base.source} holds this adapter already: are --base and --merged in each "
+            f"the base {base.source} holds this adapter already: are `base` and `merged` in each "
             "other's place?"
         )
 

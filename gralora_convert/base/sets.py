@@ -1,0 +1,289 @@
+"""The files beside the weights of a merged model: which are the base's, which an adapter's.
+
+Files that are read together are a set, and a set comes whole from one side: the adapter's, if it
+has one that loads. Half a tokenizer of each would be a tokenizer that nobody trained with.
+"""
+
+import filecmp
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gralora_convert.adapters import Adapter
+from gralora_convert.disk import (
+    MAX_JSON_BYTES,
+    Checkpoint,
+    is_file,
+    is_weights,
+    listing,
+    load_json,
+    read_tensor_file,
+    sidecars,
+)
+from gralora_convert.errors import Finding, UnreadableError, error, note, printable
+
+__all__ = [
+    "Beside",
+    "beside",
+    "extra_weights",
+    "lost_steps",
+    "trained_beside",
+]
+
+Files = Mapping[str, Path]
+
+# What AutoTokenizer reads, as transformers 4 and 5 write it (tokenization_utils_base.py).
+_TOKENIZER = re.compile(
+    r"tokenizer[\w.-]*\.json|(special_tokens_map|added_tokens|normalizer|tekken)\.json|vocab\.\w+"
+    r"|merges\.txt|[^/]*\.(model|spm|tiktoken|jinja)|additional_chat_templates/.*"
+)
+_VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|vocab\.\w+|[^/]*\.(model|spm|tiktoken)")
+_TEMPLATE = re.compile(r"[^/]*\.jinja|additional_chat_templates/.*")
+# What AutoProcessor reads; a chat_template.json, which no tokenizer reads, beats a .jinja there.
+_PROCESSOR = re.compile(r"(\w+_)?(pre)?processor_config\.json|chat_template\.json")
+# What SentenceTransformer and CrossEncoder read, with the steps that modules.json names.
+_PIPELINE = re.compile(
+    r"modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json"
+    r"|\d+_[A-Za-z]\w*/.*"
+)
+_STEP = re.compile(r"\d+_[A-Za-z]\w*")
+_SETS = {"tokenizer": _TOKENIZER, "processor": _PROCESSOR, "pipeline": _PIPELINE}
+_GENERATION = "generation_config.json"
+
+# Weight files beside an adapter: the state of the training run, and what is made of the adapter.
+_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states)")
+_READ = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
+_MOVE = "Put them into the base first, or move the file away to merge the rest without them."
+_LOSSES = ("trained", "unknown")
+_VALUE_HEAD = re.compile(r"(.*\.)?(v_head|value_head)\..*")
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """The files beside merged weights: `copies` by name, `texts` with other content than either
+    side has, and what is worth telling."""
+
+    copies: dict[str, Path]
+    texts: dict[str, bytes]
+    notes: tuple[str, ...]
+
+
+def beside(base: Checkpoint, adapters: Sequence[Adapter]) -> Beside:
+    """The base's files, with every set that an adapter has in the place of the base's.
+
+    Raises:
+        UnreadableError: a configuration beside an adapter is no JSON object.
+    """
+    copies = base.sidecars()
+    given: dict[Path, Files] = {}
+    notes: list[str] = []
+    for adapter in adapters:
+        taken, lost, said = _taken(adapter, base, copies)
+        for name, path in taken.items():
+            if "/" not in name and name.endswith("config.json"):  # transformers reads objects only
+                load_json(path, allow_non_finite=True)
+        for earlier, files in given.items():
+            changed = [n for n in files.keys() & taken.keys() if not _is_same(files[n], taken[n])]
+            if changed:
+                notes.append(f"{_listed(changed)} of {adapter.path} instead of those of {earlier}")
+        copies = {name: path for name, path in copies.items() if name not in lost} | taken
+        given[adapter.path] = taken
+        notes += said
+    for folder, files in given.items():
+        if names := [name for name, path in files.items() if copies.get(name) == path]:
+            notes.append(f"{_listed(names)} taken from {folder}")
+    texts: dict[str, bytes] = {}
+    if any(_TOKENIZER.fullmatch(n) or n == _GENERATION for files in given.values() for n in files):
+        edited, said = _generation(copies)
+        notes += said
+        if edited is not None:
+            del copies[_GENERATION]
+            texts[_GENERATION] = (json.dumps(edited, indent=2) + "\n").encode()
+    return Beside(copies, texts, tuple(notes))
+
+
+def _taken(
+    adapter: Adapter, base: Checkpoint, copies: Files
+) -> tuple[dict[str, Path], set[str], list[str]]:
+    """The files of an adapter that go into the output, those that must not stay beside them, and
+    what to say."""
+    found = sidecars(adapter.path)
+    taken = {name: found[name] for name in (_GENERATION,) if name in found}
+    if "config.json" in found and adapter.model_config.get("model_type") == base.model_type:
+        taken["config.json"] = found["config.json"]
+    lost: set[str] = set()
+    notes: list[str] = []
+    for kind, pattern in _SETS.items():
+        held, others = _matching(found, pattern), _matching(copies, pattern)
+        left: set[str] = set()
+        if not _loads(kind, held, others):
+            part = _matching(held, _TEMPLATE)  # trained with it, on the base's tokenizer
+            left = held.keys() - part.keys()
+            held, others = part, _matching(others, _TEMPLATE) if part else {}
+        if left:
+            notes.append(f"{_listed(left)} beside {adapter.path}: no whole {kind}, left out")
+        if gone := others.keys() - held.keys():
+            notes.append(f"{_listed(gone)} left out: the {kind} is that of {adapter.path}")
+        taken |= held
+        lost |= gone
+    if any(name.endswith(".jinja") for name in taken):
+        lost.add("chat_template.json")  # of a processor, which reads it first
+    step = adapter.path.resolve()
+    if _STEP.fullmatch(step.name) and is_file(step.parent / "modules.json"):
+        notes.append(
+            f"{adapter.path} is one step of the pipeline {step.parent}: put the merged model in "
+            "its place there"
+        )
+    return taken, lost, notes
+
+
+def _loads(kind: str, held: Files, others: Files) -> bool:
+    """Whether the files of a set are one that loads by itself."""
+    if kind == "pipeline":
+        return "modules.json" in held
+    if kind == "processor":
+        return any(name.endswith("_config.json") for name in held)
+    if any(_VOCABULARY.fullmatch(name) for name in held):
+        return True
+    # ByT5 and its like have no vocabulary on either side
+    return "tokenizer_config.json" in held and not _matching(others, _VOCABULARY)
+
+
+def _generation(copies: Files) -> tuple[dict[str, object] | None, list[str]]:
+    """`generation_config.json` with the end token of the tokenizer beside it, where it lacks that,
+    and what to say: a model that does not know its end token is never done."""
+    token, number = _end_token(copies)
+    name = _GENERATION if _GENERATION in copies else "config.json"
+    if token is None or name not in copies:
+        return None, []
+    config = load_json(copies[name], allow_non_finite=True)
+    ends = config.get("eos_token_id")
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if number in known or (name == "config.json" and not known):
+        return None, []
+    edited = None
+    if number is None:
+        said = f"eos_token_id is {ends}; is that {token!r}, the tokenizer's?"
+    elif name == "config.json":
+        said = (
+            f"eos_token_id is {ends}, the tokenizer ends at {number} ({token}), and no "
+            f"{_GENERATION} says so: give the server that end token"
+        )
+    else:
+        edited = config | {"eos_token_id": [*known, number] if known else number}
+        said = f"eos_token_id {number} ({token}), where the tokenizer ends, added to {ends}"
+    return edited, [printable(f"{name}: {said}")]
+
+
+def _end_token(copies: Files) -> tuple[str | None, int | None]:
+    """The end token of the tokenizer, and its number where the files that are read here say it."""
+    config = _object(copies, "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # else transformers does not read the older file
+        config = config | _object(copies, "special_tokens_map.json")
+    token = _content(config.get("eos_token"))
+    if token is None:
+        return None, None
+    number = _object(copies, "added_tokens.json").get(token)
+    decoder = config.get("added_tokens_decoder")
+    for key, entry in decoder.items() if isinstance(decoder, Mapping) else ():
+        if _content(entry) == token and key.isdecimal() and len(key) < 10:
+            number = int(key)
+    path = copies.get("tokenizer.json")
+    if number is None and path is not None and path.stat().st_size <= MAX_JSON_BYTES:
+        number = _number(load_json(path, allow_non_finite=True), token)
+    return token, number if isinstance(number, int) else None
+
+
+def _number(tokenizer: Mapping[str, object], token: str) -> object:
+    """The number of a token by a `tokenizer.json`."""
+    added, model = tokenizer.get("added_tokens"), tokenizer.get("model")
+    for entry in added if isinstance(added, list) else ():
+        if isinstance(entry, Mapping) and entry.get("content") == token:
+            return entry.get("id")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    if isinstance(vocabulary, Mapping):
+        return vocabulary.get(token)
+    for number, pair in enumerate(vocabulary if isinstance(vocabulary, list) else ()):
+        if isinstance(pair, list) and token in pair[:1]:  # Unigram: token, log probability
+            return number
+    return None
+
+
+def _content(token: object) -> str | None:
+    """A token as configurations write it: its text, or an object with its text."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def _object(copies: Files, name: str) -> dict[str, object]:
+    return load_json(copies[name], allow_non_finite=True) if name in copies else {}
+
+
+def extra_weights(adapter: Adapter) -> Iterator[Finding]:
+    """Weight files beside that of the adapter: an error where a merge would leave out what was
+    trained with it."""
+    for path, (kind, what) in _extra_files(adapter):
+        if kind in _LOSSES:
+            yield error("extra-weights", path.name, what, _MOVE)
+        else:
+            yield note("extra-weights", path.name, what)
+
+
+def trained_beside(adapter: Adapter) -> dict[str, Path]:
+    """The files beside that of the adapter with what was trained with it, by name."""
+    held = _extra_files(adapter)
+    return {path.name: path for path, (kind, _) in held if kind in (*_LOSSES, "value head")}
+
+
+def _extra_files(adapter: Adapter) -> Iterator[tuple[Path, tuple[str, str]]]:
+    for path in listing(adapter.path):
+        name = path.name
+        if is_weights(name) and not name.startswith((".", "adapter_model")):
+            if not _STATE.match(name):
+                yield path, _extra(path, adapter.modules)
+
+
+def _extra(path: Path, modules: Sequence[str]) -> tuple[str, str]:
+    """What a file of weights is, and what to say about it."""
+    if path.suffix not in _READ:
+        return "foreign", "is in a format that is not read here; left out"
+    try:
+        tensors = read_tensor_file(path).tensors
+    except UnreadableError as problem:
+        return "unknown", f"{problem.message}: what was trained there is not known"
+    if not tensors:
+        return "empty", "holds no tensors"
+    held = f"holds {len(tensors)} tensor(s), first {next(iter(tensors))!r}"
+    if any(_is_of(tensor, modules) for tensor in tensors):
+        return "model", f"{held}: a whole model, no part of the adapter"
+    if all(_VALUE_HEAD.fullmatch(tensor) for tensor in tensors):
+        return "value head", f"{held}: a value head, not used by the model"
+    return "trained", f"{held}, that were trained with the adapter and are not in its file"
+
+
+def _is_of(tensor: str, modules: Sequence[str]) -> bool:
+    """Whether a tensor is the weight of an adapted module."""
+    path = tensor.removesuffix(".weight").removesuffix(".base_layer")
+    return path != tensor and path.removeprefix("base_model.model.") in modules
+
+
+def lost_steps(adapter: Adapter, merged: Checkpoint) -> list[str]:
+    """Files of the adapter's pipeline that a merged model does not have: other steps would run."""
+    found = sidecars(adapter.path)
+    if "modules.json" not in found or not merged.path.is_dir():
+        return []
+    return sorted(_matching(found, _PIPELINE).keys() - merged.sidecars().keys())
+
+
+def _matching(files: Files, pattern: re.Pattern[str]) -> dict[str, Path]:
+    return {name: path for name, path in files.items() if pattern.fullmatch(name)}
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return filecmp.cmp(one, other, shallow=False)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return printable(", ".join(sorted(names)))
