@@ -223,7 +223,7 @@ def test_the_survival_report_names_the_module_that_lost_most(tmp_path: Path) -> 
     assert survival["worst"]["module"] == "layers.1.q"
     assert survival["worst"]["noise"] > survival["noise"]
     assert "least kept: layers.1.q" in found.as_text()
-    assert "--dtype float32" in found.as_text()
+    assert '`dtype="float32"`' in found.as_text()
 
 
 def test_levels_leave_out_what_they_do_not_run(tmp_path: Path) -> None:
