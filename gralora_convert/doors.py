@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping
 from importlib import import_module
 
-__all__ = ["opened"]
-
 
 def opened(room: str, homes: Mapping[str, str]) -> Callable[[str], object]:
     """The `__getattr__` of package `room`, whose names live in modules below it: `homes` has

@@ -9,23 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-__all__ = [
-    "ChangedInputError",
-    "CheckFailedError",
-    "ConvertError",
-    "Finding",
-    "InexactError",
-    "InvalidAdapterError",
-    "MisuseError",
-    "OutOfMemoryError",
-    "OutputError",
-    "Report",
-    "Severity",
-    "UnreadableError",
-    "UnsupportedError",
-]
-
-
 _NOT_LOADED = (
     "failed to map segment", "annot allocate memory", "cannot map zero-fill pages",
     "cannot create shared object descriptor",

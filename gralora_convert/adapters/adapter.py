@@ -49,13 +49,6 @@ if TYPE_CHECKING:
 
     from gralora_convert.delta import Gralora, Lora
 
-__all__ = [
-    "Adapter",
-    "Scan",
-    "scan_adapter",
-]
-
-
 D = TypeVar("D", "Gralora", "Lora")
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -35,16 +35,6 @@ from gralora_convert.errors import (
     note,
 )
 
-__all__ = [
-    "CONFIG_NAME",
-    "ConfigFile",
-    "GraloraConfig",
-    "LoraConfig",
-    "parse_config",
-    "read_config",
-]
-
-
 CONFIG_NAME = "adapter_config.json"
 Json = Mapping[str, object]
 V = TypeVar("V", int, float)

@@ -16,11 +16,6 @@ from gralora_convert.adapters.targets import is_saved, select
 from gralora_convert.disk import TensorFile, TensorSpec
 from gralora_convert.errors import Finding, UnsupportedError, error, note, warning
 
-__all__ = [
-    "Places",
-]
-
-
 K = TypeVar("K", str, Role)
 
 # What get_input_embeddings and get_output_embeddings of transformers 5.23 return, by its name.

@@ -4,14 +4,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = [
-    "Group",
-    "group",
-    "ranges",
-    "split",
-]
-
-
 Size = tuple[int, ...]
 
 

@@ -14,16 +14,6 @@ from typing import Literal
 
 from gralora_convert.errors import UnsupportedError
 
-__all__ = [
-    "PREFIX",
-    "Key",
-    "Method",
-    "Role",
-    "key_of",
-    "parse_key",
-]
-
-
 Role = Literal[
     "A", "B", "general_A", "general_B", "bias", "base_weight", "lora_bias", "magnitude",
     "embedding_A", "embedding_B", "parameter", "foreign",

@@ -10,12 +10,6 @@ from gralora_convert.errors import UnsupportedError
 if TYPE_CHECKING:
     import regex
 
-__all__ = [
-    "Patterns",
-    "require_pattern",
-]
-
-
 REGEX_SECONDS = 5.0  # for all names together; a pattern that needs more is an attack or a mistake
 LONGEST_PATTERN = 20_000  # characters; a list of all modules as one alternation stays below
 MOST_STEPS = 100_000  # of a pattern whose counted repetitions are written out; 1 KB of memory each

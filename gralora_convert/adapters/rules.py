@@ -11,21 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from gralora_convert.adapters.patterns import require_pattern
 from gralora_convert.errors import Finding, UnsupportedError, error, note, warning
 
-__all__ = [
-    "NEEDS_BASE",
-    "PEFT_VERSION",
-    "alpha_findings",
-    "gralora_findings",
-    "header_findings",
-    "lora_findings",
-    "method_findings",
-    "missing_findings",
-    "unknown_findings",
-    "unsupported_features",
-    "way_out",
-]
-
-
 Json = Mapping[str, object]
 PEFT_VERSION = "0.21.2"  # the release whose behaviour this package was measured against
 OLDEST = {"GRALORA": (0, 19)}  # the first release that has the method

@@ -16,16 +16,6 @@ from gralora_convert.adapters.rules import NEEDS_BASE
 from gralora_convert.disk import FLOATING, TensorSpec
 from gralora_convert.errors import Finding, error, note, warning
 
-__all__ = [
-    "Sizes",
-    "gralora_findings",
-    "is_convolution",
-    "lora_findings",
-    "lora_shapes",
-    "tensor_findings",
-]
-
-
 Roles = Mapping[Role, TensorSpec]
 
 

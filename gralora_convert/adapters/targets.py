@@ -12,18 +12,6 @@ from gralora_convert.adapters.patterns import Patterns
 if TYPE_CHECKING:
     pass
 
-__all__ = [
-    "DEFAULT_TARGETS",
-    "RULES",
-    "Rule",
-    "Selection",
-    "default_targets",
-    "is_saved",
-    "rule_of",
-    "select",
-]
-
-
 _Q_V = ("q_proj", "v_proj")
 _QKV = ("query_key_value",)
 _BERT = ("query", "value")

@@ -9,10 +9,6 @@ from gralora_convert.disk import Rows
 if TYPE_CHECKING:
     from gralora_convert.delta import Gralora, Lora
 
-__all__ = [
-    "Update",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Update:

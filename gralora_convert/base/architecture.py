@@ -12,11 +12,6 @@ from dataclasses import dataclass
 from gralora_convert.base.names import Names
 from gralora_convert.base.source_text import HEADS
 
-__all__ = [
-    "Architecture",
-]
-
-
 # Blocks of these models are Conv1D throughout, their heads nn.Linear (transformers 5.23).
 _CONV1D_FAMILY = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _IN_BLOCK = re.compile(r"(.*\.)?h\.\d+\..*")

@@ -11,20 +11,6 @@ from gralora_convert.base.names import AUTO_CLASSES
 from gralora_convert.disk import Checkpoint
 from gralora_convert.errors import MisuseError, printable
 
-__all__ = [
-    "Setting",
-    "different_settings",
-    "head_class",
-    "head_edits",
-    "named_labels",
-    "sizes",
-    "tie_edits",
-    "updated",
-    "vocabulary_edits",
-    "written_settings",
-]
-
-
 Json = Mapping[str, object]
 _LABELS = ("id2label", "label2id")  # replaced as a whole, never added to
 _NAMES = {

@@ -19,14 +19,6 @@ from gralora_convert.errors import Finding, error
 if TYPE_CHECKING:
     from gralora_convert.models import Blueprint
 
-__all__ = [
-    "AUTO_CLASSES",
-    "Names",
-    "near_misses",
-    "spellings",
-]
-
-
 _MOST_COMPARED = 2_000  # names, for near misses
 _EMBEDDING = re.compile(
     r"(.*\.)?(embed_tokens|\w*embeddings?|embed_in|wte|wpe|shared|tok_embeddings)"

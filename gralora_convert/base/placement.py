@@ -27,10 +27,6 @@ from gralora_convert.base.ties import Claims, Settlement, settle
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, is_zero
 from gralora_convert.errors import Finding, Report, error, note, warning
 
-__all__ = [
-    "place",
-]
-
 
 def place(
     adapter: Adapter,
@@ -232,7 +228,7 @@ class _Placer:
         names = architecture.disk_modules()
         return error(
             "module-not-in-base", module, f"is not in the base {self.base.source}",
-            f"{near_misses(module, names)} Another base, or --key-map FROM=TO?".strip(),
+            f"{near_misses(module, names)} Another base, or `key_map=FROM=TO`?".strip(),
         )  # fmt: skip
 
     def _kind_problem(
@@ -316,7 +312,7 @@ class _Placer:
             f"is square {spec.shape}, and whether it is stored (out, in) or (in, out) "
             "cannot be told without the architecture",
             "Put the model's config.json beside its weights"
-            + (", or pass --trust-remote-code." if self.base.config.get("auto_map") else "."),
+            + (", or pass `trust_remote_code=True`." if self.base.config.get("auto_map") else "."),
         ))  # fmt: skip
         return None
 
@@ -382,7 +378,7 @@ def _unused(key_map: Mapping[str, str], adapter: Adapter) -> Iterator[Finding]:
     for name in key_map:
         if not any(known == name or known.startswith(f"{name}.") for known in names):
             yield warning(
-                "key-map-unmatched", name, "is named by --key-map, but begins no module here",
+                "key-map-unmatched", name, "is named by `key_map`, but begins no module here",
                 near_misses(name, names),
             )  # fmt: skip
 

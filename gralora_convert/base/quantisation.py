@@ -9,13 +9,6 @@ from typing import NamedTuple
 
 from gralora_convert.disk import FLOATING, Checkpoint
 
-__all__ = [
-    "ADVICE",
-    "nested",
-    "quantisation",
-]
-
-
 ADVICE = (
     "Merge into the original 16-bit model (or dequantise this one first), then quantise the result."
 )

@@ -19,18 +19,6 @@ from gralora_convert.errors import MisuseError
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "Kept",
-    "Merged",
-    "Patched",
-    "Placement",
-    "Recipe",
-    "Replaced",
-    "Target",
-    "combine",
-    "read_parameter",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Kept:

@@ -11,14 +11,6 @@ from gralora_convert.base.recipe import Patched, Replaced
 from gralora_convert.disk import Rows, TensorSpec, same_values
 from gralora_convert.errors import Finding, error, note, warning
 
-__all__ = [
-    "Trained",
-    "Values",
-    "bias_missing",
-    "stored_shape",
-]
-
-
 Trained = tuple[tuple[str, Replaced | Patched], ...]  # what replaces which tensor of the output
 _TASK_HEADS = ("classifier", "score", "qa_outputs")  # what PEFT adds to modules_to_save by task
 _HEADED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -90,7 +82,7 @@ class Values:
         if not origins:
             self._say(error(
                 "module-not-in-base", parameter, "is a trained bias that the base lacks",
-                "Another base, or --key-map FROM=TO?",
+                "Another base, or `key_map=FROM=TO`?",
             ))  # fmt: skip
         elif stored_shape(origins, self.base.tensors) != spec.shape:
             self._say(error(

@@ -24,14 +24,6 @@ from gralora_convert.disk import (
 )
 from gralora_convert.errors import Finding, UnreadableError, error, note, printable
 
-__all__ = [
-    "Beside",
-    "beside",
-    "extra_weights",
-    "lost_steps",
-    "trained_beside",
-]
-
 Files = Mapping[str, Path]
 
 # What AutoTokenizer reads, as transformers 4 and 5 write it (tokenization_utils_base.py).

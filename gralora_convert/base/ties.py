@@ -16,12 +16,6 @@ from gralora_convert.base.replacements import Trained
 from gralora_convert.disk import TensorSpec, same_values
 from gralora_convert.errors import Finding, error, note
 
-__all__ = [
-    "Claims",
-    "Settlement",
-    "settle",
-]
-
 
 @dataclass(slots=True)
 class Claims:

@@ -15,25 +15,6 @@ if TYPE_CHECKING:
     from gralora_convert.delta import Kind
     from gralora_convert.output import Plan, Ranks
 
-__all__ = [
-    "PATH",
-    "Run",
-    "Wanted",
-    "base_option",
-    "device_option",
-    "examples",
-    "json_option",
-    "key_map_option",
-    "parse_key_map",
-    "plot_option",
-    "progress_option",
-    "shape_options",
-    "some_base_option",
-    "trust_option",
-    "writing_options",
-]
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -16,9 +16,6 @@ from gralora_convert.verbs import SERVED_RANKS, served_rank
 if TYPE_CHECKING:
     from gralora_convert.verbs import Inspection
 
-__all__ = ["adapter_summary", "inspection_page", "merge_summary"]
-
-
 Json = Mapping[str, object]
 LONGEST = 40  # lines of one list on a page
 EXACT = 1e-6  # as in delta/resizing.py: relative errors below it are those of float32 factors

@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 
     from gralora_convert.verbs import Anatomy, Equivalence, Part
 
-__all__ = [
-    "draw_anatomy",
-    "draw_equivalence",
-    "require_drawable",
-]
-
-
 SUFFIXES = (".png", ".svg", ".pdf")
 ENERGIES = (0.9, 0.99, 0.999)
 # Okabe and Ito's palette without its yellow, which is faint on white

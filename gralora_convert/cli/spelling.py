@@ -12,8 +12,6 @@ from functools import cache
 
 import click
 
-__all__ = ["spelled", "spelled_json"]
-
 _PARAMETER = re.compile(r"`(?P<name>[a-z]\w*)(?:=(?P<value>[^`]+))?`")
 _TOLD = ("message", "hint", "notes")  # the fields of a document that hold sentences of the library
 

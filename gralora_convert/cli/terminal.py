@@ -21,18 +21,6 @@ from gralora_convert.cli.spelling import spelled, spelled_json
 from gralora_convert.disk import dump_json
 from gralora_convert.errors import Finding
 
-__all__ = [
-    "Choice",
-    "bar",
-    "is_quiet",
-    "open_streams",
-    "quiet_option",
-    "show",
-    "show_json",
-    "show_notes",
-]
-
-
 SEVERITIES = {"error": "red", "warning": "yellow", "note": "cyan"}
 _FINDING = re.compile(r"(?P<severity>error|warning|note)(?P<code>\[[\w-]+\])?: ")
 _FIELD = re.compile(r"  (?P<name>\S[^ ]*(?: [^ ]+)*)  +|(?P<none> {2,})")

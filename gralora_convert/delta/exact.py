@@ -9,19 +9,6 @@ from torch import Tensor
 
 from gralora_convert.delta.forms import Factored, Gralora, Lora
 
-__all__ = [
-    "direct_sum",
-    "gralora_to_hybrid",
-    "gralora_to_lora",
-    "hybrid_to_gralora",
-    "lora_to_gralora",
-    "lora_to_hybrid",
-    "pad",
-    "pad_lora",
-    "permute_rows",
-    "with_scaling",
-]
-
 
 def gralora_to_lora(delta: Gralora) -> Lora:
     """The LoRA with the same delta, at the rank k*r + h that generic factors need.

@@ -20,17 +20,6 @@ from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora
 from gralora_convert.delta.products import add_rows_, dense
 from gralora_convert.delta.svd import Method, blocks_of, finite, options_of, shape_of, truncate
 
-__all__ = [
-    "Fit",
-    "exact_rank",
-    "smallest_rank",
-    "spectra",
-    "to_gralora",
-    "to_hybrid",
-    "to_lora",
-]
-
-
 Fitted = TypeVar("Fitted", Gralora, Lora)
 
 SWEEPS = 10

@@ -16,17 +16,6 @@ from torch import Tensor
 
 from gralora_convert.errors import MisuseError
 
-__all__ = [
-    "Delta",
-    "Dense",
-    "Gralora",
-    "Lora",
-    "is_finite",
-    "require_device",
-    "terms",
-    "to_device",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class Gralora:

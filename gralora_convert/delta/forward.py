@@ -5,11 +5,6 @@ from torch import Tensor
 
 from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora
 
-__all__ = [
-    "forward_path",
-    "gralora_product",
-]
-
 
 def gralora_product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """What the block factors of one module do to activations, without the scaling.

@@ -18,16 +18,6 @@ from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, terms
 from gralora_convert.delta.products import rows
 from gralora_convert.delta.rounding import magnitude_rows, tolerance
 
-__all__ = [
-    "BlockSums",
-    "Evidence",
-    "Mistake",
-    "explain",
-    "features",
-    "mistakes",
-]
-
-
 AGREES = 0.02  # a prediction that misses more of the elements than this explains nothing
 BETTER = 0.1  # and it must miss fewer than this share of those that the right one misses
 LITTLE = 0.3  # less of what was added lies along D than this: it is not this update

@@ -13,16 +13,6 @@ from torch import Tensor
 
 from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, terms
 
-__all__ = [
-    "Stack",
-    "add_rows_",
-    "delta_weight",
-    "dense",
-    "row_blocks",
-    "rows",
-]
-
-
 HELD = 2 * 1024 * 1024  # elements of a block row's left factors that are laid out in one piece
 
 

@@ -21,19 +21,6 @@ from gralora_convert.delta.forward import forward_path
 from gralora_convert.delta.svd import Method, squared_norm
 from gralora_convert.errors import CheckFailedError, MisuseError, is_number
 
-__all__ = [
-    "Kind",
-    "Loss",
-    "Shape",
-    "least_rank",
-    "loss_json",
-    "require_same",
-    "require_sensible",
-    "resize",
-    "rounded",
-]
-
-
 Made = TypeVar("Made", Gralora, Lora)
 Kind = Literal["gralora", "hybrid", "lora"]
 Factor = Literal["A", "B", "general_A", "general_B"]

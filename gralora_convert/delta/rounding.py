@@ -14,20 +14,6 @@ from torch import Tensor
 from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, terms
 from gralora_convert.delta.products import row_blocks, rows
 
-__all__ = [
-    "Addend",
-    "Survival",
-    "Verdict",
-    "admissible",
-    "compare",
-    "half_ulp",
-    "magnitude_rows",
-    "survival",
-    "tolerance",
-    "worst_ratio",
-]
-
-
 _EXPONENT = {
     torch.float32: (torch.int32, 0x7F800000),
     torch.float64: (torch.int64, 0x7FF0000000000000),

@@ -14,21 +14,6 @@ from torch import Tensor
 from gralora_convert.delta.exact import direct_sum, gralora_to_lora, kaiming
 from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, is_finite
 
-__all__ = [
-    "Block",
-    "Method",
-    "Options",
-    "block_norms",
-    "blocks_of",
-    "energies",
-    "finite",
-    "options_of",
-    "shape_of",
-    "squared_norm",
-    "truncate",
-]
-
-
 Method = Literal["auto", "exact", "randomised"]
 
 EXACT_SIDE = 512  # up to this block side the exact SVD costs no more than the randomised one

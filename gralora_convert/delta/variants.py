@@ -14,14 +14,6 @@ from gralora_convert.delta.fit import to_lora
 from gralora_convert.delta.forms import Dense, Lora
 from gralora_convert.delta.products import dense
 
-__all__ = [
-    "Start",
-    "dora",
-    "start_of",
-    "without_start",
-]
-
-
 Start = Literal["pissa", "olora"]
 
 

@@ -28,11 +28,6 @@ from gralora_convert.disk.strictjson import load_json
 from gralora_convert.disk.tensors import read_tensor_file
 from gralora_convert.errors import UnreadableError, UnsupportedError
 
-__all__ = [
-    "Checkpoint",
-    "locate",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:

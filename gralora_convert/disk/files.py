@@ -11,22 +11,6 @@ from typing import BinaryIO
 
 from gralora_convert.errors import ChangedInputError, UnreadableError
 
-__all__ = [
-    "RECEIPT_NAME",
-    "Measure",
-    "Stamp",
-    "file_stamp",
-    "is_file",
-    "is_folder",
-    "is_there",
-    "measured",
-    "open_regular",
-    "pread_exact",
-    "reading",
-    "require_stamp",
-]
-
-
 Stamp = tuple[int, int, int]
 _AGAIN = "Run again when nothing writes to it."
 

@@ -13,15 +13,6 @@ from pathlib import Path
 
 from gralora_convert.errors import UnreadableError
 
-__all__ = [
-    "HubName",
-    "config_errors",
-    "fetch",
-    "is_cached",
-    "parse_name",
-]
-
-
 _PART = r"[A-Za-z0-9][\w.-]*"
 _NAME = re.compile(
     rf"(?P<scheme>hf://)?(?P<repository>{_PART}(/{_PART})?)"

@@ -8,14 +8,6 @@ from gralora_convert.disk.tensors import read_bytes, read_into
 if TYPE_CHECKING:
     import numpy
 
-__all__ = [
-    "INFINITY",
-    "is_zero",
-    "largest_magnitude",
-    "same_values",
-]
-
-
 INFINITY = {  # its bits, by the dtype's name in safetensors; whatever lies above is NaN
     "F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80,
 }  # fmt: skip

@@ -32,11 +32,6 @@ from gralora_convert.disk.unpickling import (
     unpickle,
 )
 
-__all__ = [
-    "read_pickle",
-]
-
-
 MAX_PICKLE_BYTES = 16 * 1024 * 1024  # some 80 000 tensors
 _RESAVE = "Save it again as safetensors: `safetensors.torch.save_file(tensors, path)`."
 _Storages = Mapping[str, tuple[int, int]]  # key -> position in the file, bytes

@@ -9,25 +9,6 @@ from typing import TypeGuard
 from gralora_convert.disk.files import Stamp, require_stamp
 from gralora_convert.errors import MisuseError, UnreadableError
 
-__all__ = [
-    "DTYPE_BITS",
-    "DTYPE_OF_TORCH",
-    "FLOATING",
-    "MAX_DIMENSIONS",
-    "TORCH_NAMES",
-    "WORD",
-    "Rows",
-    "TensorFile",
-    "TensorFileError",
-    "TensorSpec",
-    "are_sizes",
-    "count",
-    "nbytes_of",
-    "refuse_pointer",
-    "written_dtype",
-]
-
-
 # Bits per element, in the spelling of safetensors 0.8.0 (`Dtype`).
 DTYPE_BITS: Mapping[str, int] = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16,

@@ -11,14 +11,6 @@ from pathlib import Path
 from gralora_convert.disk.files import open_regular, reading
 from gralora_convert.errors import UnreadableError
 
-__all__ = [
-    "JsonError",
-    "dump_json",
-    "load_json",
-    "parse_json",
-]
-
-
 MAX_JSON_BYTES = 32_000_000  # the largest public index has 10 MB
 MAX_DEPTH = 127  # of serde_json, which reads the same files in other tools
 _INTEGER_DIGITS = 300  # longer integers may exceed every float; longer than 4300 Python refuses

@@ -32,20 +32,6 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-__all__ = [
-    "bytes_of",
-    "encode_header",
-    "read_array",
-    "read_bytes",
-    "read_into",
-    "read_rows",
-    "read_safetensors",
-    "read_tensor_file",
-    "read_torch",
-    "torch_dtype",
-]
-
-
 MAX_HEADER_BYTES = 100_000_000  # the cap of the official reader
 MAX_TENSORS = 250_000  # of one file; the largest public models have 100 000 in all their files
 _NUMPY_NAMES: Mapping[str, str] = {

@@ -13,14 +13,6 @@ from dataclasses import dataclass
 
 from gralora_convert.disk.specs import DTYPE_OF_TORCH
 
-__all__ = [
-    "DamagedPickleError",
-    "PickledTensor",
-    "UnsafePickleError",
-    "unpickle",
-]
-
-
 _STORAGES: Mapping[str, str] = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",

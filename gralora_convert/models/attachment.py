@@ -27,12 +27,6 @@ from gralora_convert.models.layer import (
 )
 from gralora_convert.output import config_of, folder_of
 
-__all__ = [
-    "Attachment",
-    "attach",
-]
-
-
 # On a value that an attached adapter brought: the adapter's name.
 _MARK = "_gralora_convert_adapter"
 # After PEFT 0.21.2, tuners/lora: MiCA freezes B, BD-LoRA trains only the blocks, and VeLoRA and

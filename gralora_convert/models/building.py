@@ -9,16 +9,6 @@ import torch
 from gralora_convert.disk import Checkpoint
 from gralora_convert.models.foreign import ForeignError, foreign, quiet, twice
 
-__all__ = [
-    "absurd_count",
-    "bare_shapes",
-    "build_problem",
-    "has_absurd_counts",
-    "models",
-    "on_meta",
-]
-
-
 _COUNTED = re.compile(r"n_layer|num_blocks|depths?|(.*_)?layers|(num|n)_(.*_)?experts")
 _MOST_COUNTED = 1000  # of models without weights, of which the tensors say nothing
 

@@ -15,13 +15,6 @@ from typing import TypeVar
 from gralora_convert.disk import config_errors
 from gralora_convert.errors import OutOfMemoryError, UnreadableError, printable
 
-__all__ = [
-    "ForeignError",
-    "foreign",
-    "quiet",
-    "twice",
-]
-
 # pybind11 2.13 (`error_already_set::what`) begins with the type of what torch raises again.
 _INTERRUPTED = re.compile("KeyboardInterrupt|[Ii]nterrupted")
 _OF_THE_INPUT = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL}

@@ -16,13 +16,6 @@ from gralora_convert.models.foreign import ForeignError, foreign
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "Inputs",
-    "inputs_for",
-    "tokens",
-]
-
-
 Inputs = Mapping[str, Tensor]
 Config = Mapping[str, object]
 BATCH, LENGTH, SAMPLES = 2, 16, 4000

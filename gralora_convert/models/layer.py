@@ -18,10 +18,6 @@ from torch.nn import functional as F
 from gralora_convert.delta import Delta, Dense, Gralora, Lora, gralora_product
 from gralora_convert.errors import Finding, MisuseError, Report, UnsupportedError, error
 
-__all__ = [
-    "GraloraLinear",
-]
-
 
 class Branch(nn.Module):
     """One adapter of one module: its factors as parameters, its dropout and its scaling."""

@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-__all__ = [
-    "Blueprint",
-    "TieFlag",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class TieFlag:

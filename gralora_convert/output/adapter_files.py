@@ -29,13 +29,6 @@ from gralora_convert.output.tiles import taken
 from gralora_convert.output.writing import Computed, OutputFile, Part
 from gralora_convert.version import __version__
 
-__all__ = [
-    "Workshop",
-    "config_of",
-    "copied",
-    "folder_of",
-]
-
 
 class Workshop:
     """The modules of a plan, each made once by the worker that needs it first.

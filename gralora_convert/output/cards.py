@@ -15,13 +15,6 @@ from gralora_convert.adapters import Adapter
 from gralora_convert.disk import Checkpoint, is_file, open_regular, parse_name, reading
 from gralora_convert.errors import printable
 
-__all__ = [
-    "CARD_NAME",
-    "adapter_card",
-    "merged_card",
-]
-
-
 CARD_NAME = "README.md"
 LARGEST = 1 << 20  # bytes of a base's card that are looked at
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")

@@ -14,15 +14,6 @@ from pathlib import Path
 from gralora_convert.disk import open_regular, parse_json, reading
 from gralora_convert.errors import ConvertError, OutputError
 
-__all__ = [
-    "Done",
-    "Journal",
-    "clear_journals",
-    "journal_names",
-    "read_journals",
-]
-
-
 _START = ".progress-"
 _LONGEST = 32_000_000  # bytes of a line; longer is nothing that this program wrote
 

@@ -33,11 +33,6 @@ from gralora_convert.output.workers import default_jobs
 from gralora_convert.output.writing import Computed, OutputFile, copy_file, write_files, write_text
 from gralora_convert.version import __version__
 
-__all__ = [
-    "Plan",
-]
-
-
 DIGESTED_BYTES = 256 * 1024 * 1024  # outputs up to this size get digests unasked: below 0.3 s
 CONSTANT_MEMORY = 260 * 1024 * 1024  # interpreter, torch and its allocator, measured at import
 

@@ -20,8 +20,6 @@ from gralora_convert.errors import ConvertError, MisuseError, OutputError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
-__all__ = ["Meeting", "Ranks", "meeting"]
-
 # What launchers set: this process's number, how many there are, and how many on this machine.
 _VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),  # torchrun

@@ -11,12 +11,6 @@ from pathlib import Path
 from gralora_convert.disk import RECEIPT_NAME, Checkpoint, Measure, load_json, measured
 from gralora_convert.errors import ConvertError, Finding, UnreadableError, error, note, warning
 
-__all__ = [
-    "adapter_receipt_findings",
-    "checkpoint_receipt_findings",
-]
-
-
 _REMADE = "Was it edited, trained on or replaced? Then remove the receipt; else make it again."
 
 

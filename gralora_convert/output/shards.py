@@ -10,12 +10,6 @@ from gralora_convert.disk import Checkpoint
 from gralora_convert.errors import MisuseError
 from gralora_convert.output.writing import OutputFile, Part
 
-__all__ = [
-    "index_json",
-    "lay_out",
-]
-
-
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 
 

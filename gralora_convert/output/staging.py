@@ -22,11 +22,6 @@ from gralora_convert.errors import (
     sentences,
 )
 
-__all__ = [
-    "Staging",
-]
-
-
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
 _MARGIN = 4 * 1024 * 1024  # bytes left free for the receipt and directory blocks

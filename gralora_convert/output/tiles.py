@@ -42,15 +42,6 @@ from gralora_convert.disk import (
 from gralora_convert.errors import CheckFailedError, InvalidAdapterError, UnsupportedError
 from gralora_convert.output.writing import Account, Computed, Copied
 
-__all__ = [
-    "CastTensor",
-    "MergedTensor",
-    "PatchedTensor",
-    "are_finite",
-    "taken",
-]
-
-
 # Of sums. What fits a second-level cache is slower: small tiles make workers wait for Python's
 # lock, where most of a small tile's time goes.
 TILE_BYTES = 4 * 1024 * 1024
@@ -224,7 +215,7 @@ class _Tiles:
                 f"the result exceeds the largest {_name(self.written)} ({largest:g}) or is not a "
                 "number",
                 where=self.spec.name,
-                hint="Write a wider dtype (--dtype float32), or check the adapter's values.",
+                hint="Write a wider dtype (`dtype='float32'`), or check the adapter's values.",
             )
         raise CheckFailedError(
             "holds NaN or infinity in the base", where=f"{self.spec.file}: {self.spec.name}"

@@ -6,14 +6,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-__all__ = [
-    "Task",
-    "carry_out",
-    "default_jobs",
-    "one_arithmetic_thread",
-]
-
-
 TICK_SECONDS = 0.2  # what is left to flush when the last tile is made is waited for
 # A task writes some bytes of the output and says how many.
 Task = Callable[[], int]

@@ -30,18 +30,6 @@ from gralora_convert.errors import OutputError
 from gralora_convert.output.journal import Done, Journal
 from gralora_convert.output.workers import Task, carry_out
 
-__all__ = [
-    "Account",
-    "Computed",
-    "Copied",
-    "OutputFile",
-    "Part",
-    "copy_file",
-    "write_files",
-    "write_text",
-]
-
-
 COPY_CHUNK = 32 * 1024 * 1024  # bytes per task: small enough for two workers to share one tensor
 FLUSH_BYTES = 64 * 1024 * 1024  # flushed at a time, so that the disk writes while tiles are made
 

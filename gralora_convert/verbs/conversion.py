@@ -67,10 +67,6 @@ from gralora_convert.verbs.serving import serving_notes
 from gralora_convert.verbs.updates import Source
 from gralora_convert.version import __version__
 
-__all__ = [
-    "convert",
-]
-
 
 def convert(
     adapter: Adapter | str | Path,

@@ -13,12 +13,6 @@ from gralora_convert.delta import Dense, half_ulp, is_finite
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, same_values, torch_dtype
 from gralora_convert.errors import InvalidAdapterError, MisuseError, UnsupportedError
 
-__all__ = [
-    "Differences",
-    "Module",
-]
-
-
 ROWS = 1024  # of a weight that are looked at together
 Tensors = Mapping[str, TensorSpec]
 

@@ -50,11 +50,6 @@ from gralora_convert.verbs.differences import Differences, Module
 from gralora_convert.verbs.serving import serving_notes
 from gralora_convert.version import __version__
 
-__all__ = [
-    "extract",
-]
-
-
 DEFAULT_RANK = 32
 
 

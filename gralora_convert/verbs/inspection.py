@@ -31,12 +31,6 @@ from gralora_convert.disk import (
 from gralora_convert.errors import Finding, Report, UnreadableError, error, note, warning
 from gralora_convert.verbs.serving import served_rank
 
-__all__ = [
-    "Inspection",
-    "inspect",
-]
-
-
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 SAMPLE = 4096  # bytes of a factor that are looked at: a hint, not a proof
 

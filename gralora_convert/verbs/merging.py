@@ -50,10 +50,6 @@ from gralora_convert.output import (
 )
 from gralora_convert.version import __version__
 
-__all__ = [
-    "merge",
-]
-
 
 def merge(
     *adapters: Adapter | str | Path,

@@ -1,12 +1,5 @@
 """What LoRA servers take: the limits that an adapter must respect to be served unmerged."""
 
-__all__ = [
-    "SERVED_RANKS",
-    "served_rank",
-    "serving_notes",
-]
-
-
 # vLLM's choices of max_lora_rank (vllm/config/lora.py)
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LORAX_RANK = 128  # of its kernels

@@ -13,12 +13,6 @@ from gralora_convert.delta import block_norms, energies
 from gralora_convert.disk import Checkpoint, is_folder, read_torch
 from gralora_convert.output import one_arithmetic_thread
 
-__all__ = [
-    "Anatomy",
-    "Part",
-    "dissect",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class Part:

@@ -28,10 +28,6 @@ from gralora_convert.delta import (
 from gralora_convert.disk import Checkpoint, read_torch
 from gralora_convert.errors import InvalidAdapterError, UnsupportedError
 
-__all__ = [
-    "Source",
-]
-
 
 @dataclass(frozen=True)
 class Source:

@@ -16,10 +16,6 @@ from gralora_convert.disk import FLOATING, RECEIPT_NAME, Checkpoint, TensorFile,
 from gralora_convert.errors import ConvertError, Finding, Report, error, note, warning
 from gralora_convert.output import adapter_receipt_findings, checkpoint_receipt_findings
 
-__all__ = [
-    "validate",
-]
-
 
 def validate(
     adapter: str | Path | Adapter,

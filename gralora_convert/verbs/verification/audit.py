@@ -18,12 +18,6 @@ from gralora_convert.verbs.verification.comparison import (
     difference,
 )
 
-__all__ = [
-    "Row",
-    "audited",
-]
-
-
 NEIGHBOURS = 64  # modules of the same shape that a wrong one is compared with
 SUM_ELEMENTS = 1 << 22  # of a replaced tensor: enough to see that a value was added
 _COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "position_ids")

@@ -42,16 +42,6 @@ from gralora_convert.disk import (
 )
 from gralora_convert.output import default_jobs
 
-__all__ = [
-    "PROBES",
-    "WRONG",
-    "Comparison",
-    "Factored",
-    "Found",
-    "difference",
-]
-
-
 TILE_ELEMENTS = 1 << 17  # half a MiB of float32: what is made of a tile stays in the cache
 # Rows of a wide matrix are looked at together where they fit: the lengths of the factors' columns,
 # which the bound needs, cost as much as the product of one row.

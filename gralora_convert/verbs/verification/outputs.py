@@ -41,12 +41,6 @@ from gralora_convert.models import (
 if TYPE_CHECKING:
     pass
 
-__all__ = [
-    "ModelComparison",
-    "compare_models",
-]
-
-
 CHUNK_ELEMENTS = 1 << 20  # of a weight that are looked at together
 # A right merge takes the other number at fewer places than a draw does, which does at every second
 # possible one. So its response is no larger in the mean square, and 8 times as large at most once

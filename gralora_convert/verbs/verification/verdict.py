@@ -19,12 +19,6 @@ from gralora_convert.verbs.verification.audit import Row, audited
 from gralora_convert.verbs.verification.comparison import PROBES, WRONG
 from gralora_convert.verbs.verification.outputs import ModelComparison, compare_models
 
-__all__ = [
-    "Equivalence",
-    "verify",
-]
-
-
 LEVELS = ("weights", "modules", "model")
 SHOWN = 20  # wrong tensors in the text; JSON has all
 MUCH_LOST, MUCH_NOISE = 0.9, 0.5  # kept below, or noise above: the dtype is too coarse
