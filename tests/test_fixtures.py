@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
+import gralora_convert as gc
 from gralora_convert.adapters.adapter import Adapter
 from gralora_convert.verbs.validation import validate
 from tests.command import run, run_ok
@@ -90,3 +92,27 @@ def test_what_mergekit_extracts_replaces_norms_embeddings_and_head(tmp_path: Pat
 def test_lora_fixtures_are_read_as_lora() -> None:
     assert Adapter.open(FIXTURES / "peft-0.21.2/lora-patterns").kind == "lora"
     assert LOST
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", [n for n in ADAPTERS if n not in LOST and "0.21" in n])
+def test_a_right_merge_in_a_narrower_dtype_is_not_condemned(
+    name: str, dtype: str, tmp_path: Path
+) -> None:
+    base = FIXTURES / MANIFEST[name]["base"]
+    gc.merge(folder_of(name), base=base, dtype=dtype).write(tmp_path / "merged")
+    found = gc.verify(folder_of(name), base=base, merged=tmp_path / "merged")
+    assert found.ok, found.as_text()
+    assert found.model is not None, found.notes
+
+
+@pytest.mark.parametrize("name", ["llama-hybrid", "llama-saved-head", "gpt2-bias-all"])
+def test_a_merge_of_peft_cast_afterwards_is_not_condemned(name: str, tmp_path: Path) -> None:
+    folder = FIXTURES / "peft-0.21.2" / name
+    entry = MANIFEST[f"peft-0.21.2/{name}"]
+    model = load(FIXTURES / entry["base"], entry["auto_class"], dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    merged.to(torch.bfloat16).save_pretrained(tmp_path / "merged")
+    found = gc.verify(folder, base=FIXTURES / entry["base"], merged=tmp_path / "merged")
+    assert found.ok, found.as_text()
+    assert found.model is not None, found.notes

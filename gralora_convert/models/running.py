@@ -1,7 +1,7 @@
 """Whole models in memory: loaded from a folder, run once, their outputs."""
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,9 +130,10 @@ def first_that_runs(
     raise failed
 
 
-def stored_dtype(merged: Checkpoint, module: str) -> torch.dtype:
-    """The dtype of a module's weight on disk; the commonest one when its name differs there."""
-    spec = merged.tensors.get(f"{module}.weight")
+def stored_dtype(merged: Checkpoint, names: Iterable[str]) -> torch.dtype:
+    """The dtype on disk of the tensor that has one of `names`; the commonest one of matrices where
+    none has, as for a parameter that lies there in pieces."""
+    spec = next((merged.tensors[name] for name in names if name in merged.tensors), None)
     if spec is None:
         dtypes = [s.dtype for s in merged.tensors.values() if len(s.shape) == 2]
         return torch_dtype(max(set(dtypes), key=dtypes.count))

@@ -7,16 +7,15 @@ measured, too: where a sum lies so near the middle of two stored numbers that ri
 differ, the other one is taken at random, and the outputs' response is the yardstick.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from gralora_convert.adapters import Adapter
-from gralora_convert.base import Setting, different_settings, written_settings
+from gralora_convert.base import Setting, different_settings, spellings, written_settings
 from gralora_convert.delta import admissible, magnitude_rows, rows, terms
 from gralora_convert.disk import Checkpoint, torch_dtype
 from gralora_convert.errors import ConvertError, printable
@@ -37,9 +36,6 @@ from gralora_convert.models import (
     stored_dtype,
     tokenised,
 )
-
-if TYPE_CHECKING:
-    pass
 
 CHUNK_ELEMENTS = 1 << 20  # of a weight that are looked at together
 # A right merge takes the other number at fewer places than a draw does, which does at every second
@@ -148,9 +144,11 @@ def compare_models(
     text: str | None = None,
     trust_remote_code: bool = False,
     edits: Mapping[str, object] = MappingProxyType({}),
+    prefixes: tuple[str, ...] = (),
 ) -> tuple[ModelComparison | None, tuple[str, ...]]:
     """The comparison, or None and a note that says why it was left out. `edits` are what a right
-    merge changes in the base's config, as the size of its vocabulary.
+    merge changes in the base's config, as the size of its vocabulary; `prefixes` are those that
+    names on disk may have or lack.
 
     One model is in memory at a time; in float64 where it fits and the model computes in it, else
     in float32.
@@ -183,7 +181,7 @@ def compare_models(
     for name in dict.fromkeys(_class_of(checkpoint) for checkpoint in (merged, base)):
         for dtype in (torch.float64, torch.float32) if wide else (torch.float32,):
             runner = _Runner(
-                adapter, base, merged, device, dtype, trust_remote_code, name, vocabulary
+                adapter, base, merged, device, dtype, trust_remote_code, name, vocabulary, prefixes
             )
             try:
                 with quiet():
@@ -261,6 +259,7 @@ class _Runner:
     trust_remote_code: bool
     class_name: str
     vocabulary: int | None
+    prefixes: tuple[str, ...]
 
     def compared(self, text: str | None, slack: float) -> ModelComparison:
         given = None if text is None else tokenised(self.merged, text, self.trust_remote_code)
@@ -317,6 +316,7 @@ class _Runner:
             for name, layer in attached.layers.items():
                 layer.remove(attached.name)
                 choices.append(self._choice(layer, name))
+            self._store(model, {id(layer.weight) for layer in attached.layers.values()})
             right, others = outputs_of(model, inputs), list[Tensor]()
             for side in (False, True):
                 for number, choice in enumerate(choices):
@@ -328,10 +328,22 @@ class _Runner:
         config = model.config.to_dict()
         return _Reference(inputs, plain, outputs, right, tuple(others), config, undecided)
 
+    def _dtype(self, parameter: str) -> torch.dtype:
+        """What the merged checkpoint stores a parameter of the model in."""
+        return stored_dtype(self.merged, spellings(parameter, self.prefixes))
+
+    def _store(self, model: nn.Module, chosen: Set[int]) -> None:
+        """Rounds all but the `chosen` parameters as the merged checkpoint stores them: what is
+        cast, replaced or added there is no fault of the merge."""
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if id(value) not in chosen and value.is_floating_point():
+                    value.copy_(value.to(self._dtype(name.replace(".base_layer.", "."))))
+
     def _choice(self, layer: GraloraLinear, name: str) -> "_Choice":
         """Gives the layer the weight of the nearest right merge; what others may have instead."""
         delta, weight = self.adapter.delta(name), layer.weight.detach()
-        dtype, short = stored_dtype(self.merged, name), self.adapter.short_dtype(name)
+        dtype, short = self._dtype(f"{name}.weight"), self.adapter.short_dtype(name)
         across = not isinstance(layer.base_layer, nn.Linear)  # Conv1D keeps (in, out)
         right, other = torch.empty_like(weight), torch.empty(weight.shape, dtype=dtype)
         step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))

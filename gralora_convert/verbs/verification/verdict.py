@@ -211,9 +211,10 @@ def verify(
     placement, report = place(opened, source, key_map=key_map, trust_remote_code=trust_remote_code)
     report.require_ok(opened.path)
     assert placement is not None
+    recipe = combine([placement])
     with one_arithmetic_thread():
         found = tuple(audited(
-            combine([placement]), result, probe=level != "weights", device=device,
+            recipe, result, probe=level != "weights", device=device,
             progress=progress or (lambda count: None),
         ))  # fmt: skip
     rows = tuple(row for row in found if row.worst or not row.kept)
@@ -226,7 +227,7 @@ def verify(
     if level == "model":
         comparison, more = compare_models(
             opened, source, result, slack=slack, device=device, text=text,
-            trust_remote_code=trust_remote_code, edits=placement.edits,
+            trust_remote_code=trust_remote_code, edits=recipe.edits, prefixes=recipe.prefixes,
         )  # fmt: skip
         notes += more
         if comparison is not None and comparison.ok:
