@@ -9,7 +9,7 @@ from gralora_convert.base.edits import (
     written_settings,
 )
 from gralora_convert.base.names import near_misses, spellings
-from gralora_convert.base.placement import place
+from gralora_convert.base.placement import place, place_in
 from gralora_convert.base.quantisation import quantisation
 from gralora_convert.base.recipe import (
     Kept,
@@ -21,6 +21,7 @@ from gralora_convert.base.recipe import (
     Target,
     combine,
     read_parameter,
+    weights_for,
 )
 from gralora_convert.base.replacements import bias_missing
 from gralora_convert.base.sets import beside, extra_weights, lost_steps, trained_beside
@@ -28,6 +29,6 @@ from gralora_convert.base.sets import beside, extra_weights, lost_steps, trained
 __all__ = [
     "Architecture", "Kept", "Merged", "Patched", "Placement", "Recipe", "Replaced", "Setting",
     "Target", "beside", "bias_missing", "combine", "different_settings", "extra_weights",
-    "lost_steps", "named_labels", "near_misses", "place", "quantisation", "read_parameter",
-    "spellings", "trained_beside", "updated", "written_settings",
+    "lost_steps", "named_labels", "near_misses", "place", "place_in", "quantisation",
+    "read_parameter", "spellings", "trained_beside", "updated", "weights_for", "written_settings",
 ]  # fmt: skip

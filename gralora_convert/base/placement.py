@@ -67,6 +67,23 @@ def place(
     return _placement(placer, settlement, report), report
 
 
+def place_in(
+    adapter: Adapter,
+    base: Checkpoint,
+    key_map: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> Placement:
+    """Where `adapter` goes in `base`.
+
+    Raises:
+        InvalidAdapterError: it does not fit.
+    """
+    placement, report = place(adapter, base, key_map=key_map, trust_remote_code=trust_remote_code)
+    report.require_ok(adapter.path)
+    assert placement is not None
+    return placement
+
+
 def _placement(placer: "_Placer", settlement: Settlement, report: Report) -> Placement:
     architecture, values = placer.architecture, placer.values
     config = architecture.base.config

@@ -14,7 +14,7 @@ from gralora_convert.adapters import Adapter, Update
 from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import updated
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, read_rows, written_dtype
-from gralora_convert.errors import MisuseError
+from gralora_convert.errors import MisuseError, is_number
 
 if TYPE_CHECKING:
     import torch
@@ -106,13 +106,17 @@ class Recipe:
     """
 
     base: Checkpoint = field(repr=False)
-    adapters: tuple[Adapter, ...] = field(repr=False)
+    weighted: tuple[tuple[Adapter, float], ...] = field(repr=False)
     tensors: Mapping[str, Entry]
     edits: Mapping[str, object]
     config_edits: Callable[[], Mapping[str, object]] = field(repr=False)
     outer_names: Mapping[str, str] = field(repr=False)
     architectures: tuple[Architecture, ...] = field(repr=False)
     notes: tuple[str, ...]
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        return tuple(adapter for adapter, _ in self.weighted)
 
     @property
     def merged(self) -> dict[str, Merged]:
@@ -146,7 +150,9 @@ def combine(
         MisuseError: two adapters replace the same tensor, or one replaces what another adapts.
     """
     base = placements[0].architecture.base
-    merged = _merged(placements, weights or [1.0] * len(placements))
+    adapters = [placement.adapter for placement in placements]
+    factors = weights_for(adapters, weights)
+    merged = _merged(placements, factors)
     replaced = _replaced(placements)
     if both := sorted(merged.keys() & replaced.keys()):
         raise MisuseError(
@@ -159,7 +165,7 @@ def combine(
         entries.setdefault(name, Kept(spec, spec.dtype))
     return Recipe(
         base,
-        tuple(placement.adapter for placement in placements),
+        tuple(zip(adapters, factors, strict=True)),
         {
             name: replace(entry, dtype=written_dtype(dtype, entry.dtype))
             if entry.dtype in FLOATING
@@ -172,6 +178,41 @@ def combine(
         tuple(placement.architecture for placement in placements),
         tuple(note for placement in placements for note in placement.notes),
     )
+
+
+def weights_for(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
+    """One weight for each adapter, 1 where none are given.
+
+    Raises:
+        MisuseError: weights that the adapters cannot have, or an adapter that is named twice.
+    """
+    if not adapters:
+        raise MisuseError("no adapter was given")
+    if len(adapters) > 1 and len({adapter.sha256() for adapter in adapters}) < len(adapters):
+        raise MisuseError("an adapter is named twice", hint="Use `weights=[2]` to apply it twice.")
+    if weights is None:
+        return [1.0] * len(adapters)
+    if len(weights) != len(adapters):
+        raise MisuseError(
+            f"{len(weights)} weights for {len(adapters)} adapters; one each was needed",
+            hint="Repeat `weights`, in the order of the adapters.",
+        )
+    for weight, adapter in zip(weights, adapters, strict=True):
+        if not is_number(weight):
+            raise MisuseError(f"the weight {weight!r} is not a finite number")
+        if weight == 0:
+            raise MisuseError(
+                "weight 0 was given, which would leave the adapter out", where=adapter.path,
+                hint="Leave out the adapter itself.",
+            )  # fmt: skip
+        if weight != 1.0 and (adapter.biases or adapter.saved):
+            raise MisuseError(
+                f"weight {weight:g} was given, but trained biases and saved modules replace those "
+                "of the base and cannot be weighted",
+                where=adapter.path,
+                hint="Use weight 1.",
+            )
+    return list(weights)
 
 
 def _together(edits: Iterator[Mapping[str, object]]) -> dict[str, object]:

@@ -25,6 +25,7 @@ from gralora_convert.cli.options import (
     shape_options,
     some_base_option,
     trust_option,
+    weight_option,
     writing_options,
 )
 from gralora_convert.cli.spelling import spelled
@@ -211,8 +212,7 @@ def _nothing_read(finding: "Finding") -> dict[str, str]:
 )
 @click.argument("adapters", type=PATH, metavar="ADAPTER...", nargs=-1, required=True)
 @base_option
-@click.option("--weight", "weights", type=float, multiple=True, metavar="FLOAT",
-              help="One per ADAPTER, in order.  [default: 1.0]")  # fmt: skip
+@weight_option
 @click.option("--shard-size", default="keep", show_default=True, metavar="keep|SIZE",
               help="keep = the base's own files; else a size such as 5GB.")  # fmt: skip
 @click.option(
@@ -372,8 +372,9 @@ def extract(
 @commands.command(
     epilog=examples("gralora-convert verify ./adapter --base ./model --merged ./merged")
 )
-@click.argument("adapter", type=PATH)
+@click.argument("adapters", type=PATH, metavar="ADAPTER...", nargs=-1, required=True)
 @base_option
+@weight_option
 @click.option(
     "--merged", type=PATH, required=True, metavar="MODEL", help="The checkpoint to audit."
 )
@@ -392,8 +393,9 @@ def extract(
 @key_map_option
 @trust_option
 def verify(
-    adapter: str,
+    adapters: Sequence[str],
     base: str | None,
+    weights: Sequence[float],
     merged: str,
     level: str,
     slack: float,
@@ -407,6 +409,8 @@ def verify(
 ) -> int:
     """Do base + ADAPTER and a merged checkpoint compute the same? Whoever made the merge.
 
+    Several adapters and weights as in merge; without weights, those of the merge's receipt.
+
     Exits 0 when they do, 1 when they do not; then it says what happened.
     """
     from gralora_convert.cli.plots import require_drawable
@@ -418,9 +422,10 @@ def verify(
     opened = Checkpoint.open(merged)
     with bar(opened.nbytes, progress) as advance:
         found = verify(
-            adapter,
+            *adapters,
             base=base,
             merged=opened,
+            weights=weights or None,
             level=level,
             slack=slack,
             device=device,

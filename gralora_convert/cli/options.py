@@ -67,6 +67,10 @@ json_option = click.option(
 base_option = some_base_option(
     "Base model: folder, file or Hub id.  [default: the adapter's base_model_name_or_path]"
 )
+weight_option = click.option(
+    "--weight", "weights", type=float, multiple=True, metavar="FLOAT",
+    help="One per ADAPTER, in order.  [default: 1.0]",
+)  # fmt: skip
 device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 trust_option = click.option(
     "--trust-remote-code", is_flag=True,

@@ -233,11 +233,9 @@ def _next_of_checkpoint(name: str, receipt: Json | None) -> list[str]:
     path = shlex.quote(name)
     if receipt is not None and receipt.get("command") == "merge":
         base, adapters = _inputs(receipt)
-        if base and len(adapters) == 1:
-            return [
-                f"gralora-convert verify {shlex.quote(adapters[0])} --base {shlex.quote(base)} "
-                f"--merged {path}"
-            ]
+        if base and adapters:
+            named = " ".join(map(shlex.quote, adapters))
+            return [f"gralora-convert verify {named} --base {shlex.quote(base)} --merged {path}"]
     return [
         f"gralora-convert merge ADAPTER --base {path} -o OUT",
         f"gralora-convert extract --base {path} --tuned TUNED --to gralora -o OUT",

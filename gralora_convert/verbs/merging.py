@@ -21,8 +21,9 @@ from gralora_convert.base import (
     beside,
     combine,
     named_labels,
-    place,
+    place_in,
     updated,
+    weights_for,
 )
 from gralora_convert.delta import Survival
 from gralora_convert.disk import (
@@ -32,7 +33,7 @@ from gralora_convert.disk import (
     nbytes_of,
     written_dtype,
 )
-from gralora_convert.errors import CheckFailedError, MisuseError, is_number
+from gralora_convert.errors import CheckFailedError, MisuseError
 from gralora_convert.output import (
     CARD_NAME,
     CastTensor,
@@ -95,21 +96,12 @@ def merge(
     opened = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
     for adapter in opened:
         adapter.require_plain()
-    factors = _weights(weights, opened)
-    if len(opened) > 1 and len({adapter.sha256() for adapter in opened}) < len(opened):
-        raise MisuseError("an adapter is named twice", hint="Use `weights=[2]` to apply it twice.")
+    factors = weights_for(opened, weights)
     named = _base_name(opened) if base is None else base
     target = named if isinstance(named, Checkpoint) else Checkpoint.open(named)
     if not again:
         _refuse_twice(opened, target)
-    placements = []
-    for adapter in opened:
-        placement, report = place(
-            adapter, target, key_map=key_map or {}, trust_remote_code=trust_remote_code
-        )
-        report.require_ok(adapter.path)
-        assert placement is not None
-        placements.append(placement)
+    placements = [place_in(one, target, key_map, trust_remote_code) for one in opened]
     recipe = combine(placements, factors, dtype)
     merged = {
         name: MergedTensor(entry.spec, entry.dtype, entry.updates, device=device, check=verify)
@@ -120,7 +112,7 @@ def merge(
     return Plan(
         command="merge",
         files=files,
-        receipt=partial(_receipt, recipe, merged, factors, dtype, verify, notes),
+        receipt=partial(_receipt, recipe, merged, dtype, verify, notes),
         texts=texts,
         sidecars=copies,
         inputs=(*target.layout.values(), *(adapter.file for adapter in opened)),
@@ -135,34 +127,6 @@ def merge(
         resumable=True,
         meanwhile=lambda: [adapter.sha256() for adapter in opened],
     )
-
-
-def _weights(weights: Sequence[float] | None, adapters: Sequence[Adapter]) -> list[float]:
-    if not adapters:
-        raise MisuseError("no adapter was given")
-    if weights is None:
-        return [1.0] * len(adapters)
-    if len(weights) != len(adapters):
-        raise MisuseError(
-            f"{len(weights)} weights for {len(adapters)} adapters; one each was needed",
-            hint="Repeat `weights`, in the order of the adapters.",
-        )
-    for weight, adapter in zip(weights, adapters, strict=True):
-        if not is_number(weight):
-            raise MisuseError(f"the weight {weight!r} is not a finite number")
-        if weight == 0:
-            raise MisuseError(
-                "weight 0 was given, which would leave the adapter out", where=adapter.path,
-                hint="Leave out the adapter itself.",
-            )  # fmt: skip
-        if weight != 1.0 and (adapter.biases or adapter.saved):
-            raise MisuseError(
-                f"weight {weight:g} was given, but trained biases and saved modules replace those "
-                "of the base and cannot be weighted",
-                where=adapter.path,
-                hint="Use weight 1.",
-            )
-    return list(weights)
 
 
 def _base_name(adapters: Sequence[Adapter]) -> str:
@@ -264,7 +228,6 @@ def _config_edits(recipe: Recipe, config: Mapping[str, object], dtype: str) -> d
 def _receipt(
     recipe: Recipe,
     merged: Mapping[str, MergedTensor],
-    weights: Sequence[float],
     dtype: str,
     verify: bool,
     notes: Sequence[str],
@@ -298,7 +261,7 @@ def _receipt(
                     "weight": weight,
                     "kind": adapter.kind,
                 }
-                for adapter, digest, weight in zip(recipe.adapters, digests, weights, strict=True)
+                for (adapter, weight), digest in zip(recipe.weighted, digests, strict=True)
             ],
         },
         "merged_adapters": [*_merged_before(base), *digests],

@@ -431,7 +431,7 @@ def test_what_is_no_adapters_folder_is_unreadable(name: str, tmp_path: Path) -> 
 
 def test_opening_a_broken_adapter_tells_the_first_error_and_carries_all(tmp_path: Path) -> None:
     scan(tmp_path, config(r=16), put(P + "x.weight", 3))
-    with pytest.raises(InvalidAdapterError, match=r"more; `gralora-convert validate`") as caught:
+    with pytest.raises(InvalidAdapterError, match=r"more; `validate`") as caught:
         Adapter.open(tmp_path)
     assert {f.code for f in caught.value.findings} == {"rank-mismatch", "tensor-unclaimed"}
 

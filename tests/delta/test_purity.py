@@ -113,6 +113,10 @@ def calls(make: Maker) -> Iterator[Call]:
     yield m.without_start, (make.lora(), make.lora())
     for start in ("pissa", "olora"):
         yield partial(m.start_of, transposed=False), (make.tensor(OUT, IN), start, R, 0.5)
+    for shape in (m.Shape("lora", 1, 3, 0, 1.0), m.Shape("gralora", K, R, 0, 1.0),
+                  m.Shape("hybrid", K, R, H, 1.0)):  # fmt: skip
+        yield from each(m.resize, make.deltas(), shape)
+        yield from each(m.least_rank, make.deltas(), shape.kind, K, shape.hybrid_r)
     same = make.lora()
     yield m.require_same, ("module", same, same, 0.0, make.dtype)
     yield m.smallest_rank, ([make.wide(4).square()], 1e9)
@@ -140,6 +144,15 @@ def checks(make: Maker) -> Iterator[Call]:
         yield admitted, (exact, delta, magnitude.abs())
         yield m.worst_ratio, (after, exact, magnitude.abs())
         yield m.survival, (after, exact, delta)
+    for quick in (False, True):
+        for delta_ in make.factored():
+            before, after = make.wide(*size), make.wide(*size)
+
+            def compared(one: Tensor, two: Tensor, delta: Any, quick: bool = quick) -> Any:
+                addends = [m.Addend(delta, slice(0, OUT), 0, weight=-2.0)] * 2
+                return m.compare(one, two, addends, dtype=stored, quick=quick)
+
+            yield compared, (before, after, delta_)
     for wrong in make.deltas():
         before = make.wide(*size)
         after = (before + 2 * m.rows(wrong, 0, OUT)).to(make.dtype).double()
@@ -159,9 +172,9 @@ def checks(make: Maker) -> Iterator[Call]:
 OTHERS = {
     "EXACT", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora", "Loss",
     "Made", "Method", "Shape", "Start", "Survival", "Stack", "blocks_for", "loss_json", "relative",
-    "require_device", "require_divisible", "require_sensible", "shape_of",
+    "Addend", "Verdict", "require_device", "require_divisible", "require_sensible", "shape_of",
 }  # fmt: skip
-CLOSED_OVER = {"explain", "tolerance", "admissible"}
+CLOSED_OVER = {"explain", "tolerance", "admissible", "compare"}
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

@@ -202,7 +202,12 @@ def test_the_receipt_of_several_adapters_is_explained(tmp_path: Path) -> None:
     assert outcome.status == 1
     assert "lists 2 adapters" in outcome.stderr
     run_ok("merge", tmp_path / "other", "--base", base, "--weight", "0.5", "-o", tmp_path / "half")
-    outcome = run("verify", tmp_path / "other", "--base", base, "--merged", tmp_path / "half")
+    both = [tmp_path / "adapter", tmp_path / "other"]
+    assert "same function" in run_ok("verify", *both, "--base", base, "--merged", merged).stdout
+    half = ["--base", base, "--merged", tmp_path / "half"]
+    told = run_ok("verify", tmp_path / "other", *half)
+    assert "receipt of the merge gives weight 0.5" in told.stderr
+    outcome = run("verify", tmp_path / "other", *half, "--weight", "1")
     assert outcome.status == 1
     assert "off by a factor of 0.5" in outcome.stdout
     assert "(weight 0.5)" in outcome.stderr
@@ -298,3 +303,21 @@ def test_an_untouched_tensor_is_the_same_bit_for_bit_or_cast(tmp_path: Path) -> 
     outcome = run("verify", *command, "--merged", tmp_path / "kept", "--level", "weights")
     assert outcome.status == 1
     assert "norm.weight: was changed, but no adapter touches it" in outcome.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weighted_sums_are_audited(dtype: str, tmp_path: Path) -> None:
+    """GraLoRA and Hybrid on one base, of whole models, at all levels."""
+    adapters = ["fixtures/peft-0.21.2/llama-hybrid", "fixtures/peft-0.21.2/llama-k4"]
+    base, merged = "fixtures/bases/llama", tmp_path / "merged"
+    gc.merge(*adapters, base=base, weights=[0.7, -0.3], dtype=dtype).write(merged)
+    found = gc.verify(*adapters, base=base, merged=merged, weights=[0.7, -0.3])
+    assert found.ok, found.as_text()
+    assert found.model is not None
+    assert gc.verify(*adapters, base=base, merged=merged).ok  # by the receipt
+    for weights in ([0.7, 0.3], [1.0, 1.0]):
+        wrong = gc.verify(*adapters, base=base, merged=merged, weights=weights)
+        assert not wrong.weights_ok
+        assert wrong.model is not None
+        assert not wrong.model.ok
+    assert not gc.verify(adapters[0], base=base, merged=merged, weights=[0.7]).ok

@@ -175,7 +175,7 @@ class Comparison:
 
     def _compared(self, update: Factored, others: Callable[[str], Others]) -> Found:
         worst, kept = 0.0, Survival()
-        probe = _Probe(update, self.before.shape[1]) if self.probe else None
+        probe = _Probe(update, self.updates, self.before.shape[1]) if self.probe else None
         measure = partial(self._tile, update, probe)
         with ThreadPoolExecutor(default_jobs()) as workers:
             for tile in workers.map(measure, self._tiles(update)):
@@ -267,18 +267,31 @@ class _Probe:
     |x| . bound.
     """
 
-    def __init__(self, update: Factored, columns: int) -> None:
+    def __init__(self, update: Factored, updates: Sequence[Factored], columns: int) -> None:
         self.update = update
-        delta = update.delta
         n_in = update.rows.count if update.transposed else columns
         n_out = columns if update.transposed else update.rows.count
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(PROBES, n_in, dtype=torch.float64, generator=generator)
         self.squares = torch.zeros(n_out, dtype=torch.float64)
         self.sums = torch.zeros(PROBES, n_out, dtype=torch.float64)
-        path = forward_path(to_device(delta, "cpu"), self.x)
-        begin = 0 if update.transposed else update.rows.first
-        self.difference = -path[:, begin : begin + n_out]
+        self.difference = torch.zeros(PROBES, n_out, dtype=torch.float64)
+        for one in updates:  # all that is added to these rows
+            if met := one.rows.meet(update.rows.start, update.rows.stop):
+                self.difference -= self._path(one, met[0])
+
+    def _path(self, one: Factored, place: slice) -> Tensor:
+        """What `one` makes of the probes in these rows: at `place` among them are its own."""
+        delta = to_device(one.delta, "cpu")
+        begin = self.update.rows.start + place.start - one.rows.start + one.rows.first
+        own = slice(begin, begin + place.stop - place.start)
+        if one.transposed:  # rows of the stored weight are inputs
+            x = torch.zeros(PROBES, delta.in_features, dtype=torch.float64)
+            x[:, own] = self.x[:, place]
+            return forward_path(delta, x)
+        path = torch.zeros(PROBES, self.update.rows.count, dtype=torch.float64)
+        path[:, place] = forward_path(delta, self.x)[:, own]
+        return path
 
     def outputs(
         self, before: Tensor, after: Tensor, bound: Tensor, start: int, stop: int

@@ -8,18 +8,19 @@ differ, the other one is taken at random, and the outputs' response is the yards
 """
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
-from types import MappingProxyType
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from gralora_convert.adapters import Adapter
-from gralora_convert.base import Setting, different_settings, spellings, written_settings
-from gralora_convert.delta import admissible, magnitude_rows, rows, terms
+from gralora_convert.base import Recipe, Setting, different_settings, spellings, written_settings
+from gralora_convert.delta import Delta, admissible, magnitude_rows, rows, terms
 from gralora_convert.disk import Checkpoint, torch_dtype
 from gralora_convert.errors import ConvertError, printable
 from gralora_convert.models import (
+    Attachment,
     CannotRunError,
     GraloraLinear,
     Inputs,
@@ -135,20 +136,15 @@ class ModelComparison:
 
 
 def compare_models(
-    adapter: Adapter,
-    base: Checkpoint,
+    recipe: Recipe,
     merged: Checkpoint,
     *,
     slack: float = 1.0,
     device: str = "cpu",
     text: str | None = None,
     trust_remote_code: bool = False,
-    edits: Mapping[str, object] = MappingProxyType({}),
-    prefixes: tuple[str, ...] = (),
 ) -> tuple[ModelComparison | None, tuple[str, ...]]:
-    """The comparison, or None and a note that says why it was left out. `edits` are what a right
-    merge changes in the base's config, as the size of its vocabulary; `prefixes` are those that
-    names on disk may have or lack.
+    """The comparison, or None and a note that says why it was left out.
 
     One model is in memory at a time; in float64 where it fits and the model computes in it, else
     in float32.
@@ -157,6 +153,7 @@ def compare_models(
         return None, (
             "the model was not run: the merged checkpoint has no config.json, or an empty one",
         )
+    base = recipe.base
     types = base.model_type, merged.model_type
     if None not in types and types[0] != types[1]:
         failure = f"its config.json has model_type {types[1]!r}, that of the base {types[0]!r}"
@@ -175,14 +172,12 @@ def compare_models(
             f"{free / 1e9:.1f} GB are available; weights and modules were compared",
         )
     wide = device == "cpu" and memory_needed(merged, torch.float64) <= free
-    vocabulary = _vocabulary(edits)
+    vocabulary = _vocabulary(recipe.edits)
     reasons: list[str] = []
     # A class of the merged config that has no place for the adapter is no reason not to look.
     for name in dict.fromkeys(_class_of(checkpoint) for checkpoint in (merged, base)):
         for dtype in (torch.float64, torch.float32) if wide else (torch.float32,):
-            runner = _Runner(
-                adapter, base, merged, device, dtype, trust_remote_code, name, vocabulary, prefixes
-            )
+            runner = _Runner(recipe, merged, device, dtype, trust_remote_code, name, vocabulary)
             try:
                 with quiet():
                     found = runner.compared(text, slack)
@@ -251,15 +246,17 @@ class _Runner:
     Its methods raise `CannotRunError` where one of them cannot be run.
     """
 
-    adapter: Adapter
-    base: Checkpoint
+    recipe: Recipe
     merged: Checkpoint
     device: str
     dtype: torch.dtype
     trust_remote_code: bool
     class_name: str
     vocabulary: int | None
-    prefixes: tuple[str, ...]
+
+    @property
+    def base(self) -> Checkpoint:
+        return self.recipe.base
 
     def compared(self, text: str | None, slack: float) -> ModelComparison:
         given = None if text is None else tokenised(self.merged, text, self.trust_remote_code)
@@ -304,19 +301,15 @@ class _Runner:
         if self.vocabulary is not None:
             model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
         inputs, plain = first_that_runs(model, self.merged, given)
-        try:
-            attached = attach(holder_of(model, self.adapter), self.adapter)
-        except ConvertError as error:
-            raise CannotRunError(
-                f"the adapter's names are not the model's ({error.message})"
-            ) from error
-        with attached:
+        with ExitStack() as stack:
+            attached = self._attached(model, stack)
             outputs = outputs_of(model, inputs)
-            choices = []
-            for name, layer in attached.layers.items():
-                layer.remove(attached.name)
-                choices.append(self._choice(layer, name))
-            self._store(model, {id(layer.weight) for layer in attached.layers.values()})
+            layers = {name: layer for one in attached for name, layer in one.layers.items()}
+            for one in attached:
+                for layer in one.layers.values():
+                    layer.remove(one.name)
+            choices = [self._choice(layer, name) for name, layer in layers.items()]
+            self._store(model, {id(layer.weight) for layer in layers.values()})
             right, others = outputs_of(model, inputs), list[Tensor]()
             for side in (False, True):
                 for number, choice in enumerate(choices):
@@ -328,9 +321,26 @@ class _Runner:
         config = model.config.to_dict()
         return _Reference(inputs, plain, outputs, right, tuple(others), config, undecided)
 
+    def _attached(self, model: nn.Module, stack: ExitStack) -> list[Attachment]:
+        """All adapters on the model, until `stack` ends; a weight goes into the scaling."""
+        found = []
+        for number, (adapter, weight) in enumerate(self.recipe.weighted):
+            held: Adapter | dict[str, Delta] = adapter
+            if weight != 1:
+                deltas = ((module, adapter.delta(module)) for module in adapter.modules)
+                held = {m: replace(delta, scaling=delta.scaling * weight) for m, delta in deltas}
+            try:
+                one = attach(holder_of(model, adapter), held, name=f"adapter-{number}")
+            except ConvertError as error:
+                raise CannotRunError(
+                    f"the adapter's names are not the model's ({error.message})"
+                ) from error
+            found.append(stack.enter_context(one))
+        return found
+
     def _dtype(self, parameter: str) -> torch.dtype:
         """What the merged checkpoint stores a parameter of the model in."""
-        return stored_dtype(self.merged, spellings(parameter, self.prefixes))
+        return stored_dtype(self.merged, spellings(parameter, self.recipe.prefixes))
 
     def _store(self, model: nn.Module, chosen: Set[int]) -> None:
         """Rounds all but the `chosen` parameters as the merged checkpoint stores them: what is
@@ -342,19 +352,23 @@ class _Runner:
 
     def _choice(self, layer: GraloraLinear, name: str) -> "_Choice":
         """Gives the layer the weight of the nearest right merge; what others may have instead."""
-        delta, weight = self.adapter.delta(name), layer.weight.detach()
-        dtype, short = self._dtype(f"{name}.weight"), self.adapter.short_dtype(name)
+        held = [(a, w, a.delta(name)) for a, w in self.recipe.weighted if name in a.roles]
+        weight, dtype = layer.weight.detach(), self._dtype(f"{name}.weight")
+        short = next((found for a, _, _ in held if (found := a.short_dtype(name))), None)
         across = not isinstance(layer.base_layer, nn.Linear)  # Conv1D keeps (in, out)
         right, other = torch.empty_like(weight), torch.empty(weight.shape, dtype=dtype)
         step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
         for start in range(0, len(weight), step):
             span = (start, min(start + step, len(weight)))
             before = weight[slice(*span)].double().cpu()
-            update = rows(delta, *span, transposed=across)
-            size = magnitude_rows(delta, *span, transposed=across) + before.abs()
+            update, size = torch.zeros_like(before), before.abs()
+            for _, factor, delta in held:
+                update += factor * rows(delta, *span, transposed=across)
+                size += abs(factor) * magnitude_rows(delta, *span, transposed=across)
             nearest = (before + update).to(dtype)
             low, high = admissible(
-                before + update, update, magnitude=size, terms=terms(delta), dtype=dtype,
+                before + update, update, magnitude=size,
+                terms=sum(terms(delta) for _, _, delta in held), dtype=dtype,
                 delta_dtype=None if short is None else torch_dtype(short),
             )  # fmt: skip
             right[slice(*span)] = nearest.to(right)
@@ -366,13 +380,16 @@ class _Runner:
     def _load(self, source: Checkpoint) -> Loaded:
         """`source` as a model of one class; the base with the labels of the merged one, and as the
         config beside the adapter says, if that is of a model like the base, as in `merge`."""
-        labels, beside = self.merged.config.get("id2label"), self.adapter.model_config
-        is_base = source is not self.merged
-        alike = beside.get("model_type", "") == self.base.model_type
+        labels, is_base = self.merged.config.get("id2label"), source is not self.merged
+        beside = (
+            adapter.path
+            for adapter in self.recipe.adapters
+            if is_base and adapter.model_config.get("model_type", "") == self.base.model_type
+        )
         return load(
             source, self.class_name, self.dtype, device=self.device,
             trust_remote_code=self.trust_remote_code,
-            trained=self.adapter.path if is_base and alike else None,
+            trained=next(beside, None),
             labels=len(labels) if is_base and isinstance(labels, Mapping) else None,
         )  # fmt: skip
 

@@ -5,12 +5,12 @@ derived from the stored dtype. Modules: the full GraLoRA forward path of each mo
 inputs, in the same pass. Model: the two models' outputs, as transformers loads them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter
-from gralora_convert.base import combine, lost_steps, place
+from gralora_convert.base import Recipe, combine, lost_steps, place_in, weights_for
 from gralora_convert.delta import Survival, require_device
 from gralora_convert.disk import Checkpoint
 from gralora_convert.errors import MisuseError, is_number, printable
@@ -170,10 +170,10 @@ def _times(ratio: float) -> str:
 
 
 def verify(
-    adapter: Adapter | str | Path,
-    *,
+    *adapters: Adapter | str | Path,
     merged: Checkpoint | str | Path,
     base: Checkpoint | str | Path | None = None,
+    weights: Sequence[float] | None = None,
     level: str = "model",
     slack: float = 1.0,
     device: str = "cpu",
@@ -182,9 +182,12 @@ def verify(
     trust_remote_code: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Equivalence:
-    """Whether `merged` is base + adapter, by any tool that made it.
+    """Whether `merged` is base + sum of weight * delta, by any tool that made it.
 
     Arguments:
+        adapters: one or several, as in `merge`.
+        weights: one for each adapter; default: those of the receipt beside `merged`, where it
+            lists these adapters, else 1.
         level: `weights`, `modules` (adds outputs per module) or `model` (adds the whole model on
             token ids, on `text` through its tokenizer, or on other inputs made from its config;
             left out with a note where the model does not fit in memory or cannot be run).
@@ -202,16 +205,20 @@ def verify(
     if not is_number(slack) or slack <= 0:
         raise MisuseError(f"slack {slack!r} is not a positive, finite number")
     require_device(device)
-    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
-    named = opened.base_source if base is None else base
-    if named is None or (base is None and not named):
-        raise MisuseError("names no base model", where=opened.path, hint="Give `base`.")
-    source = named if isinstance(named, Checkpoint) else Checkpoint.open(named)
+    opened = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
+    for one in opened:
+        one.require_plain()
     result = merged if isinstance(merged, Checkpoint) else Checkpoint.open(merged)
-    placement, report = place(opened, source, key_map=key_map, trust_remote_code=trust_remote_code)
-    report.require_ok(opened.path)
-    assert placement is not None
-    recipe = combine([placement])
+    said: tuple[str, ...] = ()
+    if weights is None and opened:
+        weights, said = _receipt_weights(opened, result)
+    factors = weights_for(opened, weights)
+    named = opened[0].base_source if base is None else base
+    if named is None or (base is None and not named):
+        raise MisuseError("names no base model", where=opened[0].path, hint="Give `base`.")
+    source = named if isinstance(named, Checkpoint) else Checkpoint.open(named)
+    placements = [place_in(one, source, key_map, trust_remote_code) for one in opened]
+    recipe = combine(placements, factors)
     with one_arithmetic_thread():
         found = tuple(audited(
             recipe, result, probe=level != "weights", device=device,
@@ -221,13 +228,18 @@ def verify(
     untouched = len(found) - len(rows)
     rows = _with_base_hint(rows, slack)
     lost = "of the adapter's pipeline is missing: other steps would run"
-    rows += tuple(Row(name, "", WRONG, lost) for name in lost_steps(opened, result))
-    notes = (*_base_notes(opened, source), *_receipt_notes(opened, result), *_folder_notes(result))
+    rows += tuple(Row(name, "", WRONG, lost) for one in opened for name in lost_steps(one, result))
+    notes = (
+        *said,
+        *(note for one in opened for note in _base_notes(one, source)),
+        *_receipt_notes(recipe, result),
+        *_folder_notes(result),
+    )
     comparison = None
     if level == "model":
         comparison, more = compare_models(
-            opened, source, result, slack=slack, device=device, text=text,
-            trust_remote_code=trust_remote_code, edits=recipe.edits, prefixes=recipe.prefixes,
+            recipe, result, slack=slack, device=device, text=text,
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
         notes += more
         if comparison is not None and comparison.ok:
@@ -269,20 +281,33 @@ def _folder_notes(merged: Checkpoint) -> Iterator[str]:
         )
 
 
-def _receipt_notes(adapter: Adapter, merged: Checkpoint) -> Iterator[str]:
-    """What the receipt of a merge says that one adapter alone cannot explain."""
+def _listed(merged: Checkpoint) -> list[Mapping[str, object]]:
+    """The adapters that the receipt of a merge lists."""
     inputs = (merged.receipt or {}).get("inputs")
     listed = inputs.get("adapters") if isinstance(inputs, Mapping) else None
-    held = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
-    if not held:
-        return
+    return [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
+
+
+def _receipt_weights(
+    adapters: Sequence[Adapter], merged: Checkpoint
+) -> tuple[list[float] | None, tuple[str, ...]]:
+    """The weights that the receipt gives these adapters, if it lists them all, and a note."""
+    held = {one.get("sha256"): one.get("weight", 1.0) for one in _listed(merged)}
+    found = [held.get(adapter.sha256()) for adapter in adapters]
+    weights = [float(str(value)) for value in found if is_number(value)]
+    if len(weights) < len(found) or all(weight == 1 for weight in weights):
+        return None, ()
+    told = ", ".join(f"{weight:g}" for weight in weights)
+    return weights, (f"the receipt of the merge gives weight {told}: compared with that",)
+
+
+def _receipt_notes(recipe: Recipe, merged: Checkpoint) -> Iterator[str]:
+    """What the receipt of a merge says that the adapters compared here cannot explain."""
+    held = _listed(merged)
     named = ", ".join(f"{one.get('path')} (weight {one.get('weight', 1.0)})" for one in held)
-    if len(held) > 1:
-        yield (
-            f"the receipt of the merge lists {len(held)} adapters: {named}; one of them alone is "
-            "compared here, so a difference is expected"
-        )
-    elif held[0].get("weight", 1.0) != 1.0:
-        yield f"the receipt of the merge lists {named}; weight 1 is compared here"
-    if all(one.get("sha256") != adapter.sha256() for one in held):
-        yield f"the receipt of the merge lists another adapter: {named}"
+    compared = {adapter.sha256(): weight for adapter, weight in recipe.weighted}
+    if any(one.get("sha256") not in compared for one in held):
+        others = f"{len(held)} adapters" if len(held) > 1 else "another adapter"
+        yield f"the receipt of the merge lists {others}: {named}; a difference is expected"
+    elif any(compared[str(one.get("sha256"))] != one.get("weight", 1.0) for one in held):
+        yield f"the receipt of the merge lists {named}; other weights are compared here"
