@@ -3,13 +3,14 @@
 Python's own unpickler calls what a pickle names, sets attributes, and allocates as much as a pickle
 asks for. This one knows numbers, strings, lists, dictionaries and tensors, each an inert value, and
 needs memory and time in proportion to the bytes that it reads.
-Opcodes after CPython 3.13, Lib/pickletools.py; calls after torch 2.13, torch/_utils.py.
+The standard library decodes the opcodes (`pickletools.genops`, which runs none); calls after torch
+2.13, torch/_utils.py.
 """
 
-import pickle
-import struct
+import pickletools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gralora_convert.disk.specs import DTYPE_OF_TORCH
 
@@ -87,41 +88,25 @@ def unpickle(data: bytes) -> object:
 
 class _Machine:
     def __init__(self, data: bytes) -> None:
-        self._data, self._position = data, 0
+        self._data = data
         self._stack: list[object] = []
         self._below: list[list[object]] = []  # the stacks under each open mark
-        self._memo: dict[int, object] = {}
+        self._memo: dict[object, object] = {}
 
     def run(self) -> object:
+        position: int | None = 0
         try:
-            while (code := self._take(1)) != pickle.STOP:
-                operation = _OPERATIONS.get(code)
+            for opcode, argument, at in pickletools.genops(self._data):
+                position = at
+                operation = _OPERATIONS.get(opcode.name)
                 if operation is None:
-                    raise UnsafePickleError(f"it holds the opcode {code!r}")
-                operation(self)
+                    raise UnsafePickleError(f"it holds the opcode {opcode.name}")
+                operation(self, argument)
             return self._pop()
-        except (IndexError, KeyError, UnicodeDecodeError) as error:
+        except (IndexError, KeyError, ValueError) as error:  # ValueError: of genops
             raise DamagedPickleError(
-                f"it makes no sense before byte {self._position} ({type(error).__name__})"
+                f"it makes no sense after byte {position} ({type(error).__name__})"
             ) from error
-
-    def _take(self, length: int) -> bytes:
-        end = self._position + length
-        if end > len(self._data):
-            raise DamagedPickleError("it ends too early")
-        start, self._position = self._position, end
-        return self._data[start:end]
-
-    def _unsigned(self, width: int) -> int:
-        return int.from_bytes(self._take(width), "little")
-
-    def _line(self) -> str:
-        end = self._data.find(b"\n", self._position)
-        if end < 0:
-            raise DamagedPickleError("it ends too early")
-        line = self._take(end - self._position).decode()
-        self._position += 1
-        return line
 
     def _push(self, value: object) -> None:
         self._stack.append(value)
@@ -133,23 +118,9 @@ class _Machine:
         values, self._stack = self._stack, self._below.pop()
         return values
 
-    def proto(self) -> None:
-        self._take(1)
-
-    def frame(self) -> None:
-        self._take(8)
-
-    def integer(self, width: int, *, signed: bool = False) -> None:
-        self._push(int.from_bytes(self._take(width), "little", signed=signed))
-
-    def long(self) -> None:
-        self.integer(self._unsigned(1), signed=True)
-
-    def real(self) -> None:
-        self._push(struct.unpack(">d", self._take(8))[0])
-
-    def string(self, width: int) -> None:
-        self._push(self._take(self._unsigned(width)).decode())
+    def string(self, text: str) -> None:
+        text.encode()  # genops lets lone surrogates pass, which nothing can print
+        self._push(text)
 
     def mark(self) -> None:
         self._below.append(self._stack)
@@ -184,10 +155,10 @@ class _Machine:
                 )
             target[key] = value
 
-    def put(self, place: int) -> None:
+    def put(self, place: object) -> None:
         self._memo[place] = self._stack[-1]
 
-    def get(self, place: int) -> None:
+    def get(self, place: object) -> None:
         self._push(self._memo[place])
 
     def name(self, module: object, name: object) -> None:
@@ -200,9 +171,6 @@ class _Machine:
             self._push(_Name(text))
         else:
             raise UnsafePickleError(f"it names {text}, which is no dense tensor")
-
-    def global_(self) -> None:
-        self.name(self._line(), self._line())
 
     def stack_global(self) -> None:
         name, module = self._pop(), self._pop()
@@ -267,43 +235,33 @@ def _require_plain(metadata: Sequence[object]) -> None:
         raise UnsafePickleError("a tensor is a negated or conjugated view")
 
 
-def _pushes(make: Callable[[], object]) -> Callable[[_Machine], None]:
-    return lambda machine: machine._push(make())
-
-
-_OPERATIONS: Mapping[bytes, Callable[[_Machine], None]] = {
-    pickle.PROTO: _Machine.proto,
-    pickle.FRAME: _Machine.frame,
-    pickle.NONE: _pushes(lambda: None),
-    pickle.NEWTRUE: _pushes(lambda: True),
-    pickle.NEWFALSE: _pushes(lambda: False),
-    pickle.EMPTY_TUPLE: _pushes(tuple),
-    pickle.EMPTY_LIST: _pushes(list),
-    pickle.EMPTY_DICT: _pushes(dict),
-    pickle.BININT: lambda machine: machine.integer(4, signed=True),
-    pickle.BININT1: lambda machine: machine.integer(1),
-    pickle.BININT2: lambda machine: machine.integer(2),
-    pickle.LONG1: _Machine.long,
-    pickle.BINFLOAT: _Machine.real,
-    pickle.BINUNICODE: lambda machine: machine.string(4),
-    pickle.SHORT_BINUNICODE: lambda machine: machine.string(1),
-    pickle.MARK: _Machine.mark,
-    pickle.TUPLE: _Machine.tuple_above_mark,
-    pickle.TUPLE1: lambda machine: machine.tuple_of(1),
-    pickle.TUPLE2: lambda machine: machine.tuple_of(2),
-    pickle.TUPLE3: lambda machine: machine.tuple_of(3),
-    pickle.APPEND: lambda machine: machine.append([machine._pop()]),
-    pickle.APPENDS: lambda machine: machine.append(machine._above_mark()),
-    pickle.SETITEM: lambda machine: machine.set_items([machine._pop(), machine._pop()][::-1]),
-    pickle.SETITEMS: lambda machine: machine.set_items(machine._above_mark()),
-    pickle.BINPUT: lambda machine: machine.put(machine._unsigned(1)),
-    pickle.LONG_BINPUT: lambda machine: machine.put(machine._unsigned(4)),
-    pickle.MEMOIZE: lambda machine: machine.put(len(machine._memo)),
-    pickle.BINGET: lambda machine: machine.get(machine._unsigned(1)),
-    pickle.LONG_BINGET: lambda machine: machine.get(machine._unsigned(4)),
-    pickle.GLOBAL: _Machine.global_,
-    pickle.STACK_GLOBAL: _Machine.stack_global,
-    pickle.REDUCE: _Machine.reduce,
-    pickle.BUILD: _Machine.build,
-    pickle.BINPERSID: _Machine.persistent,
+_OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": lambda machine, _: None,
+    "FRAME": lambda machine, _: None,
+    "STOP": lambda machine, _: None,
+    "NONE": lambda machine, _: machine._push(None),
+    "NEWTRUE": lambda machine, _: machine._push(True),
+    "NEWFALSE": lambda machine, _: machine._push(False),
+    "EMPTY_TUPLE": lambda machine, _: machine._push(()),
+    "EMPTY_LIST": lambda machine, _: machine._push([]),
+    "EMPTY_DICT": lambda machine, _: machine._push({}),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine._push),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE"), _Machine.string),
+    "MARK": lambda machine, _: machine.mark(),
+    "TUPLE": lambda machine, _: machine.tuple_above_mark(),
+    "TUPLE1": lambda machine, _: machine.tuple_of(1),
+    "TUPLE2": lambda machine, _: machine.tuple_of(2),
+    "TUPLE3": lambda machine, _: machine.tuple_of(3),
+    "APPEND": lambda machine, _: machine.append([machine._pop()]),
+    "APPENDS": lambda machine, _: machine.append(machine._above_mark()),
+    "SETITEM": lambda machine, _: machine.set_items([machine._pop(), machine._pop()][::-1]),
+    "SETITEMS": lambda machine, _: machine.set_items(machine._above_mark()),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Machine.put),
+    "MEMOIZE": lambda machine, _: machine.put(len(machine._memo)),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _Machine.get),
+    "GLOBAL": lambda machine, names: machine.name(*names.split(" ", 1)),
+    "STACK_GLOBAL": lambda machine, _: machine.stack_global(),
+    "REDUCE": lambda machine, _: machine.reduce(),
+    "BUILD": lambda machine, _: machine.build(),
+    "BINPERSID": lambda machine, _: machine.persistent(),
 }
