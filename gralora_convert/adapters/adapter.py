@@ -117,9 +117,12 @@ class Adapter:
 
     @property
     def base_source(self) -> str | None:
-        """The base model that the config names, with its revision where that is of the Hub."""
-        name, revision = self.config.base_model_name_or_path, self.config.revision
-        if not name or not revision or is_there(name) or "@" in name:
+        """The base model that the config names, with its revision where that is of the Hub.
+
+        None when it names none: PEFT 0.21.2 writes null for a model made in memory, the
+        `add_adapter` of transformers 5.23 an empty text."""
+        name, revision = self.config.base_model_name_or_path or None, self.config.revision
+        if name is None or not revision or is_there(name) or "@" in name:
             return name
         return f"{name}@{revision}" if parse_name(name) else name
 

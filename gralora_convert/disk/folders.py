@@ -14,6 +14,11 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # The folders that sentence-transformers names in modules.json: 1_Pooling, 2_Dense
 _STEP = re.compile(r"\d+_[A-Za-z]\w*")
 SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})(?P<end>\.safetensors|\.bin)")
+# What a training run leaves beside its model: logs, and the state of its ranks
+_RUN_FOLDERS = ("runs", "wandb")
+_RUN_FILE = re.compile(
+    r".*\.distcp|random_states_\d+\.pkl|trainer_state\.json|events\.out\.tfevents\..*"
+)
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
 # Weights in other formats, or of other things: never copied beside the merged weights.
 _FOREIGN = {
@@ -210,7 +215,7 @@ def sidecars(folder: Path) -> dict[str, Path]:
                 is_step = is_pipeline and _STEP.fullmatch(name.parts[0]) is not None
                 if entry.name.startswith("."):
                     continue
-                if is_weights_or_ours(entry.name) and not is_step:
+                if (is_weights_or_ours(entry.name) or is_of_a_run(entry)) and not is_step:
                     continue
                 if not entry.is_dir():
                     inside(folder, str(name))
@@ -231,6 +236,15 @@ def is_weights_or_ours(name: str) -> bool:
     return PurePosixPath(name).suffix in _WEIGHT_SUFFIXES or name == "training_args.bin"
 
 
+def is_of_a_run(entry: Path) -> bool:
+    """Whether a training run left this: no part of its model, and often larger than it."""
+    if entry.is_dir():
+        return entry.name in _RUN_FOLDERS
+    return _RUN_FILE.fullmatch(entry.name) is not None
+
+
 def holds_a_model(folder: Path) -> bool:
-    """A folder with weights of its own (a training checkpoint, an adapter) is no sidecar."""
-    return any(PurePosixPath(entry.name).suffix in _WEIGHT_SUFFIXES for entry in listing(folder))
+    """A folder with weights of its own (a training checkpoint, an adapter) is no sidecar, nor one
+    with the shards of a distributed checkpoint."""
+    suffixes = {PurePosixPath(entry.name).suffix for entry in listing(folder)}
+    return bool(suffixes & {*_WEIGHT_SUFFIXES, ".distcp"})

@@ -578,7 +578,11 @@ def test_sidecars_are_what_is_neither_weights_nor_ours(tmp_path: Path) -> None:
     left = ["model.safetensors", "pytorch_model.bin", "x.gguf", INDEX, "README.md",
             ".gitattributes", ".git/config", "adapter_config.json", "gralora_convert.json",
             "optimizer.pt", "training_args.bin", "checkpoint-100/pytorch_model.bin",
-            "checkpoint-100/config.json", "onnx/model.onnx", "onnx/config.json"]  # fmt: skip
+            "checkpoint-100/config.json", "onnx/model.onnx", "onnx/config.json",
+            "__0_0.distcp", "pytorch_model_fsdp_0/__1_0.distcp", "pytorch_model_fsdp_0/.metadata",
+            "optimizer.bin", "rng_state_0.pth", "random_states_0.pkl", "trainer_state.json",
+            "wandb/latest-run/files/output.log", "logs/events.out.tfevents.1.host.2.0",
+            ]  # fmt: skip
     for name in kept + left:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
