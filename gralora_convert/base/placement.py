@@ -19,7 +19,7 @@ from gralora_convert.base.edits import (
     vocabulary_edits,
 )
 from gralora_convert.base.names import near_misses
-from gralora_convert.base.quantisation import ADVICE, quantisation
+from gralora_convert.base.quantisation import ADVICE, companion, is_config_alone, quantisation
 from gralora_convert.base.recipe import Placement, Target
 from gralora_convert.base.replacements import Values, stored_shape
 from gralora_convert.base.sets import extra_weights
@@ -42,11 +42,13 @@ def place(
     """
     if not isinstance(key_map or {}, Mapping):
         raise TypeError("key_map is a mapping of names to names")
-    method = quantisation(base)
-    if method is not None:
+    if is_config_alone(base):
         return None, Report.of([error(
-            "base-quantised", base.path, f"is quantised ({method}); plain weights were needed",
-            ADVICE,
+            "base-quantised", base.path,
+            f"its config.json says quantised ({quantisation(base)}), but no tensor is: loaders "
+            "would quantise, or misread, the merged weights",
+            "Were they dequantised? Then remove quantization_config from config.json. "
+            "transformers saves such a model right with save_original_format=False.",
         )])  # fmt: skip
     name = (adapter.config.auto_mapping or {}).get("base_model_class")
     beside = adapter.model_config.get("architectures")
@@ -110,6 +112,7 @@ class _Placer:
         self.adapter, self.architecture = adapter, architecture
         self.base, self.config = architecture.base, adapter.config
         self.findings: list[Finding] = []
+        self.method = quantisation(self.base)
         self.values = Values(adapter, architecture)
         self.targets: dict[str, Target] = {}
 
@@ -123,6 +126,13 @@ class _Placer:
             ))  # fmt: skip
         for module in self.adapter.modules:
             self._place_module(module)
+        if self.method is not None and self.targets:
+            packed = sum(spec.dtype not in FLOATING for spec in self.base.tensors.values())
+            self._say(note(
+                "base-quantised-beside", self.base.path,
+                f"is quantised ({self.method}); no adapted module is: its {packed} packed tensors "
+                "and their scales are copied byte for byte",
+            ))  # fmt: skip
         if self.targets or not self.findings:  # else nothing fits, and the modules say so
             self._check_targets()
             self._check_orientation()
@@ -242,6 +252,11 @@ class _Placer:
         stacked = f"{architecture.mapped(module)}"
         if stacked in self.base.tensors:
             return self._unsupported(module, "a parameter (a stack of experts)")
+        if self.method is not None:
+            return error(
+                "base-quantised", module,
+                f"is no plain weight in the base, which is quantised ({self.method})", ADVICE,
+            )  # fmt: skip
         names = architecture.disk_modules()
         return error(
             "module-not-in-base", module, f"is not in the base {self.base.source}",
@@ -251,7 +266,6 @@ class _Placer:
     def _kind_problem(
         self, module: str, origins: Sequence[Rows], shape: tuple[int, ...]
     ) -> Finding | None:
-        spec = self.base.tensors[origins[0].tensor]
         if self.architecture.is_attention_output(origins[0].tensor.removesuffix(".weight")):
             return error(
                 "attention-out-proj", module,
@@ -273,10 +287,24 @@ class _Placer:
         if len(shape) != 2:
             kinds = {3: "a stack of experts or a convolution", 4: "a convolution"}
             return self._unsupported(module, kinds.get(len(shape), f"of shape {shape}"))
+        return self._quantised(module, origins[0].tensor)
+
+    def _quantised(self, module: str, tensor: str) -> Finding | None:
+        """Only a weight that is added to must be plain; the others are copied as they are."""
+        spec = self.base.tensors[tensor]
         if spec.dtype not in FLOATING:
+            method = f" ({self.method})" if self.method else ""
             return error(
-                "base-quantised", module, f"has dtype {spec.dtype}, a 16- or 32-bit one was needed",
-                ADVICE,
+                "base-quantised", module,
+                f"has dtype {spec.dtype}{method}, a 16- or 32-bit one was needed", ADVICE,
+            )  # fmt: skip
+        half = self.method and companion(self.base, tensor.removesuffix(".weight"))
+        if half:
+            return error(
+                "base-quantised", module,
+                f"is {spec.dtype}, yet {half} stands beside it: half of a quantised weight",
+                "Was it saved by transformers after dequantising? Give the original base, or save "
+                "it again with save_original_format=False.",
             )  # fmt: skip
         return None
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from gralora_convert.disk import FLOATING, Checkpoint
 
 ADVICE = (
-    "Merge into the original 16-bit model (or dequantise this one first), then quantise the result."
+    "Merge into the original 16-bit model, or convert the adapter to a LoRA and serve it on this "
+    "one. A merge that is quantised back to the grid of its base loses the update."
 )
 
 
@@ -53,6 +54,18 @@ _BY_DTYPE = {"U32": "MLX or Metal", "I32": "packed integers", "U8": "packed inte
 def quantisation(base: Checkpoint) -> str | None:
     """The name of the quantisation of a base, None when its weights are plain numbers."""
     return _by_config(base) or _by_tensors(base)
+
+
+def is_config_alone(base: Checkpoint) -> bool:
+    """Whether a config says quantised what no tensor is: weights that were dequantised, or that
+    loaders are to quantise."""
+    return _by_config(base) is not None and _by_tensors(base) is None
+
+
+def companion(base: Checkpoint, module: str) -> str | None:
+    """A tensor beside the weight of `module` (its name on disk) that belongs to a quantised one."""
+    names = (f"{module}.{leaf}" for leaf in (*_SIGNS, *_SCALED))
+    return next((name for name in names if name in base.tensors), None)
 
 
 def _by_config(base: Checkpoint) -> str | None:

@@ -22,6 +22,7 @@ from gralora_convert.base import (
     combine,
     named_labels,
     place_in,
+    quantisation,
     updated,
     weights_for,
 )
@@ -102,6 +103,11 @@ def merge(
     if not again:
         _refuse_twice(opened, target)
     placements = [place_in(one, target, key_map, trust_remote_code) for one in opened]
+    if dtype != "keep" and (method := quantisation(target)):
+        raise MisuseError(
+            f"the base is quantised ({method}): another dtype would cast its scales, too",
+            where=target.path, hint='Give `dtype="keep"`.',
+        )  # fmt: skip
     recipe = combine(placements, factors, dtype)
     merged = {
         name: MergedTensor(entry.spec, entry.dtype, entry.updates, device=device, check=verify)

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from peft import GraloraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from gralora_convert.base.quantisation import quantisation
 from gralora_convert.disk.checkpoint import Checkpoint
 from tests.builders import SHAPES, random_delta, write_adapter, write_base, write_model
-from tests.command import run
+from tests.command import run, run_ok
 
 Q = "layers.0.up"
 BYTES = torch.zeros(4, 4, dtype=torch.uint8)
@@ -102,3 +105,87 @@ def test_a_lone_8_bit_weight_is_refused_only_where_it_is_adapted(tmp_path: Path)
     write_adapter(tmp_path / "some", every)
     outcome = run("merge", tmp_path / "some", "--base", tmp_path / "base", "-o", tmp_path / "out")
     assert outcome.status == 0
+
+
+def gpt_oss(folder: Path) -> transformers.GptOssForCausalLM:
+    """As published: experts packed in MXFP4, everything else in bfloat16."""
+    config = transformers.GptOssConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=2, num_experts_per_tok=1,
+        vocab_size=64, layer_types=["sliding_attention", "full_attention"],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, wide, tall = value.shape
+            packed = (experts, tall, wide // 32)
+            tensors[f"{name}_blocks"] = torch.randint(0, 255, (*packed, 16), dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.full(packed, 120, dtype=torch.uint8)
+        else:
+            tensors[name] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config_file = folder / "config.json"
+    method = {"quantization_config": {"quant_method": "mxfp4"}}
+    edited = json.loads(config_file.read_text()) | method
+        "quantization_config": {"quant_method": "mxfp4"}
+    }
+    config_file.write_text(json.dumps(edited))
+    return model
+
+
+def trained(model: torch.nn.Module, folder: Path, targets: list[str]) -> None:
+    config = GraloraConfig(r=8, gralora_k=2, target_modules=targets, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "gralora_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.3
+    adapted.save_pretrained(folder)
+
+
+def test_packed_experts_are_copied_where_attention_is_adapted(tmp_path: Path) -> None:
+    """gpt-oss: PEFT's GraLoRA adapts its attention, which is plain."""
+    trained(gpt_oss(tmp_path / "base"), tmp_path / "adapter", ["q_proj", "k_proj", "o_proj"])
+    arguments = [tmp_path / "adapter", "--base", tmp_path / "base"]
+    assert "base-quantised-beside" in run_ok("validate", *arguments).stdout
+    told = run_ok("merge", *arguments, "-o", tmp_path / "merged").stderr
+    assert "8 packed tensors" in told
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "merged"))
+    assert before.keys() == after.keys()
+    for name in before:
+        touched = any(f".{leaf}.weight" in name for leaf in ("q_proj", "k_proj", "o_proj"))
+        assert torch.equal(before[name], after[name]) != touched, name
+    configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("base", "merged")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    run_ok("verify", *arguments, "--merged", tmp_path / "merged", "--level", "modules")
+    refused = run("merge", *arguments, "-o", tmp_path / "cast", "--dtype", "float32")
+    assert refused.status == 2
+    assert "would cast its scales" in refused.stderr
+    assert not (tmp_path / "cast").exists()
+
+
+def test_a_config_that_says_quantised_over_plain_tensors_is_told_as_such(tmp_path: Path) -> None:
+    write_base(tmp_path / "base", quantization_config={"quant_method": "fp8"})
+    write_adapter(tmp_path / "adapter", {"layers.0.up": random_delta(*SHAPES["layers.0.up"])})
+    arguments = [tmp_path / "adapter", "--base", tmp_path / "base"]
+    refused = run("merge", *arguments, "-o", tmp_path / "out")
+    assert refused.status == 2
+    assert "says quantised (fp8), but no tensor is" in refused.stderr
+    assert "remove quantization_config" in refused.stderr
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale", "weight_scale_inv", "weight_packed"])
+def test_half_of_a_pair_is_no_plain_weight(leaf: str, tmp_path: Path) -> None:
+    """What transformers 5 saves of a model that it dequantised: scales beside plain weights."""
+    tensors = write_base(tmp_path / "base")
+    tensors[f"layers.0.up.{leaf}"] = torch.ones(1, 1)
+    tensors["layers.1.up.weight"] = tensors["layers.1.up.weight"].to(torch.float8_e4m3fn)
+    tensors["layers.1.up.weight_scale"] = torch.ones(1, 1)
+    write_model(tmp_path / "base", tensors)
+    write_adapter(tmp_path / "adapter", {"layers.0.up": random_delta(*SHAPES["layers.0.up"])})
+    refused = run("merge", tmp_path / "adapter", "--base", tmp_path / "base", "-o", tmp_path / "o")
+    assert refused.status == 2
+    assert f"layers.0.up.{leaf} stands beside it" in refused.stderr
+    assert "save_original_format=False" in refused.stderr
