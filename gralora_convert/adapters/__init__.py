@@ -1,6 +1,7 @@
 """An adapter on disk: config, keys, targets, tensors that agree. No torch until values are read."""
 
 from gralora_convert.adapters.adapter import WEIGHTS, Adapter, Scan, scan_adapter
+from gralora_convert.adapters.chain import below, chain_findings, whole_chains
 from gralora_convert.adapters.config import (
     CONFIG_NAME,
     NAMES,
@@ -16,6 +17,7 @@ from gralora_convert.adapters.update import Update
 
 __all__ = [
     "CONFIG_NAME", "NAMES", "NEEDS_BASE", "PEFT_VERSION", "PREFIX", "WEIGHTS", "Adapter",
-    "GraloraConfig", "Group", "LoraConfig", "Role", "Scan", "Update", "group", "is_saved", "key_of",
-    "parse_key", "read_config", "rule_of", "scan_adapter", "select", "split",
+    "GraloraConfig", "Group", "LoraConfig", "Role", "Scan", "Update", "below", "chain_findings",
+    "group", "is_saved", "key_of", "parse_key", "read_config", "rule_of", "scan_adapter", "select",
+    "split", "whole_chains",
 ]  # fmt: skip

@@ -106,6 +106,12 @@ class Checkpoint:
             return None
         return load_json(inside(self.path, RECEIPT_NAME))
 
+    @property
+    def merged_adapters(self) -> list[str]:
+        """sha256 of the adapters that its receipt says it holds, by this merge and earlier ones."""
+        listed = (self.receipt or {}).get("merged_adapters")
+        return [v for v in listed if isinstance(v, str)] if isinstance(listed, list) else []
+
     def digest(self) -> str:
         """A digest of all names, dtypes and shapes, and of the configuration: the same for copies
         of a model in any layout of files."""

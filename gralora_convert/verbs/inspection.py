@@ -13,6 +13,7 @@ from gralora_convert.adapters import (
     Group,
     LoraConfig,
     Scan,
+    chain_findings,
     group,
     parse_key,
     read_config,
@@ -117,6 +118,7 @@ def _hints(scan: Scan, folder: Path) -> Iterator[Finding]:
         yield note("adapters-below", folder, f"its sub-folders {names} hold adapters, too")
     if scan.adapter is None:
         return
+    yield from chain_findings(scan.adapter)
     factors = scan.adapter.roles.values()
     specs = [spec for roles in factors for role, spec in roles.items() if role == "B"]
     try:

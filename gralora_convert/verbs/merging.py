@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import assert_never
 
-from gralora_convert.adapters import Adapter
+from gralora_convert.adapters import Adapter, below, whole_chains
 from gralora_convert.base import (
     Kept,
     Merged,
@@ -95,13 +95,20 @@ def merge(
     """
     written_dtype(dtype, "F32")
     opened = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
+    factors = weights_for(opened, weights)
+    target = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
+    chained: list[str] = []
+    if not again:
+        given, held = opened, None if target is None else target.merged_adapters
+        opened, chained = whole_chains(given, held)
+        weight_of = {id(adapter): weight for adapter, weight in zip(given, factors, strict=True)}
+        factors = [weight_of.get(id(adapter), 1.0) for adapter in opened]
     for adapter in opened:
         adapter.require_plain()
-    factors = weights_for(opened, weights)
-    named = _base_name(opened) if base is None else base
-    target = named if isinstance(named, Checkpoint) else Checkpoint.open(named)
+    if target is None:
+        target = Checkpoint.open(_base_name(opened))
     if not again:
-        _refuse_twice(opened, target)
+        _refuse_twice(opened, factors, target)
     placements = [place_in(one, target, key_map, trust_remote_code) for one in opened]
     if dtype != "keep" and (method := quantisation(target)):
         raise MisuseError(
@@ -115,6 +122,7 @@ def merge(
     }
     files = lay_out(target, _parts(recipe, merged), shard_size)
     texts, copies, notes = _texts_and_sidecars(recipe, files, dtype, labels)
+    notes = [*chained, *notes]
     return Plan(
         command="merge",
         files=files,
@@ -136,7 +144,7 @@ def merge(
 
 
 def _base_name(adapters: Sequence[Adapter]) -> str:
-    names = {adapter.base_source for adapter in adapters}
+    names = {adapter.base_source for adapter in adapters if not below(adapter)}
     name = names.pop()
     if names or not name:
         found = "different base models" if names else "no base model"
@@ -146,23 +154,17 @@ def _base_name(adapters: Sequence[Adapter]) -> str:
     return name
 
 
-def _refuse_twice(adapters: Sequence[Adapter], base: Checkpoint) -> None:
-    """A base that already holds one of the adapters would get its update a second time."""
-    merged = set(_merged_before(base))
-    for adapter in adapters if merged else ():
-        if adapter.sha256() in merged:
+def _refuse_twice(adapters: Sequence[Adapter], weights: Sequence[float], base: Checkpoint) -> None:
+    """A base that already holds one of the adapters would get its update a second time; a negative
+    weight takes it away."""
+    merged = set(base.merged_adapters)
+    for adapter, weight in zip(adapters, weights, strict=True) if merged else ():
+        if weight > 0 and adapter.sha256() in merged:
             raise MisuseError(
                 f"the base {base.source} already holds this adapter (its receipt lists it)",
                 where=adapter.path,
                 hint="Merge into the original base, or insist with `again=True`.",
             )
-
-
-def _merged_before(base: Checkpoint) -> list[str]:
-    """sha256 of the adapters that a receipt beside the base lists, this merge's and earlier."""
-    receipt = base.receipt or {}
-    listed = receipt.get("merged_adapters")
-    return [value for value in listed if isinstance(value, str)] if isinstance(listed, list) else []
 
 
 def _parts(recipe: Recipe, merged: Mapping[str, MergedTensor]) -> dict[str, list[Part]]:
@@ -254,6 +256,12 @@ def _receipt(
                 hint="Nothing was published. Please report this with the two inputs.",
             )
     base, digests = recipe.base, [adapter.sha256() for adapter in recipe.adapters]
+    held = base.merged_adapters
+    for (_, weight), digest in zip(recipe.weighted, digests, strict=True):
+        if weight < 0 and digest in held:
+            held.remove(digest)  # taken away
+        else:
+            held.append(digest)
     return {
         "tool": "gralora-convert",
         "version": __version__,
@@ -270,7 +278,7 @@ def _receipt(
                 for (adapter, weight), digest in zip(recipe.weighted, digests, strict=True)
             ],
         },
-        "merged_adapters": [*_merged_before(base), *digests],
+        "merged_adapters": held,
         "modules": [_row(name, tensor, checked=verify) for name, tensor in merged.items()],
         "replaced": sorted(recipe.replaced),
         "survival": survival.as_json() if verify else None,

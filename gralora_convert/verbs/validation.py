@@ -10,7 +10,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from gralora_convert.adapters import CONFIG_NAME, Adapter, is_saved, parse_key, scan_adapter
+from gralora_convert.adapters import (
+    CONFIG_NAME,
+    Adapter,
+    chain_findings,
+    is_saved,
+    parse_key,
+    scan_adapter,
+)
 from gralora_convert.base import bias_missing, extra_weights, place
 from gralora_convert.disk import FLOATING, RECEIPT_NAME, Checkpoint, TensorFile, is_folder, look
 from gralora_convert.errors import ConvertError, Finding, Report, error, note, warning
@@ -47,6 +54,7 @@ def validate(
     if scan.file is not None:
         findings += _value_findings(scan.file)
     if scan.adapter is not None:
+        findings += chain_findings(scan.adapter)
         findings += _receipt_findings(scan.adapter)
         findings += _fit_findings(scan.adapter, base, key_map, trust_remote_code)
     elif base is not None and not isinstance(base, Checkpoint):

@@ -130,8 +130,6 @@ def gpt_oss(folder: Path) -> transformers.GptOssForCausalLM:
     config_file = folder / "config.json"
     method = {"quantization_config": {"quant_method": "mxfp4"}}
     edited = json.loads(config_file.read_text()) | method
-        "quantization_config": {"quant_method": "mxfp4"}
-    }
     config_file.write_text(json.dumps(edited))
     return model
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gralora_convert.adapters import CONFIG_NAME, Adapter
+from gralora_convert.adapters import CONFIG_NAME, Adapter, whole_chains
 from gralora_convert.base import Recipe, combine, lost_steps, place_in, weights_for
 from gralora_convert.delta import Survival, require_device
 from gralora_convert.disk import Checkpoint
@@ -206,17 +206,20 @@ def verify(
         raise MisuseError(f"slack {slack!r} is not a positive, finite number")
     require_device(device)
     opened = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
+    source = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
+    opened, said = whole_chains(opened, None if source is None else source.merged_adapters)
     for one in opened:
         one.require_plain()
     result = merged if isinstance(merged, Checkpoint) else Checkpoint.open(merged)
-    said: tuple[str, ...] = ()
     if weights is None and opened:
-        weights, said = _receipt_weights(opened, result)
+        weights, more = _receipt_weights(opened, result)
+        said += more
     factors = weights_for(opened, weights)
-    named = opened[0].base_source if base is None else base
-    if named is None or (base is None and not named):
-        raise MisuseError("names no base model", where=opened[0].path, hint="Give `base`.")
-    source = named if isinstance(named, Checkpoint) else Checkpoint.open(named)
+    if source is None:
+        named = opened[0].base_source
+        if not named:
+            raise MisuseError("names no base model", where=opened[0].path, hint="Give `base`.")
+        source = Checkpoint.open(named)
     placements = [place_in(one, source, key_map, trust_remote_code) for one in opened]
     recipe = combine(placements, factors)
     with one_arithmetic_thread():
@@ -237,11 +240,11 @@ def verify(
     )
     comparison = None
     if level == "model":
-        comparison, more = compare_models(
+        comparison, why = compare_models(
             recipe, result, slack=slack, device=device, text=text,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        notes += more
+        notes += why
         if comparison is not None and comparison.ok:
             notes += tuple(f"{setting}; the outputs agree" for setting in comparison.settings)
     return Equivalence(rows, untouched, slack, level, comparison, notes)
@@ -290,15 +293,15 @@ def _listed(merged: Checkpoint) -> list[Mapping[str, object]]:
 
 def _receipt_weights(
     adapters: Sequence[Adapter], merged: Checkpoint
-) -> tuple[list[float] | None, tuple[str, ...]]:
+) -> tuple[list[float] | None, list[str]]:
     """The weights that the receipt gives these adapters, if it lists them all, and a note."""
     held = {one.get("sha256"): one.get("weight", 1.0) for one in _listed(merged)}
     found = [held.get(adapter.sha256()) for adapter in adapters]
     weights = [float(str(value)) for value in found if is_number(value)]
     if len(weights) < len(found) or all(weight == 1 for weight in weights):
-        return None, ()
+        return None, []
     told = ", ".join(f"{weight:g}" for weight in weights)
-    return weights, (f"the receipt of the merge gives weight {told}: compared with that",)
+    return weights, [f"the receipt of the merge gives weight {told}: compared with that"]
 
 
 def _receipt_notes(recipe: Recipe, merged: Checkpoint) -> Iterator[str]:

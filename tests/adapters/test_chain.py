@@ -1,0 +1,103 @@
+"""An adapter whose base is an adapter: followed to its end, or refused; never alone."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import gralora_convert as gc
+from gralora_convert.adapters.chain import below
+from gralora_convert.errors import MisuseError, UnsupportedError
+from tests.command import run, run_ok
+from tests.zoo import load
+
+FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
+BASE = FIXTURES / "bases/llama"
+
+
+def based_on(folder: Path, fixture: str, base: Path) -> Path:
+    """A golden adapter that says it was trained on `base`."""
+    shutil.copytree(FIXTURES / "peft-0.21.2" / fixture, folder)
+    path = folder / "adapter_config.json"
+    config: dict[str, Any] = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    return folder
+
+
+@pytest.fixture
+def sft(tmp_path: Path) -> Path:
+    return based_on(tmp_path / "sft", "llama-hybrid", BASE)
+
+
+@pytest.fixture
+def dpo(sft: Path, tmp_path: Path) -> Path:
+    return based_on(tmp_path / "dpo", "llama-k4", sft)
+
+
+def test_a_chain_is_followed_to_its_model(sft: Path, dpo: Path, tmp_path: Path) -> None:
+    told = run_ok("merge", dpo, "-o", tmp_path / "merged")
+    assert f"was trained on the adapter {sft}: both are merged" in told.stderr
+    model = load(BASE, "AutoModelForCausalLM", dtype=torch.float32)
+    for adapter in (sft, dpo):  # as it was trained
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    right, found = model.state_dict(), load_file(tmp_path / "merged/model.safetensors")
+    for name, value in found.items():
+        torch.testing.assert_close(value, right[name], rtol=0, atol=1e-6)
+    told = run_ok("verify", dpo, "--merged", tmp_path / "merged")
+    assert "same function" in told.stdout
+
+
+def test_it_is_never_merged_alone_onto_the_bottom(sft: Path, dpo: Path, tmp_path: Path) -> None:
+    for command in (["merge", dpo, "-o", tmp_path / "out"], ["verify", dpo, "--merged", BASE]):
+        refused = run(*command, "--base", BASE)
+        assert refused.status == 2
+        assert f"was trained on the adapter {sft}, which is neither named" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    run_ok("merge", sft, dpo, "--base", BASE, "-o", tmp_path / "both")
+    run_ok("merge", dpo, "-o", tmp_path / "followed")
+    both, followed = (load_file(tmp_path / f / "model.safetensors") for f in ("both", "followed"))
+    assert all(torch.equal(both[name], followed[name]) for name in both)
+
+
+def test_a_base_that_holds_the_first_is_enough(sft: Path, dpo: Path, tmp_path: Path) -> None:
+    run_ok("merge", sft, "-o", tmp_path / "first")
+    run_ok("merge", dpo, "--base", tmp_path / "first", "-o", tmp_path / "second")
+    run_ok("verify", dpo, "--base", tmp_path / "first", "--merged", tmp_path / "second")
+    shutil.copytree(tmp_path / "first", tmp_path / "foreign")
+    (tmp_path / "foreign/gralora_convert.json").unlink()  # as another tool leaves it
+    with pytest.raises(MisuseError, match="insist with `again=True`"):
+        gc.merge(dpo, base=tmp_path / "foreign")
+    run_ok("merge", dpo, "--base", tmp_path / "foreign", "-o", tmp_path / "third", "--again")
+
+
+@pytest.mark.parametrize("command", ["validate", "inspect"])
+def test_it_is_told(command: str, sft: Path, dpo: Path) -> None:
+    told = run_ok(command, dpo).stdout
+    assert "base-is-adapter" in told
+    assert str(sft) in told
+    assert "base-is-adapter" not in run_ok(command, sft).stdout
+
+
+def test_a_chain_that_leads_back_to_itself_ends(sft: Path, dpo: Path) -> None:
+    path = sft / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": str(dpo)}))
+    with pytest.raises(UnsupportedError, match="leads back to itself"):
+        below(gc.Adapter.open(dpo))
+
+
+def test_a_negative_weight_takes_away_what_the_base_holds(sft: Path, tmp_path: Path) -> None:
+    run_ok("merge", sft, "-o", tmp_path / "held")
+    arguments = [sft, "--base", tmp_path / "held"]
+    assert "already holds" in run("merge", *arguments, "-o", tmp_path / "twice").stderr
+    receipt = run_ok("merge", *arguments, "--weight", "-1", "-o", tmp_path / "back", "--json").json
+    assert receipt["merged_adapters"] == []
+    before, after = (load_file(f / "model.safetensors") for f in (BASE, tmp_path / "back"))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+    run_ok("merge", sft, "--base", tmp_path / "back", "-o", tmp_path / "again")
