@@ -104,8 +104,13 @@ def test_a_config_is_made_again_from_its_fields(config: GraloraConfig | LoraConf
     fields: dict[str, Any] = config.to_dict()
     assert type(config)(**fields) == config
     wrong: dict[str, Any]
-    for wrong in ({"peft_type": "LOHA"}, {"peft_type": None}, {"extra": 3}, {"extra": {1: 2}}):
-        with pytest.raises(InvalidAdapterError):
+    for wrong, said in (
+        ({"peft_type": "LOHA"}, "peft_type is LOHA"),
+        ({"peft_type": None}, "peft_type is missing"),
+        ({"extra": 3}, "extra is 3, an object"),
+        ({"extra": {1: 2}}, "extra is {1: 2}, an object"),
+    ):
+        with pytest.raises(InvalidAdapterError, match=said):
             type(config)(**wrong)
 
 
@@ -119,7 +124,7 @@ def test_a_place_that_cannot_be_is_refused(place: str, tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         GraloraConfig().save_pretrained(f"{tmp_path}/{place}")
-    with pytest.raises(ConvertError):
+    with pytest.raises(ConvertError, match=r"is missing|is not a usable path"):
         GraloraConfig.from_pretrained(f"{tmp_path}/{place}")
 
 
