@@ -271,8 +271,10 @@ def test_other_zip_archives_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    for name in ("missing.bin", "fifo", "."):
-        with pytest.raises(UnreadableError):
+    for name, said in (
+        ("missing.bin", "cannot be opened"), ("fifo", "a regular file"), (".", "a regular file"),
+    ):  # fmt: skip
+        with pytest.raises(UnreadableError, match=said):
             read_pickle(tmp_path / name)
     for content in (b"", b"PK\x03\x04", b"x" * 100, b"PK\x03\x04" + bytes(1000)):
         (tmp_path / "x.bin").write_bytes(content)

@@ -228,7 +228,7 @@ def test_a_plan_without_tensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("jobs", [0, -1])
 def test_fewer_than_one_job_is_refused(jobs: int, tmp_path: Path) -> None:
-    with pytest.raises(MisuseError):
+    with pytest.raises(MisuseError, match="jobs"):
         plan_of().write(tmp_path / "out", jobs=jobs)
     assert tree(tmp_path) == {}
 
@@ -296,7 +296,7 @@ def test_a_failing_receipt_or_progress_leaves_nothing(output: Path) -> None:
     plan = plan_of(OutputFile("model.safetensors", (computed("a", 10, 10),)))
     refused(replace(plan, receipt=fail), output, CheckFailedError)
     before = tree(output.parent)
-    with pytest.raises(CheckFailedError):
+    with pytest.raises(CheckFailedError, match="is not what was planned"):
         plan.write(output, overwrite=True, progress=fail)
     assert tree(output.parent) == before
 

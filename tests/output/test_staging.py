@@ -372,7 +372,7 @@ def test_a_hidden_folder_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/file").write_text("x")
     (tmp_path / ".out.partial").symlink_to(tmp_path / "precious")
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="Not a directory"):
         make(tmp_path / "out", NEW)
     assert tree(tmp_path / "precious") == {"file": "x"}
 
