@@ -71,6 +71,17 @@ def test_trained_values_that_are_no_numbers_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_whose_adapted_weight_is_no_number_is_refused(value: float, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    base["layers.0.up.weight"][3, 4] = value
+    write_model(tmp_path / "base", base)
+    write_adapter(tmp_path / "adapter", DELTAS)
+    merging = ["merge", tmp_path / "adapter", "--base", tmp_path / "base"]
+    assert "NaN or infin" in refusal(*merging, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("alpha", [1e308, 3.5e38, -1e39])
 def test_an_alpha_beyond_float32_is_refused(alpha: float, tmp_path: Path) -> None:
     write_base(tmp_path / "base")

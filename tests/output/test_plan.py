@@ -35,7 +35,7 @@ from gralora_convert.output import writing as module
 from gralora_convert.output.plan import Plan
 from gralora_convert.output.shards import index_json
 from gralora_convert.output.staging import Staging
-from gralora_convert.output.writing import Computed, Copied, OutputFile, Part
+from gralora_convert.output.writing import Computed, Copied, OutputFile, Part, _begins_as
 from tests.builders import SHAPES, random_delta, write_adapter, write_base
 
 MiB = 1024 * 1024
@@ -575,3 +575,12 @@ def test_memory_does_not_grow_with_the_output(tmp_path: Path) -> None:
     plan_of(OutputFile("model.safetensors", (zeros, copied(spec)))).write(tmp_path / "out")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
     assert time.monotonic() - start < 60
+
+
+def test_a_link_is_no_part_of_a_stopped_run(tmp_path: Path) -> None:
+    """It would be written through, into a file of somebody else."""
+    file = OutputFile("model.safetensors", ())
+    plan_of(file).write(tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out/model.safetensors")
+    assert _begins_as(tmp_path / "out/model.safetensors", file)
+    assert not _begins_as(tmp_path / "link", file)
