@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gralora_convert.adapters.config import CONFIG_NAME, GraloraConfig, LoraConfig, read_config
 from gralora_convert.adapters.contents import Places
-from gralora_convert.adapters.keys import Role
+from gralora_convert.adapters.keys import Role, parse_key
 from gralora_convert.adapters.rules import LARGEST_FLOAT32, way_out
 from gralora_convert.adapters.shapes import lora_shapes
 from gralora_convert.disk import (
@@ -231,8 +231,12 @@ class Adapter:
         all that it has beyond them is `allowed`."""
         beyond = [feature for feature in self.unsupported if feature not in allowed]
         if beyond:
+            keys = (key for key, why in self.ignored.items() if why.endswith(tuple(beyond)))
+            held = sorted({parse_key(key).name for key in keys})
+            more = f" and {len(held) - 2} more" if held[2:] else ""
+            named = f" (in {', '.join(held[:2])}{more})" if held else ""
             raise UnsupportedError(
-                f"is a LoRA with {', '.join(beyond)}: its update is not scaling * B @ A",
+                f"is a LoRA with {', '.join(beyond)}{named}: its update is not scaling * B @ A",
                 where=self.path,
                 hint=way_out(beyond[0]),
             )

@@ -66,6 +66,7 @@ def whole_chains(
     for adapter in adapters:
         for folder in below(adapter):
             parent = Adapter.open(folder)
+            parent.require_plain()
             if parent.sha256() in {*named, *(held or ())}:
                 continue
             if held is not None:

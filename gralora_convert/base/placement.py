@@ -19,10 +19,16 @@ from gralora_convert.base.edits import (
     vocabulary_edits,
 )
 from gralora_convert.base.names import near_misses
-from gralora_convert.base.quantisation import ADVICE, companion, is_config_alone, quantisation
+from gralora_convert.base.quantisation import (
+    ADVICE,
+    companion,
+    is_config_alone,
+    plain_under_packed_names,
+    quantisation,
+)
 from gralora_convert.base.recipe import Placement, Target
 from gralora_convert.base.replacements import Values, stored_shape
-from gralora_convert.base.sets import extra_weights
+from gralora_convert.base.sets import extra_weights, stray_adapter
 from gralora_convert.base.ties import Claims, Settlement, settle
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, is_zero
 from gralora_convert.errors import Finding, Report, error, note, warning
@@ -47,11 +53,16 @@ def place(
             "base-quantised", base.path,
             f"its config.json says quantised ({quantisation(base)}), but no tensor is: loaders "
             "would quantise, or misread, the merged weights",
-            "Were they dequantised? Then remove quantization_config from config.json. "
-            "transformers saves such a model right with save_original_format=False.",
+            f"Were they dequantised? Then remove quantization_config from config.json. {_RESAVED}",
         )])  # fmt: skip
     name = (adapter.config.auto_mapping or {}).get("base_model_class")
     beside = adapter.model_config.get("architectures")
+    if plain := plain_under_packed_names(base):
+        return None, Report.of([error(
+            "base-quantised", base.path,
+            f"{plain} is {base.tensors[plain].dtype} under a name of packed numbers: loaders fill "
+            "its experts at random", _RESAVED,
+        )])  # fmt: skip
     architecture = Architecture(
         base, adapter.modules, name if isinstance(name, str) else None, adapter.config.task_type,
         key_map or {}, trust_remote_code,
@@ -62,6 +73,7 @@ def place(
         return None, Report.of([architecture.rivals])
     placer = _Placer(adapter, architecture)
     placer.findings += [*_unused(key_map or {}, adapter), *extra_weights(adapter)]
+    placer.findings += stray_adapter(base)
     settlement = placer.place()
     report = Report.of(placer.findings)
     if not report.ok:
@@ -103,6 +115,19 @@ def _placement(placer: "_Placer", settlement: Settlement, report: Report) -> Pla
         edits, config_edits, {} if rows is None else architecture.outer_names(),
         tuple(str(finding) for finding in report.findings),
     )  # fmt: skip
+
+
+# transformers 5.23 writes codes under the old names, and no quantization_config
+_RESAVED = (
+    "Was it saved by transformers after dequantising? That folder is broken: give the original "
+    "base, or save it again with save_original_format=False."
+)
+_NORMED = (".weight_g", ".weight_v", ".weight_orig")
+# PEFT 0.21.2: LoraConfig wraps the parameters of a stack (tuners/lora/layer.py, ParamWrapper).
+_STACKED = (
+    "transformers 5 keeps experts as one parameter, which PEFT's GraLoRA does not adapt (a LoRA "
+    "would). Was the adapter meant to train them?"
+)
 
 
 class _Placer:
@@ -258,6 +283,14 @@ class _Placer:
                 f"is no plain weight in the base, which is quantised ({self.method})", ADVICE,
             )  # fmt: skip
         names = architecture.disk_modules()
+        if computed := next((name for name in self.base.tensors if _is_computed(name, module)), ""):
+            return error(
+                "module-kind-unsupported", module,
+                f"has no weight of its own: torch computes it ({computed}), as weight_norm and "
+                "spectral_norm do, and a merge there is lost when it is computed again",
+                "Take it off the base with torch.nn.utils.parametrize.remove_parametrizations, "
+                "and save that.",
+            )  # fmt: skip
         return error(
             "module-not-in-base", module, f"is not in the base {self.base.source}",
             f"{near_misses(module, names)} Another base, or `key_map=FROM=TO`?".strip(),
@@ -294,17 +327,19 @@ class _Placer:
         spec = self.base.tensors[tensor]
         if spec.dtype not in FLOATING:
             method = f" ({self.method})" if self.method else ""
+            lost = self.method is not None and not self.base.config.get("quantization_config")
             return error(
                 "base-quantised", module,
-                f"has dtype {spec.dtype}{method}, a 16- or 32-bit one was needed", ADVICE,
+                f"has dtype {spec.dtype}{method}, a 16- or 32-bit one was needed"
+                + (", and no quantization_config says how it is read" if lost else ""),
+                f"{_RESAVED} {ADVICE}" if lost and self.base.config else ADVICE,
             )  # fmt: skip
         half = self.method and companion(self.base, tensor.removesuffix(".weight"))
         if half:
             return error(
                 "base-quantised", module,
                 f"is {spec.dtype}, yet {half} stands beside it: half of a quantised weight",
-                "Was it saved by transformers after dequantising? Give the original base, or save "
-                "it again with save_original_format=False.",
+                _RESAVED,
             )  # fmt: skip
         return None
 
@@ -398,11 +433,26 @@ class _Placer:
         return [module for module in selected if module not in self.adapter.roles]
 
     def _check_names(self) -> None:
-        targets = self.config.target_modules
+        targets, modules = self.config.target_modules, self.adapter.modules
+        stacked = [name for name in self.base.tensors if ".experts." in name]
+        # PEFT writes all-linear down as the whole names that it took
+        everything = self._is_all_linear() or (targets and set(targets) == set(modules))
+        if everything and stacked and not any(".experts." in m for m in modules):
+            self._say(note(
+                "experts-not-adapted", CONFIG_NAME,
+                f"holds none of the experts ({len(stacked)} tensors of the base)", _STACKED,
+            ))  # fmt: skip
         if targets is None or isinstance(targets, str):
             return
         for target in targets:
-            if not any(m == target or m.endswith(f".{target}") for m in self.adapter.modules):
+            if any(m == target or m.endswith(f".{target}") for m in modules):
+                continue
+            if any(f".{target}" in f"{name.removesuffix('.weight')}." for name in stacked):
+                self._say(warning(
+                    "experts-not-adapted", CONFIG_NAME,
+                    f"{target!r} selects no module: it names a part of the experts", _STACKED,
+                ))  # fmt: skip
+            else:
                 self._say(
                     note("target-name-unmatched", CONFIG_NAME, f"{target!r} selects no module")
                 )
@@ -426,6 +476,15 @@ def _unused(key_map: Mapping[str, str], adapter: Adapter) -> Iterator[Finding]:
                 "key-map-unmatched", name, "is named by `key_map`, but begins no module here",
                 near_misses(name, names),
             )  # fmt: skip
+
+
+def _is_computed(tensor: str, module: str) -> bool:
+    """Whether a tensor is what torch computes the weight of `module` from (torch 2.13,
+    nn/utils/parametrize.py and weight_norm.py)."""
+    start, found, _ = tensor.partition(".parametrizations.weight.")
+    if not found:
+        start = next((tensor.removesuffix(e) for e in _NORMED if tensor.endswith(e)), "")
+    return start == module or (start != "" and start.endswith(f".{module}"))
 
 
 def _stored(transposed: bool) -> str:

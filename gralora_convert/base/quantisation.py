@@ -62,6 +62,19 @@ def is_config_alone(base: Checkpoint) -> bool:
     return _by_config(base) is not None and _by_tensors(base) is None
 
 
+def plain_under_packed_names(base: Checkpoint) -> str | None:
+    """A tensor of 16 bits that has the name of MXFP4 blocks: transformers 5.23 saves so what it
+    dequantised."""
+    return next(
+        (
+            name
+            for name, spec in base.tensors.items()
+            if name.endswith("_proj_blocks") and ".experts." in name and spec.dtype in FLOATING
+        ),
+        None,
+    )
+
+
 def companion(base: Checkpoint, module: str) -> str | None:
     """A tensor beside the weight of `module` (its name on disk) that belongs to a quantised one."""
     names = (f"{module}.{leaf}" for leaf in (*_SIGNS, *_SCALED))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gralora_convert.adapters import Adapter
+from gralora_convert.adapters import CONFIG_NAME, Adapter
 from gralora_convert.disk import (
     MAX_JSON_BYTES,
     Checkpoint,
@@ -22,7 +22,7 @@ from gralora_convert.disk import (
     read_tensor_file,
     sidecars,
 )
-from gralora_convert.errors import Finding, UnreadableError, error, note, printable
+from gralora_convert.errors import Finding, UnreadableError, error, note, printable, warning
 
 Files = Mapping[str, Path]
 
@@ -49,6 +49,7 @@ _STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_stat
 _READ = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
 _MOVE = "Put them into the base first, or move the file away to merge the rest without them."
 _LOSSES = ("trained", "unknown")
+_LOADED = ("model.safetensors", "pytorch_model.bin")
 _VALUE_HEAD = re.compile(r"(.*\.)?(v_head|value_head)\..*")
 
 
@@ -219,8 +220,27 @@ def extra_weights(adapter: Adapter) -> Iterator[Finding]:
     for path, (kind, what) in _extra_files(adapter):
         if kind in _LOSSES:
             yield error("extra-weights", path.name, what, _MOVE)
+        elif kind == "model" and path.name in _LOADED:
+            yield warning(
+                "model-beside-adapter", path.name,
+                f"{what}: transformers takes it for the base, whatever the config names, and puts "
+                "the adapter on top; if it is merged already, the adapter counts twice",
+                "Move one of the two into a folder of its own.",
+            )  # fmt: skip
         else:
             yield note("extra-weights", path.name, what)
+
+
+def stray_adapter(base: Checkpoint) -> Iterator[Finding]:
+    """That the folder of a base holds an adapter, which transformers 5.23 puts on it (where PEFT
+    is installed) and a merge leaves out."""
+    if base.path.is_dir() and (base.path / CONFIG_NAME).exists():
+        yield warning(
+            "base-holds-adapter", base.path,
+            f"holds an {CONFIG_NAME} beside its weights: transformers puts that adapter onto them, "
+            "a merge does not",
+            "Was yours trained on both? Then name that adapter first; else move it away.",
+        )  # fmt: skip
 
 
 def trained_beside(adapter: Adapter) -> dict[str, Path]:

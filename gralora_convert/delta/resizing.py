@@ -131,7 +131,9 @@ def require_divisible(k: int, module: str, weight: tuple[int, int], or_else: str
         raise MisuseError(
             f"k={k} does not divide its {weight[0]} x {weight[1]} weight",
             where=module,
-            hint=f"Choose a k that divides every adapted layer{or_else}.",
+            hint=f"Choose a k that divides every adapted layer{or_else}."
+            if math.gcd(*weight) > 1
+            else f"`k=1` alone does: take it, or remove its tensors to go on without{or_else}.",
         )
 
 

@@ -19,7 +19,7 @@ from gralora_convert.adapters import (
     read_config,
     scan_adapter,
 )
-from gralora_convert.base import quantisation
+from gralora_convert.base import extra_weights, quantisation
 from gralora_convert.disk import (
     RECEIPT_NAME,
     Checkpoint,
@@ -119,6 +119,7 @@ def _hints(scan: Scan, folder: Path) -> Iterator[Finding]:
     if scan.adapter is None:
         return
     yield from chain_findings(scan.adapter)
+    yield from extra_weights(scan.adapter)
     factors = scan.adapter.roles.values()
     specs = [spec for roles in factors for role, spec in roles.items() if role == "B"]
     try:

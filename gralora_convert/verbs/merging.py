@@ -95,6 +95,8 @@ def merge(
     """
     written_dtype(dtype, "F32")
     opened = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
+    for adapter in opened:
+        adapter.require_plain()
     factors = weights_for(opened, weights)
     target = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
     chained: list[str] = []
@@ -103,8 +105,6 @@ def merge(
         opened, chained = whole_chains(given, held)
         weight_of = {id(adapter): weight for adapter, weight in zip(given, factors, strict=True)}
         factors = [weight_of.get(id(adapter), 1.0) for adapter in opened]
-    for adapter in opened:
-        adapter.require_plain()
     if target is None:
         target = Checkpoint.open(_base_name(opened))
     if not again:

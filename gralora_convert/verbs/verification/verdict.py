@@ -206,10 +206,10 @@ def verify(
         raise MisuseError(f"slack {slack!r} is not a positive, finite number")
     require_device(device)
     opened = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
-    source = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
-    opened, said = whole_chains(opened, None if source is None else source.merged_adapters)
     for one in opened:
         one.require_plain()
+    source = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
+    opened, said = whole_chains(opened, None if source is None else source.merged_adapters)
     result = merged if isinstance(merged, Checkpoint) else Checkpoint.open(merged)
     if weights is None and opened:
         weights, more = _receipt_weights(opened, result)
