@@ -298,24 +298,28 @@ def adapter_summary(receipt: Mapping[str, object], output: str) -> str:
         value = receipt.get(key)
         if isinstance(value, float):
             lines.append(f"{what} {value:.3g}")
-    if kind == "lora":
-        lines += _serving_lines(r, output)
+    serving = receipt.get("serving")
+    if kind == "lora" and isinstance(serving, Mapping):
+        lines += _serving_lines(r, output, serving)
     return "\n".join(lines)
 
 
-def _serving_lines(rank: int, output: str) -> list[str]:
-    """How servers are told about the LoRA of this rank in the folder `output`."""
-    served = served_rank(rank)
-    vllm = (
-        f"vllm serve MODEL --enable-lora --max-lora-rank {served} --max-loras 1 "
-        f"--lora-modules NAME={output}"
-    )
-    sglang = (
-        f"python -m sglang.launch_server --model-path MODEL --enable-lora --max-lora-rank {rank} "
-        f"--lora-paths NAME={output}"
-    )
-    commands = [sglang] if served is None else [vllm, sglang]
-    return [f"{lead} {c}" for lead, c in zip(("to serve:", "      or:"), commands, strict=False)]
+def _serving_lines(rank: int, output: str, refusals: Mapping[str, str]) -> list[str]:
+    """How servers are told about the LoRA of this rank in the folder `output`, or why they do not
+    take it."""
+    commands = {
+        "vllm": f"vllm serve MODEL --enable-lora --max-lora-rank {served_rank(rank)} --max-loras 1 "
+                f"--lora-modules NAME={output}",
+        "sglang": "python -m sglang.launch_server --model-path MODEL --enable-lora "
+                  f"--max-lora-rank {rank} --lora-paths NAME={output}",
+    }  # fmt: skip
+    names = {"vllm": "vLLM", "sglang": "SGLang"}
+    taken = [command for server, command in commands.items() if not refusals[server]]
+    lines = [f"{lead} {c}" for lead, c in zip(("to serve:", "      or:"), taken, strict=False)]
+    if lines:
+        lines.append("          with --dtype float32 for a model in float32: auto takes bfloat16")
+    lines += [f"not by {names[server]}, which {why}" for server, why in refusals.items() if why]
+    return lines if taken else [*lines, "to serve: merge it"]
 
 
 def merge_summary(receipt: Mapping[str, object], output: str) -> str:
@@ -339,4 +343,9 @@ def merge_summary(receipt: Mapping[str, object], output: str) -> str:
                 "the stored dtype loses much of this update: write --dtype float32 or serve the "
                 "adapter unmerged"
             )
+    if receipt["dtype"] == "float32":
+        lines.append(
+            "serve it with --dtype float32 (auto of vLLM and SGLang takes bfloat16), convert it "
+            "with --outtype f32 (llama.cpp's converter takes f16)"
+        )
     return "\n".join(lines)

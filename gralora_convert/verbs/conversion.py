@@ -63,7 +63,7 @@ from gralora_convert.output import (
     copied,
     one_arithmetic_thread,
 )
-from gralora_convert.verbs.serving import serving_notes
+from gralora_convert.verbs.serving import refusals, serving_notes
 from gralora_convert.verbs.updates import Source
 from gralora_convert.version import __version__
 
@@ -200,8 +200,7 @@ class _Conversion:
         adapter = self.adapter
         notes = _left_out(adapter.ignored)
         if self.shape.kind == "lora":
-            extras = bool(adapter.biases or adapter.saved or self.source.has_bias)
-            notes += serving_notes(self.shape.r, extras=extras)
+            notes += serving_notes(self.shape.r, extras=self.has_extras)
         workshop = Workshop()
         parts = [part for module in adapter.modules for part in self._parts(workshop, module)]
         parts += self._carried()
@@ -359,7 +358,14 @@ class _Conversion:
             return {}
         return {"base": {"source": base.source, "headers_sha256": base.digest()}}
 
+    @property
+    def has_extras(self) -> bool:
+        """Whether the result has biases or saved modules beside its factors."""
+        return bool(self.adapter.biases or self.adapter.saved or self.source.has_bias)
+
     def _receipt(self, notes: Sequence[str]) -> dict[str, object]:
+        rank, modules = self.shape.r, self.adapter.modules
+        is_lora = self.shape.kind == "lora"
         return {
             "tool": "gralora-convert",
             "version": __version__,
@@ -376,6 +382,7 @@ class _Conversion:
             "dtype": self.dtype,
             **self.shape.as_json(),
             **loss_json(self.lost),
+            "serving": refusals(rank, modules, extras=self.has_extras) if is_lora else None,
         }
 
 

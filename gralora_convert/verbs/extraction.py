@@ -47,7 +47,7 @@ from gralora_convert.output import (
     one_arithmetic_thread,
 )
 from gralora_convert.verbs.differences import Differences, Module
-from gralora_convert.verbs.serving import serving_notes
+from gralora_convert.verbs.serving import refusals, serving_notes
 from gralora_convert.version import __version__
 
 DEFAULT_RANK = 32
@@ -240,6 +240,10 @@ class _Extraction:
         }
         if self.lost_by_lora:
             receipt["lora_error"] = relative(self.lost_by_lora)
+        if self.shape.kind == "lora":
+            extras = bool(self.found.biases or self.found.saved)
+            names = [module.name for module in self.found.modules]
+            receipt["serving"] = refusals(self.shape.r, names, extras=extras)
         if self.floor:
             receipt["rounding_floor"] = relative(self.floor)
         return receipt

@@ -18,7 +18,7 @@ from gralora_convert.errors import CheckFailedError
 from gralora_convert.output.adapter_files import Workshop
 from gralora_convert.output.plan import Plan
 from gralora_convert.output.writing import OutputFile
-from gralora_convert.verbs.serving import serving_notes
+from gralora_convert.verbs.serving import refusals, serving_notes
 from tests.builders import random_delta
 
 SHAPE = Shape("lora", 1, 2, 0, 1.0)
@@ -121,10 +121,12 @@ def test_the_check_finds_what_is_wrong(k: int) -> None:
 def test_the_flags_fit_the_rank(rank: int, vllm: int | None) -> None:
     receipt: dict[str, object] = {
         "to": "lora", "r": rank, "k": 1, "hybrid_r": 0, "error": 0.0, "modules": [],
+        "serving": refusals(rank, ["mlp.gate_proj"], extras=False),
     }  # fmt: skip
     text = adapter_summary(receipt, "OUT")
     assert f"sglang.launch_server --model-path MODEL --enable-lora --max-lora-rank {rank} " in text
     assert ("vllm" in text) is (vllm is not None)
+    assert ("not by vLLM, which takes ranks up to 512" in text) is (vllm is None)
     assert vllm is None or f"vllm serve MODEL --enable-lora --max-lora-rank {vllm} " in text
     notes = " ".join(serving_notes(rank, extras=False))
     assert ("vLLM" in notes) is (rank > 512)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from gralora_convert.verbs.serving import SERVED_RANKS, served_rank
+from gralora_convert.verbs.serving import SERVED_RANKS, refusals, served_rank
 from tests.command import run_ok
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
@@ -33,7 +33,8 @@ def test_an_exported_lora_keeps_the_rules(name: str, tmp_path: Path) -> None:
     assert not config["use_rslora"]
     assert not config["rank_pattern"]
     assert not config["alpha_pattern"]
-    assert f"--max-lora-rank {served_rank(r)}" in shown
+    if not name.startswith("gpt2"):  # which vLLM does not serve
+        assert f"--max-lora-rank {served_rank(r)}" in shown
     with safe_open(out / "adapter_model.safetensors", "pt") as file:
         keys = list(file.keys())
         for key in keys:
@@ -54,3 +55,52 @@ def test_served_ranks() -> None:
         assert r <= rank
         assert not [other for other in SERVED_RANKS if r <= other < rank]
     assert served_rank(SERVED_RANKS[-1] + 1) is None
+
+
+LAYER = "model.layers.0"
+
+
+@pytest.mark.parametrize(
+    ("rank", "modules", "extras", "vllm", "sglang"),
+    [
+        (16, ["self_attn.q_proj", "self_attn.v_proj"], False, "", ""),
+        (16, ["mlp.gate_proj"], False, "", ""),
+        (16, ["self_attn.q_proj"], False, "", "v_proj where q_proj"),
+        (16, ["self_attn.k_proj", "self_attn.v_proj"], False, "", "q_proj where k_proj"),
+        (16, ["mlp.up_proj"], False, "", "gate_proj where up_proj"),
+        (513, ["mlp.gate_proj"], False, "ranks up to 512", ""),
+        (16, ["mlp.gate_proj"], True, "biases or saved modules", "biases or saved modules"),
+        (16, ["attn.c_attn"], False, "layers of GPT-2", "layers of GPT-2"),
+    ],
+)
+def test_each_server_takes_it_or_says_why_not(
+    rank: int, modules: list[str], extras: bool, vllm: str, sglang: str
+) -> None:
+    found = refusals(rank, [f"{LAYER}.{module}" for module in modules], extras=extras)
+    for server, reason in (("vllm", vllm), ("sglang", sglang)):
+        assert reason in found[server]
+        assert bool(reason) == bool(found[server])
+
+
+def test_no_line_is_printed_for_what_a_server_refuses(tmp_path: Path) -> None:
+    fixtures = FIXTURES / "peft-0.21.2"
+    for name, refused in (("gpt2-gralora", "GPT-2"), ("llama-saved-head", "saved modules")):
+        told = run_ok("convert", fixtures / name, "--to", "lora", "-o", tmp_path / name).stdout
+        assert "vllm serve" not in told
+        assert "sglang.launch_server" not in told
+        assert f"not by vLLM, which {'has no' if refused == 'GPT-2' else 'does not load'}" in told
+        assert "to serve: merge it" in told
+    told = run_ok(
+        "convert", fixtures / "llama-all-linear", "--to", "lora", "-o", tmp_path / "all"
+    ).stdout
+    assert "to serve: vllm serve MODEL --enable-lora" in told
+    assert "python -m sglang.launch_server" in told
+    assert "--dtype float32 for a model in float32" in told
+
+
+def test_a_merge_in_float32_says_how_it_stays_so(tmp_path: Path) -> None:
+    arguments = [FIXTURES / "peft-0.21.2/llama-bf16", "--base", FIXTURES / "bases/llama-bf16"]
+    told = run_ok("merge", *arguments, "-o", tmp_path / "wide", "--dtype", "float32").stdout
+    assert "serve it with --dtype float32" in told
+    assert "--outtype f32" in told
+    assert "--outtype" not in run_ok("merge", *arguments, "-o", tmp_path / "kept").stdout
