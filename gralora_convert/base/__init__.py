@@ -1,34 +1,53 @@
 """An adapter beside its base: names, orientation, ties, quantisation, edits. No torch."""
 
-from gralora_convert.base.architecture import Architecture
-from gralora_convert.base.edits import (
-    Setting,
-    different_settings,
-    named_labels,
-    updated,
-    written_settings,
-)
-from gralora_convert.base.names import near_misses, spellings
-from gralora_convert.base.placement import place, place_in
-from gralora_convert.base.quantisation import quantisation
-from gralora_convert.base.recipe import (
-    Kept,
-    Merged,
-    Patched,
-    Placement,
-    Recipe,
-    Replaced,
-    Target,
-    combine,
-    read_parameter,
-    weights_for,
-)
-from gralora_convert.base.replacements import bias_missing
-from gralora_convert.base.sets import beside, extra_weights, lost_steps, trained_beside
+from typing import TYPE_CHECKING
+
+from gralora_convert.doors import opened
+
+if TYPE_CHECKING:
+    from gralora_convert.base.architecture import Architecture
+    from gralora_convert.base.edits import (
+        Setting,
+        different_settings,
+        named_labels,
+        updated,
+        written_settings,
+    )
+    from gralora_convert.base.names import near_misses, spellings
+    from gralora_convert.base.placement import place, place_in
+    from gralora_convert.base.quantisation import quantised_by
+    from gralora_convert.base.recipe import (
+        Kept,
+        Merged,
+        Patched,
+        Placement,
+        Recipe,
+        Replaced,
+        Target,
+        combine,
+        read_parameter,
+        weights_for,
+    )
+    from gralora_convert.base.replacements import bias_missing
+    from gralora_convert.base.sets import beside, extra_weights, lost_steps, trained_beside
 
 __all__ = [
     "Architecture", "Kept", "Merged", "Patched", "Placement", "Recipe", "Replaced", "Setting",
     "Target", "beside", "bias_missing", "combine", "different_settings", "extra_weights",
-    "lost_steps", "named_labels", "near_misses", "place", "place_in", "quantisation",
+    "lost_steps", "named_labels", "near_misses", "place", "place_in", "quantised_by",
     "read_parameter", "spellings", "trained_beside", "updated", "weights_for", "written_settings",
 ]  # fmt: skip
+
+__getattr__ = opened(__name__, {
+    "architecture": "Architecture",
+    "edits": "Setting different_settings named_labels updated written_settings",
+    "names": "near_misses spellings",
+    "placement": "place place_in",
+    "quantisation": "quantised_by",
+    "recipe": (
+        "Kept Merged Patched Placement Recipe Replaced Target combine read_parameter "
+        "weights_for"
+    ),
+    "replacements": "bias_missing",
+    "sets": "beside extra_weights lost_steps trained_beside",
+})  # fmt: skip

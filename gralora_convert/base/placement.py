@@ -24,7 +24,7 @@ from gralora_convert.base.quantisation import (
     companion,
     is_config_alone,
     plain_under_packed_names,
-    quantisation,
+    quantised_by,
 )
 from gralora_convert.base.recipe import Placement, Target
 from gralora_convert.base.replacements import Values, stored_shape
@@ -51,7 +51,7 @@ def place(
     if is_config_alone(base):
         return None, Report.of([error(
             "base-quantised", base.path,
-            f"its config.json says quantised ({quantisation(base)}), but no tensor is: loaders "
+            f"its config.json says quantised ({quantised_by(base)}), but no tensor is: loaders "
             "would quantise, or misread, the merged weights",
             f"Were they dequantised? Then remove quantization_config from config.json. {_RESAVED}",
         )])  # fmt: skip
@@ -137,7 +137,7 @@ class _Placer:
         self.adapter, self.architecture = adapter, architecture
         self.base, self.config = architecture.base, adapter.config
         self.findings: list[Finding] = []
-        self.method = quantisation(self.base)
+        self.method = quantised_by(self.base)
         self.values = Values(adapter, architecture)
         self.targets: dict[str, Target] = {}
 

@@ -51,7 +51,7 @@ _SCALED = ("weight_scale", "scales", "scale", "weight_zero_point", "input_scale"
 _BY_DTYPE = {"U32": "MLX or Metal", "I32": "packed integers", "U8": "packed integers", "I8": "int8"}
 
 
-def quantisation(base: Checkpoint) -> str | None:
+def quantised_by(base: Checkpoint) -> str | None:
     """The name of the quantisation of a base, None when its weights are plain numbers."""
     return _by_config(base) or _by_tensors(base)
 

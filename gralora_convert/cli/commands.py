@@ -39,7 +39,6 @@ from gralora_convert.cli.terminal import (
     show_json,
     show_notes,
 )
-from gralora_convert.disk import is_file
 from gralora_convert.errors import MisuseError, printable
 from gralora_convert.version import __version__
 
@@ -184,6 +183,8 @@ def _folders(names: Sequence[str]) -> list[str]:
     """Each adapter once, where several were given by their files (as pre-commit does)."""
     if len(names) == 1:
         return list(names)
+    from gralora_convert.disk import is_file
+
     return list(dict.fromkeys(str(Path(n).parent) if is_file(n) else n for n in names))
 
 

@@ -18,7 +18,6 @@ from typing import Any, TextIO
 import click
 
 from gralora_convert.cli.spelling import spelled, spelled_json
-from gralora_convert.disk import dump_json
 from gralora_convert.errors import Finding
 
 SEVERITIES = {"error": "red", "warning": "yellow", "note": "cyan"}
@@ -55,6 +54,8 @@ def show(text: str, *, err: bool = False) -> None:
 
 def show_json(value: object, *, as_written: bool = False) -> None:
     """One JSON document on stdout, its sentences `spelled` unless it is a file that was written."""
+    from gralora_convert.disk import dump_json
+
     click.echo(dump_json(value if as_written else spelled_json(value)))
 
 

@@ -7,7 +7,6 @@ The standard library decodes the opcodes (`pickletools.genops`, which runs none)
 2.13, torch/_utils.py.
 """
 
-import pickletools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +93,8 @@ class _Machine:
         self._memo: dict[object, object] = {}
 
     def run(self) -> object:
+        import pickletools  # 4 ms, which only pickles need
+
         position: int | None = 0
         try:
             for opcode, argument, at in pickletools.genops(self._data):

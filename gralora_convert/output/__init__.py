@@ -3,16 +3,14 @@
 from typing import TYPE_CHECKING
 
 from gralora_convert.doors import opened
-from gralora_convert.output.cards import CARD_NAME, adapter_card, merged_card
-from gralora_convert.output.plan import Plan
-from gralora_convert.output.ranks import Ranks
-from gralora_convert.output.receipt import adapter_receipt_findings, checkpoint_receipt_findings
-from gralora_convert.output.shards import index_json, lay_out
-from gralora_convert.output.workers import default_jobs, one_arithmetic_thread
-from gralora_convert.output.writing import Computed, Copied, OutputFile, Part
 
 if TYPE_CHECKING:
     from gralora_convert.output.adapter_files import Workshop, config_of, copied, folder_of
+    from gralora_convert.output.cards import CARD_NAME, adapter_card, merged_card
+    from gralora_convert.output.plan import Plan
+    from gralora_convert.output.ranks import Ranks
+    from gralora_convert.output.receipt import adapter_receipt_findings, checkpoint_receipt_findings
+    from gralora_convert.output.shards import index_json, lay_out
     from gralora_convert.output.tiles import (
         CastTensor,
         MergedTensor,
@@ -20,6 +18,8 @@ if TYPE_CHECKING:
         are_finite,
         taken,
     )
+    from gralora_convert.output.workers import default_jobs, one_arithmetic_thread
+    from gralora_convert.output.writing import Computed, Copied, OutputFile, Part
 
 __all__ = [
     "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "OutputFile",
@@ -31,5 +31,12 @@ __all__ = [
 
 __getattr__ = opened(__name__, {
     "adapter_files": "Workshop config_of copied folder_of",
+    "cards": "CARD_NAME adapter_card merged_card",
+    "plan": "Plan",
+    "ranks": "Ranks",
+    "receipt": "adapter_receipt_findings checkpoint_receipt_findings",
+    "shards": "index_json lay_out",
     "tiles": "CastTensor MergedTensor PatchedTensor are_finite taken",
+    "workers": "default_jobs one_arithmetic_thread",
+    "writing": "Computed Copied OutputFile Part",
 })  # fmt: skip

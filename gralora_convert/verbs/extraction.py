@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from gralora_convert.adapters import CONFIG_NAME, GraloraConfig, LoraConfig, key_of
-from gralora_convert.base import quantisation
+from gralora_convert.base import quantised_by
 from gralora_convert.delta import (
     Gralora,
     Kind,
@@ -100,7 +100,7 @@ def extract(
     before = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     after = tuned if isinstance(tuned, Checkpoint) else Checkpoint.open(tuned)
     for checkpoint in (before, after):
-        if method := quantisation(checkpoint):
+        if method := quantised_by(checkpoint):
             raise UnsupportedError(
                 f"is quantised ({method}); plain weights were needed", where=checkpoint.path
             )

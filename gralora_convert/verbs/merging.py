@@ -22,7 +22,7 @@ from gralora_convert.base import (
     combine,
     named_labels,
     place_in,
-    quantisation,
+    quantised_by,
     updated,
     weights_for,
 )
@@ -110,7 +110,7 @@ def merge(
     if not again:
         _refuse_twice(opened, factors, target)
     placements = [place_in(one, target, key_map, trust_remote_code) for one in opened]
-    if dtype != "keep" and (method := quantisation(target)):
+    if dtype != "keep" and (method := quantised_by(target)):
         raise MisuseError(
             f"the base is quantised ({method}): another dtype would cast its scales, too",
             where=target.path, hint='Give `dtype="keep"`.',

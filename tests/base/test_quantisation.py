@@ -10,7 +10,7 @@ import transformers
 from peft import GraloraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from gralora_convert.base.quantisation import quantisation
+from gralora_convert.base.quantisation import quantised_by
 from gralora_convert.disk.checkpoint import Checkpoint
 from tests.builders import SHAPES, random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok
@@ -50,7 +50,7 @@ FP8 = torch.ones(4, 4).to(torch.float8_e4m3fn)
 def test_tensors_alone_tell(method: str, tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     base = {"norm.weight": FLOATS[0], **{f"{Q}.{leaf}": value for leaf, value in tensors.items()}}
     write_model(tmp_path / "base", {name: value.clone() for name, value in base.items()})
-    assert quantisation(Checkpoint.open(tmp_path / "base")) == method
+    assert quantised_by(Checkpoint.open(tmp_path / "base")) == method
     write_adapter(tmp_path / "adapter", {Q: random_delta(4, 4, r=2)})
     for command in (["merge", "-o", tmp_path / "out"], ["validate"]):
         outcome = run(command[0], tmp_path / "adapter", "--base", tmp_path / "base", *command[1:])
@@ -76,7 +76,7 @@ def test_tensors_alone_tell(method: str, tensors: dict[str, torch.Tensor], tmp_p
 )
 def test_the_config_tells_first(method: str, config: dict[str, Any], tmp_path: Path) -> None:
     write_base(tmp_path, model_type="llama", **config)
-    assert quantisation(Checkpoint.open(tmp_path)) == method
+    assert quantised_by(Checkpoint.open(tmp_path)) == method
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}, {"quantization_config": {}}])
@@ -88,7 +88,7 @@ def test_plain_bases_are_not_quantised(config: dict[str, Any], tmp_path: Path) -
     }  # fmt: skip
     write_model(tmp_path, {name: value.clone() for name, value in shapes.items()})
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert quantisation(Checkpoint.open(tmp_path)) is None
+    assert quantised_by(Checkpoint.open(tmp_path)) is None
 
 
 def test_a_lone_8_bit_weight_is_refused_only_where_it_is_adapted(tmp_path: Path) -> None:
