@@ -233,10 +233,12 @@ class Adapter:
         if beyond:
             keys = (key for key, why in self.ignored.items() if why.endswith(tuple(beyond)))
             held = sorted({parse_key(key).name for key in keys})
+            named = self.config.extra.get("target_parameters")
+            held += [str(name) for name in named] if isinstance(named, list) else []
             more = f" and {len(held) - 2} more" if held[2:] else ""
-            named = f" (in {', '.join(held[:2])}{more})" if held else ""
+            where = f" (in {', '.join(held[:2])}{more})" if held else ""
             raise UnsupportedError(
-                f"is a LoRA with {', '.join(beyond)}{named}: its update is not scaling * B @ A",
+                f"is a LoRA with {', '.join(beyond)}{where}: its update is not scaling * B @ A",
                 where=self.path,
                 hint=way_out(beyond[0]),
             )

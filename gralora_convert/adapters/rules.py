@@ -58,6 +58,8 @@ _WAYS_OUT: Mapping[str, str] = {
     "alora_invocation_tokens": "Its update depends on the input: serve it with PEFT.",
     "arrow_config": "Its update depends on the input: serve it with PEFT.",
     "use_qalora": "Its input is pooled: serve it with PEFT.",
+    "target_parameters": "No GraLoRA can hold a stack of experts: merge it with PEFT, or train the "
+    "layers alone.",
     "factors of a layer inside another (attention, experts)": "No GraLoRA can hold those: merge it "
     "with PEFT, or remove their tensors to go on with the rest.",
     "megatron_config": "Save it from an unsharded run.",
