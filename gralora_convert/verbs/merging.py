@@ -100,7 +100,7 @@ def merge(
     factors = weights_for(opened, weights)
     target = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
     chained: list[str] = []
-    if not again:
+    if not again or target is None:  # to insist is about what a given base holds
         given, held = opened, None if target is None else target.merged_adapters
         opened, chained = whole_chains(given, held)
         weight_of = {id(adapter): weight for adapter, weight in zip(given, factors, strict=True)}

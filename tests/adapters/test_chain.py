@@ -45,6 +45,9 @@ def test_a_chain_is_followed_to_its_model(sft: Path, dpo: Path, tmp_path: Path) 
     model = load(BASE, "AutoModelForCausalLM", dtype=torch.float32)
     for adapter in (sft, dpo):  # as it was trained
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    run_ok("merge", dpo, "-o", tmp_path / "insisting", "--again")
+    first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("merged", "insisting"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
     right, found = model.state_dict(), load_file(tmp_path / "merged/model.safetensors")
     for name, value in found.items():
         torch.testing.assert_close(value, right[name], rtol=0, atol=1e-6)
