@@ -60,11 +60,14 @@ def whole_chains(
     Raises:
         MisuseError: the base was given, and an adapter of the chain is missing.
     """
+    folders = [below(adapter) for adapter in adapters]
+    if not any(folders):  # mostly so, and hashing a large adapter takes a second
+        return list(adapters), []
     named = {adapter.sha256() for adapter in adapters}
     chain: list[Adapter] = []
     notes = []
-    for adapter in adapters:
-        for folder in below(adapter):
+    for adapter, parents in zip(adapters, folders, strict=True):
+        for folder in parents:
             parent = Adapter.open(folder)
             parent.require_plain()
             if parent.sha256() in {*named, *(held or ())}:

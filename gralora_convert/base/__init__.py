@@ -25,8 +25,8 @@ if TYPE_CHECKING:
         Replaced,
         Target,
         combine,
+        gathered,
         read_parameter,
-        weights_for,
     )
     from gralora_convert.base.replacements import bias_missing
     from gralora_convert.base.sets import beside, extra_weights, lost_steps, trained_beside
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Architecture", "Kept", "Merged", "Patched", "Placement", "Recipe", "Replaced", "Setting",
     "Target", "beside", "bias_missing", "combine", "different_settings", "extra_weights",
-    "lost_steps", "named_labels", "near_misses", "place", "place_in", "quantised_by",
-    "read_parameter", "spellings", "trained_beside", "updated", "weights_for", "written_settings",
+    "gathered", "lost_steps", "named_labels", "near_misses", "place", "place_in", "quantised_by",
+    "read_parameter", "spellings", "trained_beside", "updated", "written_settings",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
@@ -45,8 +45,7 @@ __getattr__ = opened(__name__, {
     "placement": "place place_in",
     "quantisation": "quantised_by",
     "recipe": (
-        "Kept Merged Patched Placement Recipe Replaced Target combine read_parameter "
-        "weights_for"
+        "Kept Merged Patched Placement Recipe Replaced Target combine gathered read_parameter"
     ),
     "replacements": "bias_missing",
     "sets": "beside extra_weights lost_steps trained_beside",

@@ -21,6 +21,7 @@ from gralora_convert.base.edits import (
 from gralora_convert.base.names import near_misses
 from gralora_convert.base.quantisation import (
     ADVICE,
+    by_config,
     companion,
     is_config_alone,
     plain_under_packed_names,
@@ -327,7 +328,7 @@ class _Placer:
         spec = self.base.tensors[tensor]
         if spec.dtype not in FLOATING:
             method = f" ({self.method})" if self.method else ""
-            lost = self.method is not None and not self.base.config.get("quantization_config")
+            lost = self.method is not None and by_config(self.base) is None
             return error(
                 "base-quantised", module,
                 f"has dtype {spec.dtype}{method}, a 16- or 32-bit one was needed"

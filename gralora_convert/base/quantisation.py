@@ -53,13 +53,13 @@ _BY_DTYPE = {"U32": "MLX or Metal", "I32": "packed integers", "U8": "packed inte
 
 def quantised_by(base: Checkpoint) -> str | None:
     """The name of the quantisation of a base, None when its weights are plain numbers."""
-    return _by_config(base) or _by_tensors(base)
+    return by_config(base) or _by_tensors(base)
 
 
 def is_config_alone(base: Checkpoint) -> bool:
     """Whether a config says quantised what no tensor is: weights that were dequantised, or that
     loaders are to quantise."""
-    return _by_config(base) is not None and _by_tensors(base) is None
+    return by_config(base) is not None and _by_tensors(base) is None
 
 
 def plain_under_packed_names(base: Checkpoint) -> str | None:
@@ -81,7 +81,8 @@ def companion(base: Checkpoint, module: str) -> str | None:
     return next((name for name in names if name in base.tensors), None)
 
 
-def _by_config(base: Checkpoint) -> str | None:
+def by_config(base: Checkpoint) -> str | None:
+    """The method that the config, or one within it, names."""
     for config in nested(base.config):
         inside = config.get("quantization")
         if isinstance(inside, Mapping) and "bits" in inside:

@@ -8,9 +8,10 @@ spells them.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gralora_convert.adapters import Adapter, Update
+from gralora_convert.adapters import Adapter, Update, below, whole_chains
 from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import updated
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, read_rows, written_dtype
@@ -213,6 +214,50 @@ def weights_for(adapters: Sequence[Adapter], weights: Sequence[float] | None) ->
                 hint="Use weight 1.",
             )
     return list(weights)
+
+
+def gathered(
+    adapters: Sequence[Adapter | str | Path],
+    base: Checkpoint | str | Path | None,
+    weights: Sequence[float] | None,
+    *,
+    insist: bool = False,
+) -> tuple[list[tuple[Adapter, float]], Checkpoint, list[str]]:
+    """The adapters with their weights, each behind those that it was trained on (weight 1), their
+    base, and a note for each adapter that was put in.
+
+    `base` None means the one that they agree on. `insist`: a given base is taken to hold what an
+    adapter was trained on, without a look.
+
+    Raises:
+        MisuseError: weights that the adapters cannot have, no base that they agree on, or an
+            adapter that another was trained on is missing.
+        InvalidAdapterError, UnreadableError, UnsupportedError: an adapter, or the base.
+    """
+    given = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
+    for adapter in given:
+        adapter.require_plain()
+    factors = weights_for(given, weights)
+    target = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
+    held = None if target is None else target.merged_adapters
+    chain, notes = (given, []) if insist and target is not None else whole_chains(given, held)
+    weight_of = {id(adapter): weight for adapter, weight in zip(given, factors, strict=True)}
+    weighted = [(adapter, weight_of.get(id(adapter), 1.0)) for adapter in chain]
+    if target is None:
+        target = Checkpoint.open(_base_name(chain))
+    return weighted, target, notes
+
+
+def _base_name(adapters: Sequence[Adapter]) -> str:
+    """The base that the adapters agree on; those that were trained on another adapter have that."""
+    names = {adapter.base_source for adapter in adapters if not below(adapter)}
+    name = names.pop()
+    if names or not name:
+        found = "different base models" if names else "no base model"
+        raise MisuseError(
+            f"adapter_config.json names {found}", where=adapters[0].path, hint="Give `base`."
+        )
+    return name
 
 
 def _together(edits: Iterator[Mapping[str, object]]) -> dict[str, object]:

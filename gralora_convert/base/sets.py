@@ -14,6 +14,7 @@ from pathlib import Path
 from gralora_convert.adapters import CONFIG_NAME, Adapter
 from gralora_convert.disk import (
     MAX_JSON_BYTES,
+    STEP,
     Checkpoint,
     is_file,
     is_weights,
@@ -38,9 +39,8 @@ _PROCESSOR = re.compile(r"(\w+_)?(pre)?processor_config\.json|chat_template\.jso
 # What SentenceTransformer and CrossEncoder read, with the steps that modules.json names.
 _PIPELINE = re.compile(
     r"modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json"
-    r"|\d+_[A-Za-z]\w*/.*"
+    rf"|{STEP.pattern}/.*"
 )
-_STEP = re.compile(r"\d+_[A-Za-z]\w*")
 _SETS = {"tokenizer": _TOKENIZER, "processor": _PROCESSOR, "pipeline": _PIPELINE}
 _GENERATION = "generation_config.json"
 
@@ -124,7 +124,7 @@ def _taken(
     if any(name.endswith(".jinja") for name in taken):
         lost.add("chat_template.json")  # of a processor, which reads it first
     step = adapter.path.resolve()
-    if _STEP.fullmatch(step.name) and is_file(step.parent / "modules.json"):
+    if STEP.fullmatch(step.name) and is_file(step.parent / "modules.json"):
         notes.append(
             f"{adapter.path} is one step of the pipeline {step.parent}: put the merged model in "
             "its place there"

@@ -38,7 +38,6 @@ from gralora_convert.delta.resizing import (
     EXACT,
     Kind,
     Loss,
-    Made,
     Shape,
     blocks_for,
     least_rank,
@@ -69,7 +68,7 @@ from gralora_convert.delta.variants import Start, dora, start_of, without_start
 __all__ = [
     "EXACT", "Addend", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora",
     "Loss",
-    "Made", "Method", "Shape", "Stack", "Start", "Survival", "Verdict", "admissible", "block_norms",
+    "Method", "Shape", "Stack", "Start", "Survival", "Verdict", "admissible", "block_norms",
     "blocks_for", "compare", "delta_weight", "dense", "direct_sum", "dora", "energies",
     "exact_rank",
     "explain", "features", "forward_path", "gralora_product", "gralora_to_hybrid",

@@ -14,7 +14,7 @@ from gralora_convert.disk.files import (
     reading,
     require_stamp,
 )
-from gralora_convert.disk.folders import is_weights, listing, sidecars
+from gralora_convert.disk.folders import STEP, is_weights, listing, sidecars
 from gralora_convert.disk.hub import config_errors, fetch, is_cached, parse_name
 from gralora_convert.disk.numbers import INFINITY, is_zero, largest_magnitude, look, same_values
 from gralora_convert.disk.specs import (
@@ -50,11 +50,11 @@ from gralora_convert.disk.tensors import (
 
 __all__ = [
     "DTYPE_BITS", "DTYPE_OF_TORCH", "FLOATING", "INFINITY", "MAX_JSON_BYTES", "RECEIPT_NAME",
-    "WRITTEN", "Checkpoint", "JsonError", "Measure", "Rows", "TensorFile", "TensorFileError",
-    "TensorSpec", "bytes_of", "config_errors", "dump_json", "encode_header", "fetch", "file_stamp",
-    "is_cached", "is_file", "is_folder", "is_there", "is_weights", "is_zero", "largest_magnitude",
-    "listing", "load_json", "locate", "look", "measured", "nbytes_of", "open_regular", "parse_json",
-    "parse_name", "pread_exact", "read_bytes", "read_into", "read_rows", "read_safetensors",
-    "read_tensor_file", "read_torch", "reading", "require_stamp", "same_values", "sidecars",
-    "torch_dtype", "written_dtype",
+    "STEP", "WRITTEN", "Checkpoint", "JsonError", "Measure", "Rows", "TensorFile",
+    "TensorFileError", "TensorSpec", "bytes_of", "config_errors", "dump_json", "encode_header",
+    "fetch", "file_stamp", "is_cached", "is_file", "is_folder", "is_there", "is_weights", "is_zero",
+    "largest_magnitude", "listing", "load_json", "locate", "look", "measured", "nbytes_of",
+    "open_regular", "parse_json", "parse_name", "pread_exact", "read_bytes", "read_into",
+    "read_rows", "read_safetensors", "read_tensor_file", "read_torch", "reading", "require_stamp",
+    "same_values", "sidecars", "torch_dtype", "written_dtype",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ MAX_FOLDERS = 32  # below one another, of the files beside the weights
 _INDEX_SUFFIX = ".index.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # The folders that sentence-transformers names in modules.json: 1_Pooling, 2_Dense
-_STEP = re.compile(r"\d+_[A-Za-z]\w*")
+STEP = re.compile(r"\d+_[A-Za-z]\w*")
 SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})(?P<end>\.safetensors|\.bin)")
 # What a training run leaves beside its model: logs, and the state of its ranks
 _RUN_FOLDERS = ("runs", "wandb")
@@ -212,7 +212,7 @@ def sidecars(folder: Path) -> dict[str, Path]:
             below = folders.pop()
             for entry in listing(folder / below):
                 name = below / entry.name
-                is_step = is_pipeline and _STEP.fullmatch(name.parts[0]) is not None
+                is_step = is_pipeline and STEP.fullmatch(name.parts[0]) is not None
                 if entry.name.startswith("."):
                     continue
                 if (is_weights_or_ours(entry.name) or is_of_a_run(entry)) and not is_step:

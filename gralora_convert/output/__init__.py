@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         CastTensor,
         MergedTensor,
         PatchedTensor,
-        are_finite,
         taken,
     )
     from gralora_convert.output.workers import default_jobs, one_arithmetic_thread
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "OutputFile",
     "Part", "PatchedTensor", "Plan", "Ranks", "Workshop", "adapter_card",
-    "adapter_receipt_findings", "are_finite", "checkpoint_receipt_findings", "config_of", "copied",
+    "adapter_receipt_findings", "checkpoint_receipt_findings", "config_of", "copied",
     "default_jobs", "folder_of", "index_json", "lay_out", "merged_card", "one_arithmetic_thread",
     "taken",
 ]  # fmt: skip
@@ -36,7 +35,7 @@ __getattr__ = opened(__name__, {
     "ranks": "Ranks",
     "receipt": "adapter_receipt_findings checkpoint_receipt_findings",
     "shards": "index_json lay_out",
-    "tiles": "CastTensor MergedTensor PatchedTensor are_finite taken",
+    "tiles": "CastTensor MergedTensor PatchedTensor taken",
     "workers": "default_jobs one_arithmetic_thread",
     "writing": "Computed Copied OutputFile Part",
 })  # fmt: skip

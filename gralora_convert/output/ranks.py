@@ -128,7 +128,7 @@ def meeting(ranks: Ranks, output: Path) -> Iterator["Meeting"]:
         raise
     finally:
         met.leave()
-        if dist.is_initialized():
+        if met.group is not None:  # ours, not one that the caller has
             dist.destroy_process_group()
 
 
@@ -274,7 +274,7 @@ class Meeting:
     def leave(self) -> None:
         """Goes; rank 0, whose store the others read, when they have, or soon after."""
         assert self.store is not None
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, OutputError):  # the store has gone before
             self.store.set(f"gone-{self.ranks.rank}", "")
             until = time.monotonic() + HEARD_SECONDS
             while self.ranks.is_leader and self._without("gone") and time.monotonic() < until:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import assert_never
 
-from gralora_convert.adapters import Adapter, below, whole_chains
+from gralora_convert.adapters import Adapter
 from gralora_convert.base import (
     Kept,
     Merged,
@@ -20,11 +20,11 @@ from gralora_convert.base import (
     Replaced,
     beside,
     combine,
+    gathered,
     named_labels,
     place_in,
     quantised_by,
     updated,
-    weights_for,
 )
 from gralora_convert.delta import Survival
 from gralora_convert.disk import (
@@ -94,21 +94,10 @@ def merge(
     1
     """
     written_dtype(dtype, "F32")
-    opened = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
-    for adapter in opened:
-        adapter.require_plain()
-    factors = weights_for(opened, weights)
-    target = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
-    chained: list[str] = []
-    if not again or target is None:  # to insist is about what a given base holds
-        given, held = opened, None if target is None else target.merged_adapters
-        opened, chained = whole_chains(given, held)
-        weight_of = {id(adapter): weight for adapter, weight in zip(given, factors, strict=True)}
-        factors = [weight_of.get(id(adapter), 1.0) for adapter in opened]
-    if target is None:
-        target = Checkpoint.open(_base_name(opened))
+    weighted, target, chained = gathered(adapters, base, weights, insist=again)
+    opened, factors = [adapter for adapter, _ in weighted], [weight for _, weight in weighted]
     if not again:
-        _refuse_twice(opened, factors, target)
+        _refuse_twice(weighted, target)
     placements = [place_in(one, target, key_map, trust_remote_code) for one in opened]
     if dtype != "keep" and (method := quantised_by(target)):
         raise MisuseError(
@@ -143,22 +132,11 @@ def merge(
     )
 
 
-def _base_name(adapters: Sequence[Adapter]) -> str:
-    names = {adapter.base_source for adapter in adapters if not below(adapter)}
-    name = names.pop()
-    if names or not name:
-        found = "different base models" if names else "no base model"
-        raise MisuseError(
-            f"adapter_config.json names {found}", where=adapters[0].path, hint="Give `base`."
-        )
-    return name
-
-
-def _refuse_twice(adapters: Sequence[Adapter], weights: Sequence[float], base: Checkpoint) -> None:
+def _refuse_twice(weighted: Sequence[tuple[Adapter, float]], base: Checkpoint) -> None:
     """A base that already holds one of the adapters would get its update a second time; a negative
     weight takes it away."""
     merged = set(base.merged_adapters)
-    for adapter, weight in zip(adapters, weights, strict=True) if merged else ():
+    for adapter, weight in weighted if merged else ():
         if weight > 0 and adapter.sha256() in merged:
             raise MisuseError(
                 f"the base {base.source} already holds this adapter (its receipt lists it)",

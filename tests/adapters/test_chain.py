@@ -104,3 +104,31 @@ def test_a_negative_weight_takes_away_what_the_base_holds(sft: Path, tmp_path: P
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
     run_ok("merge", sft, "--base", tmp_path / "back", "-o", tmp_path / "again")
+
+
+def test_a_weight_is_for_the_adapter_that_was_named(dpo: Path, tmp_path: Path) -> None:
+    run_ok("merge", dpo, "--weight", "0.5", "-o", tmp_path / "merged")
+    arguments = ["verify", dpo, "--merged", tmp_path / "merged"]
+    assert "same function" in run_ok(*arguments, "--weight", "0.5").stdout
+    assert "same function" in run_ok(*arguments).stdout  # by the receipt
+    assert run(*arguments, "--weight", "1").status == 1
+
+
+@pytest.mark.parametrize("command", ["merge", "verify"])
+def test_adapters_that_name_different_bases_have_none(
+    command: str, sft: Path, tmp_path: Path
+) -> None:
+    other = based_on(tmp_path / "other", "llama-k4", FIXTURES / "bases/llama-tied")
+    rest = ["-o", tmp_path / "out"] if command == "merge" else ["--merged", BASE]
+    refused = run(command, sft, other, *rest)
+    assert refused.status == 2
+    assert "different base models" in refused.stderr
+
+
+def test_an_adapter_is_not_hashed_before_the_work(
+    sft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large one takes a second: it is done while tensors are made."""
+    monkeypatch.setattr(gc.Adapter, "sha256", pytest.fail)
+    gc.merge(sft, base=BASE)
+    gc.verify(sft, base=BASE, merged=BASE, level="weights")

@@ -187,3 +187,20 @@ def test_half_of_a_pair_is_no_plain_weight(leaf: str, tmp_path: Path) -> None:
     assert refused.status == 2
     assert f"layers.0.up.{leaf} stands beside it" in refused.stderr
     assert "save_original_format=False" in refused.stderr
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_config_that_says_how_codes_are_read_is_seen_wherever_it_stands(
+    key: str, tmp_path: Path
+) -> None:
+    inside = {key: {"quant_method": "compressed-tensors"}}
+    for name, config in (("outer", inside), ("inner", {"text_config": inside})):
+        base = tmp_path / name
+        tensors = write_base(base, model_type="llama", **config)
+        tensors["layers.0.up.weight"] = tensors["layers.0.up.weight"].to(torch.float8_e4m3fn)
+        tensors["layers.0.up.weight_scale"] = torch.ones(1, 1)
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        adapter = write_adapter(tmp_path / f"{name}-adapter", {Q: random_delta(*SHAPES[Q])})
+        refused = run("merge", adapter, "--base", base, "-o", tmp_path / "out")
+        assert "has dtype F8_E4M3 (compressed-tensors)" in refused.stderr
+        assert "no quantization_config" not in refused.stderr

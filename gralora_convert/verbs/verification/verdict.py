@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gralora_convert.adapters import CONFIG_NAME, Adapter, whole_chains
-from gralora_convert.base import Recipe, combine, lost_steps, place_in, weights_for
+from gralora_convert.adapters import CONFIG_NAME, Adapter
+from gralora_convert.base import Recipe, combine, gathered, lost_steps, place_in
 from gralora_convert.delta import Survival, require_device
 from gralora_convert.disk import Checkpoint
 from gralora_convert.errors import MisuseError, is_number, printable
@@ -205,21 +205,13 @@ def verify(
     if not is_number(slack) or slack <= 0:
         raise MisuseError(f"slack {slack!r} is not a positive, finite number")
     require_device(device)
-    opened = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
-    for one in opened:
-        one.require_plain()
-    source = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
-    opened, said = whole_chains(opened, None if source is None else source.merged_adapters)
+    weighted, source, said = gathered(adapters, base, weights)
+    opened, factors = [adapter for adapter, _ in weighted], [weight for _, weight in weighted]
     result = merged if isinstance(merged, Checkpoint) else Checkpoint.open(merged)
-    if weights is None and opened:
-        weights, more = _receipt_weights(opened, result)
-        said += more
-    factors = weights_for(opened, weights)
-    if source is None:
-        named = opened[0].base_source
-        if not named:
-            raise MisuseError("names no base model", where=opened[0].path, hint="Give `base`.")
-        source = Checkpoint.open(named)
+    if weights is None and (listed := _receipt_weights(opened, result)):
+        factors = listed
+        told = ", ".join(f"{weight:g}" for weight in factors)
+        said.append(f"the receipt of the merge gives weight {told}: compared with that")
     placements = [place_in(one, source, key_map, trust_remote_code) for one in opened]
     recipe = combine(placements, factors)
     with one_arithmetic_thread():
@@ -261,8 +253,8 @@ def _with_base_hint(rows: tuple[Row, ...], slack: float) -> tuple[Row, ...]:
 
 def _base_notes(adapter: Adapter, base: Checkpoint) -> Iterator[str]:
     """What the receipt of the base says, where that is a merged checkpoint itself."""
-    held = (base.receipt or {}).get("merged_adapters")
-    if isinstance(held, list) and adapter.sha256() in held:
+    held = base.merged_adapters
+    if held and adapter.sha256() in held:
         yield (
             f"the base {base.source} holds this adapter already: are `base` and `merged` in each "
             "other's place?"
@@ -291,22 +283,21 @@ def _listed(merged: Checkpoint) -> list[Mapping[str, object]]:
     return [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
 
 
-def _receipt_weights(
-    adapters: Sequence[Adapter], merged: Checkpoint
-) -> tuple[list[float] | None, list[str]]:
-    """The weights that the receipt gives these adapters, if it lists them all, and a note."""
+def _receipt_weights(adapters: Sequence[Adapter], merged: Checkpoint) -> list[float] | None:
+    """The weights that the receipt gives these adapters; None if it does not, or all are 1."""
     held = {one.get("sha256"): one.get("weight", 1.0) for one in _listed(merged)}
-    found = [held.get(adapter.sha256()) for adapter in adapters]
-    weights = [float(str(value)) for value in found if is_number(value)]
-    if len(weights) < len(found) or all(weight == 1 for weight in weights):
-        return None, []
-    told = ", ".join(f"{weight:g}" for weight in weights)
-    return weights, [f"the receipt of the merge gives weight {told}: compared with that"]
+    found = [held.get(adapter.sha256()) for adapter in adapters] if held else []
+    weights = [weight for weight in found if isinstance(weight, int | float) and is_number(weight)]
+    if len(weights) < len(adapters) or all(weight == 1 for weight in weights):
+        return None
+    return weights
 
 
 def _receipt_notes(recipe: Recipe, merged: Checkpoint) -> Iterator[str]:
     """What the receipt of a merge says that the adapters compared here cannot explain."""
     held = _listed(merged)
+    if not held:  # an adapter is hashed for a reason only
+        return
     named = ", ".join(f"{one.get('path')} (weight {one.get('weight', 1.0)})" for one in held)
     compared = {adapter.sha256(): weight for adapter, weight in recipe.weighted}
     if any(one.get("sha256") not in compared for one in held):
