@@ -1,7 +1,7 @@
 """An adapter on disk: config, keys, targets, tensors that agree. No torch until values are read."""
 
 from gralora_convert.adapters.adapter import WEIGHTS, Adapter, Scan, scan_adapter
-from gralora_convert.adapters.chain import below, chain_findings, whole_chains
+from gralora_convert.adapters.chain import chain_findings, is_on_adapter, model_below, whole_chains
 from gralora_convert.adapters.config import (
     CONFIG_NAME,
     NAMES,
@@ -17,7 +17,7 @@ from gralora_convert.adapters.update import Update
 
 __all__ = [
     "CONFIG_NAME", "NAMES", "NEEDS_BASE", "PEFT_VERSION", "PREFIX", "WEIGHTS", "Adapter",
-    "GraloraConfig", "Group", "LoraConfig", "Role", "Scan", "Update", "below", "chain_findings",
-    "group", "is_saved", "key_of", "parse_key", "read_config", "rule_of", "scan_adapter", "select",
-    "split", "whole_chains",
+    "GraloraConfig", "Group", "LoraConfig", "Role", "Scan", "Update", "chain_findings", "group",
+    "is_on_adapter", "is_saved", "key_of", "model_below", "parse_key", "read_config", "rule_of",
+    "scan_adapter", "select", "split", "whole_chains",
 ]  # fmt: skip

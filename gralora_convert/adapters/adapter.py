@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from gralora_convert.adapters.config import CONFIG_NAME, GraloraConfig, LoraConfig, read_config
+from gralora_convert.adapters.config import (
+    CONFIG_NAME,
+    GraloraConfig,
+    LoraConfig,
+    read_config,
+    source_of,
+)
 from gralora_convert.adapters.contents import Places
 from gralora_convert.adapters.keys import Role, parse_key
 from gralora_convert.adapters.rules import LARGEST_FLOAT32, way_out
@@ -25,7 +31,6 @@ from gralora_convert.disk import (
     fetch,
     is_file,
     is_folder,
-    is_there,
     load_json,
     measured,
     parse_name,
@@ -117,14 +122,9 @@ class Adapter:
 
     @property
     def base_source(self) -> str | None:
-        """The base model that the config names, with its revision where that is of the Hub.
-
-        None when it names none: PEFT 0.21.2 writes null for a model made in memory, the
-        `add_adapter` of transformers 5.23 an empty text."""
-        name, revision = self.config.base_model_name_or_path or None, self.config.revision
-        if name is None or not revision or is_there(name) or "@" in name:
-            return name
-        return f"{name}@{revision}" if parse_name(name) else name
+        """The base model that the config names, with its revision where that is of the Hub; None
+        when it names none."""
+        return source_of(self.config.base_model_name_or_path, self.config.revision)
 
     @property
     def model_config(self) -> Mapping[str, object]:

@@ -24,7 +24,7 @@ from gralora_convert.adapters.rules import (
     unknown_findings,
     unsupported_features,
 )
-from gralora_convert.disk import JsonError, load_json
+from gralora_convert.disk import JsonError, is_there, load_json, parse_name
 from gralora_convert.errors import (
     Finding,
     InvalidAdapterError,
@@ -317,6 +317,18 @@ def read_config(folder: Path) -> ConfigFile:
         found = error(f"config-{reason}", path, problem.message, problem.hint)
         return ConfigFile({}, None, (found,))
     return parse_config(values, CONFIG_NAME)
+
+
+def source_of(name: object, revision: object) -> str | None:
+    """The model that `base_model_name_or_path` names, with its revision where that is of the Hub.
+
+    None when it names none: PEFT 0.21.2 writes null for a model made in memory, the `add_adapter`
+    of transformers 5.23 an empty text."""
+    if not isinstance(name, str) or not name:
+        return None
+    if not isinstance(revision, str) or not revision or is_there(name) or "@" in name:
+        return name
+    return f"{name}@{revision}" if parse_name(name) else name
 
 
 def _where_it_may_be(folder: Path) -> str:

@@ -18,6 +18,7 @@ from gralora_convert.base.edits import (
     updated,
     vocabulary_edits,
 )
+from gralora_convert.base.identity import identity_findings
 from gralora_convert.base.names import near_misses
 from gralora_convert.base.quantisation import (
     ADVICE,
@@ -144,7 +145,7 @@ class _Placer:
 
     def place(self) -> Settlement:
         """The settled claims; errors are in `findings`."""
-        self._compare_names()
+        self.findings += identity_findings(self.adapter, self.base)
         if self.architecture.prefix_note:
             self._say(note(
                 "base-prefix", self.base.path,
@@ -174,17 +175,6 @@ class _Placer:
 
     def _say(self, finding: Finding) -> None:
         self.findings.append(finding)
-
-    def _compare_names(self) -> None:
-        expected, own = self.config.base_model_name_or_path, self.base.config.get("_name_or_path")
-        if not isinstance(own, str) or not own or not expected:
-            return
-        if own.rstrip("/").rpartition("/")[2] != expected.rstrip("/").rpartition("/")[2]:
-            self._say(warning(
-                "base-name-mismatch", CONFIG_NAME,
-                f"was trained on {expected!r}, the base names itself {own!r}",
-                "Is this the model that it was trained on?",
-            ))  # fmt: skip
 
     def _check_head_class(self) -> None:
         """The class of the merged model reads settings that the base's own may not read."""

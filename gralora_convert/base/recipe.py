@@ -11,7 +11,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gralora_convert.adapters import Adapter, Update, below, whole_chains
+from gralora_convert.adapters import Adapter, Update, is_on_adapter, whole_chains
 from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import updated
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, read_rows, written_dtype
@@ -250,8 +250,8 @@ def gathered(
 
 def _base_name(adapters: Sequence[Adapter]) -> str:
     """The base that the adapters agree on; those that were trained on another adapter have that."""
-    names = {adapter.base_source for adapter in adapters if not below(adapter)}
-    name = names.pop()
+    names = {adapter.base_source for adapter in adapters if not is_on_adapter(adapter)}
+    name = names.pop() if names else None
     if names or not name:
         found = "different base models" if names else "no base model"
         raise MisuseError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gralora_convert.adapters import NAMES, Group
-from gralora_convert.disk import is_cached, is_there
+from gralora_convert.disk import cached, is_there
 from gralora_convert.errors import printable
 from gralora_convert.verbs import SERVED_RANKS, served_rank
 
@@ -162,7 +162,7 @@ def _base(base: object) -> str:
         return "not named; give --base"
     if is_there(base):
         return f"{base} (here)"
-    return f"{base} ({'in the cache of the Hub' if is_cached(base) else 'not here'})"
+    return f"{base} ({'in the cache of the Hub' if cached(base, 'config.json') else 'not here'})"
 
 
 def _short_shape(facts: Json) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gralora_convert.disk.files import is_file, is_folder, is_there
 from gralora_convert.errors import UnreadableError
 
 _PART = r"[A-Za-z0-9][\w.-]*"
@@ -56,16 +57,24 @@ def parse_name(text: str) -> HubName | None:
     return HubName(found["repository"], found["revision"], found["folder"].strip("/"))
 
 
-def is_cached(text: str) -> bool:
-    """Whether the cache holds something of the repository; nothing is imported or downloaded."""
+def cached(text: str, file: str) -> Path | None:
+    """The path of `file` of what `text` names, a folder here or a repository in the Hub's cache;
+    None when neither has it. Nothing is downloaded."""
+    if is_there(text):
+        return found if is_file(found := Path(text) / file) else None
+    from huggingface_hub import constants
+
     name = parse_name(text)
-    home = os.environ.get("HF_HOME") or os.path.join(  # noqa: PTH118
-        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
-    )
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-    return name is not None and any(
-        cache.glob(f"models--{name.repository.replace('/', '--')}/snapshots/*/*")
-    )
+    if name is None:
+        return None
+    where = Path(constants.HF_HUB_CACHE) / f"models--{name.repository.replace('/', '--')}"
+    if not is_folder(where):  # mostly so, and asking the library takes a fifth of a second
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    inner = f"{name.folder}/{file}" if name.folder else file
+    held = try_to_load_from_cache(name.repository, inner, revision=name.revision)
+    return Path(held) if isinstance(held, str) else None
 
 
 def fetch(name: HubName, is_complete: Callable[[Path], bool]) -> Path:

@@ -1,8 +1,8 @@
 """Model cards: the README.md with which the Hub files a model under its base.
 
 Metadata after the Hub's model card specification: `base_model`, `base_model_relation` (`finetune`
-for one adapter merged into its base, `merge` for several, `adapter` for an adapter), `tags`,
-`library_name`, and the licence that the base's own card names.
+for one adapter merged into its base, `merge` for several, `adapter` for an adapter), and what the
+base's own card says: `tags`, `library_name`, `pipeline_tag`, the licence.
 """
 
 import json
@@ -18,9 +18,11 @@ from gralora_convert.errors import printable
 CARD_NAME = "README.md"
 LARGEST = 1 << 20  # bytes of a base's card that are looked at
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
-_LICENCE = re.compile(
-    r"^(license|license_name|license_link): *([^\s#][^\n#]*?) *(?:#.*)?$", re.MULTILINE
+_FIELDS = re.compile(
+    r"^(license|license_name|license_link|library_name|pipeline_tag): *([^\s#][^\n#]*?) *(?:#.*)?$",
+    re.MULTILINE,
 )
+_TAGS = re.compile(r"^tags: *\n((?: *- .*\n?)+)", re.MULTILINE)
 
 
 def merged_card(base: Checkpoint, adapters: Sequence[Adapter]) -> bytes:
@@ -30,11 +32,11 @@ def merged_card(base: Checkpoint, adapters: Sequence[Adapter]) -> bytes:
     >>> base = Checkpoint.open("fixtures/bases/llama")
     >>> card = merged_card(base, [Adapter.open("fixtures/peft-0.21.2/llama-hybrid")])
     >>> card.decode().splitlines()[:2]
-    ['---', 'library_name: transformers']
+    ['---', 'library_name: "transformers"']
     """
-    own = base.config.get("_name_or_path")
+    # not the config's own _name_or_path: often that of the model which the base was made from
     named = [adapter.config.base_model_name_or_path for adapter in adapters]
-    model = _hub_id([base.source, str(base.folder), *named, own if isinstance(own, str) else None])
+    model = _hub_id([base.source, str(base.folder), *named])
     title = model or _title(base.source)
     names = [_title(str(adapter.path)) for adapter in adapters]
     body = [
@@ -99,8 +101,15 @@ def _card(
     head = ["---"]
     if model is not None:  # the Hub refuses a base_model that is a path
         head += [f"base_model: {json.dumps(model)}", f"base_model_relation: {relation}"]
-    head += [f"library_name: {library}", "tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
-    head += [f"{name}: {json.dumps(value)}" for name, value in _licence(base).items()]
+    front = _front_matter(base)
+    said = {name: _unquoted(value) for name, value in _FIELDS.findall(front)}
+    if library == "peft":  # of the base's tags, those of its own format are not the adapter's
+        said["library_name"] = library
+    elif found := _TAGS.search(front):
+        tags = [*map(_unquoted, re.findall(r"- *(.+?) *$", found[1], re.MULTILINE)), *tags]
+    fields = {"library_name": library} | said
+    head += [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
+    head += ["tags:", *(f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags))]
     return "\n".join([*head, "---", "", *body, ""]).encode()
 
 
@@ -124,8 +133,12 @@ def _hub_id(names: Iterable[str | None]) -> str | None:
     return None
 
 
-def _licence(folder: Path | None) -> dict[str, str]:
-    """The licence that the card in `folder` names in its front matter."""
+def _front_matter(folder: Path | None) -> str:
+    """The front matter of the card in `folder`; "" when it has none."""
     text = ((_own_card(folder) if folder else None) or b"")[:LARGEST].decode(errors="replace")
     front, closed = text[4:].partition("\n---")[:2] if text.startswith("---\n") else ("", "")
-    return {name: value.strip("\"'") for name, value in _LICENCE.findall(front)} if closed else {}
+    return front if closed else ""
+
+
+def _unquoted(value: str) -> str:
+    return value.strip("\"'")

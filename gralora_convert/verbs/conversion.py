@@ -19,6 +19,7 @@ from gralora_convert.adapters import (
     Adapter,
     GraloraConfig,
     LoraConfig,
+    chain_findings,
     key_of,
 )
 from gralora_convert.base import trained_beside
@@ -198,7 +199,7 @@ class _Conversion:
 
     def plan(self) -> Plan:
         adapter = self.adapter
-        notes = _left_out(adapter.ignored)
+        notes = [*_left_out(adapter.ignored), *map(str, chain_findings(adapter))]
         if self.shape.kind == "lora":
             notes += serving_notes(self.shape.r, extras=self.has_extras)
         workshop = Workshop()

@@ -15,11 +15,20 @@ from gralora_convert.adapters import (
     Adapter,
     chain_findings,
     is_saved,
+    model_below,
     parse_key,
     scan_adapter,
 )
 from gralora_convert.base import bias_missing, extra_weights, place
-from gralora_convert.disk import FLOATING, RECEIPT_NAME, Checkpoint, TensorFile, is_folder, look
+from gralora_convert.disk import (
+    FLOATING,
+    RECEIPT_NAME,
+    Checkpoint,
+    TensorFile,
+    cached,
+    is_folder,
+    look,
+)
 from gralora_convert.errors import ConvertError, Finding, Report, error, note, warning
 from gralora_convert.output import adapter_receipt_findings, checkpoint_receipt_findings
 
@@ -80,23 +89,32 @@ def _fit_findings(
     key_map: Mapping[str, str] | None,
     trust_remote_code: bool,
 ) -> Iterator[Finding]:
-    named = adapter.config.base_model_name_or_path
-    if base is None and named and is_folder(named):
+    if base is None:
         try:
-            base = Checkpoint.open(named)
+            named = model_below(adapter)
+            base = _at_hand(named)
         except ConvertError as problem:
             yield note(
                 "base-not-checked", CONFIG_NAME, f"the base it names cannot be read: {problem}"
             )
-    elif base is None:
-        what = f"{named!r} is not here" if named else "none is named"
-        yield note("base-not-checked", CONFIG_NAME, f"checked without a base model: {what}")
+        else:
+            if base is None:
+                what = f"{named!r} is not here" if named else "none is named"
+                yield note("base-not-checked", CONFIG_NAME, f"checked without a base model: {what}")
     if base is None:
         yield from _alone_findings(adapter)
         return
     opened = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     _, report = place(adapter, opened, key_map=key_map, trust_remote_code=trust_remote_code)
     yield from report.findings
+
+
+def _at_hand(named: str | None) -> Checkpoint | None:
+    """The model of that name where it is here or in the Hub's cache; nothing is downloaded."""
+    if named and is_folder(named):
+        return Checkpoint.open(named)
+    config = cached(named, "config.json") if named else None
+    return None if config is None else Checkpoint.open(config.parent)
 
 
 def _alone_findings(adapter: Adapter) -> Iterator[Finding]:

@@ -94,6 +94,45 @@ def test_a_chain_that_leads_back_to_itself_ends(sft: Path, dpo: Path) -> None:
         below(gc.Adapter.open(dpo))
 
 
+@pytest.mark.parametrize("command", ["validate", "inspect"])
+def test_a_chain_in_a_circle_is_shown(command: str, sft: Path, dpo: Path) -> None:
+    path = sft / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": str(dpo)}))
+    told = run(command, dpo)
+    assert "leads back to itself" in told.stdout
+    assert "q_proj" in run("inspect", dpo).stdout
+
+
+@pytest.mark.parametrize("name", ["/elsewhere/runs/sft", "runs/sft", "sft"])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_first_adapter_that_was_moved_is_not_left_out(
+    name: str, given: bool, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    sft = based_on(runs / "sft", "llama-hybrid", BASE)
+    dpo = based_on(runs / "dpo", "llama-k4", Path(name))
+    base = ["--base", BASE] if given else []
+    refused = run("merge", dpo, *base, "-o", tmp_path / "out")
+    assert refused.status == 2
+    assert f"Name it before: {sft} {dpo}" in refused.stderr
+    run_ok("merge", sft, dpo, *base, "-o", tmp_path / "out")
+    run_ok("merge", sft, "-o", tmp_path / "first")
+    run_ok("merge", dpo, "--base", tmp_path / "first", "-o", tmp_path / "second")
+
+
+def test_a_run_that_is_called_after_its_model_is_no_chain(tmp_path: Path) -> None:
+    based_on(tmp_path / "llama", "llama-hybrid", Path("/models/llama"))
+    other = based_on(tmp_path / "v2", "llama-k4", Path("/models/llama"))
+    run_ok("merge", other, "--base", BASE, "-o", tmp_path / "out")
+
+
+def test_converting_says_that_it_stands_on_another(dpo: Path, sft: Path, tmp_path: Path) -> None:
+    told = run_ok("convert", dpo, "--to", "lora", "-o", tmp_path / "lora").stderr
+    assert f"was trained on top of the adapter {sft}" in told
+
+
 def test_a_negative_weight_takes_away_what_the_base_holds(sft: Path, tmp_path: Path) -> None:
     run_ok("merge", sft, "-o", tmp_path / "held")
     arguments = [sft, "--base", tmp_path / "held"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gralora_convert.adapters.adapter import Adapter
-from gralora_convert.disk.hub import HubName, is_cached, parse_name
+from gralora_convert.disk.hub import HubName, cached, parse_name
 from tests.builders import random_delta, write_adapter
 
 ROOT = Path(__file__).parent.parent.parent
@@ -73,12 +73,41 @@ def test_names(text: str, found: HubName | None) -> None:
 
 
 def test_what_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store(tmp_path / "hub", "org/base", BASE)
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert is_cached("org/base")
-    assert not is_cached("org/other")
-    assert not is_cached("../x")
+    held = store(tmp_path, "org/base", BASE)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert cached("org/base", "config.json") == held / "config.json"
+    assert cached(str(BASE), "config.json") == BASE / "config.json"
+    for name in ("org/other", "../x", "org/base@v2", "org/base/x", "a\0b", "x" * 5000):
+        assert cached(name, "config.json") is None
+    assert cached("org/base", "adapter_config.json") is None
+
+
+def test_a_chain_over_the_cache(tmp_path: Path) -> None:
+    """The base that an adapter names is an adapter in the cache, whose base is there, too."""
+    cache = tmp_path / "hub"
+    sft = copy_based_on(tmp_path / "sft", LLAMA, "org/base")
+    dpo = copy_based_on(tmp_path / "dpo", FIXTURES / "peft-0.21.2/llama-k4", "org/sft")
+    store(cache, "org/base", BASE)
+    store(cache, "org/sft", sft)
+    refused = command("merge", dpo, "--base", "org/base", "-o", "out", cache=cache, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "was trained on the adapter" in refused.stderr
+    told = command("validate", dpo, cache=cache, cwd=tmp_path)
+    assert told.returncode == 0, told.stdout
+    assert "base-not-checked" not in told.stdout  # the model at the end is here, and was looked at
+    for output, arguments in (("a", [dpo]), ("b", [sft, dpo, "--base", "org/base"])):
+        made = command("merge", *arguments, "-o", output, cache=cache, cwd=tmp_path)
+        assert made.returncode == 0, made.stderr
+    first, second = (tmp_path / f / "model.safetensors" for f in "ab")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def copy_based_on(folder: Path, source: Path, base: str) -> Path:
+    shutil.copytree(source, folder)
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text()) | {"base_model_name_or_path": base}
+    path.write_text(json.dumps(values))
+    return folder
 
 
 def test_adapter_and_base_of_the_cache(tmp_path: Path) -> None:
