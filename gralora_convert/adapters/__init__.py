@@ -2,6 +2,15 @@
 
 from gralora_convert.adapters.adapter import WEIGHTS, Adapter, Scan, scan_adapter
 from gralora_convert.adapters.chain import chain_findings, is_on_adapter, model_below, whole_chains
+from gralora_convert.adapters.completeness import (
+    INCOMPLETE,
+    bias_finding,
+    is_all_linear,
+    missing_targets,
+    saved_findings,
+    suspicions,
+    target_findings,
+)
 from gralora_convert.adapters.config import (
     CONFIG_NAME,
     NAMES,
@@ -12,12 +21,13 @@ from gralora_convert.adapters.config import (
 from gralora_convert.adapters.groups import Group, group, split
 from gralora_convert.adapters.keys import PREFIX, Role, key_of, parse_key
 from gralora_convert.adapters.rules import NEEDS_BASE, PEFT_VERSION
-from gralora_convert.adapters.targets import is_saved, rule_of, select
+from gralora_convert.adapters.targets import is_saved
 from gralora_convert.adapters.update import Update
 
 __all__ = [
-    "CONFIG_NAME", "NAMES", "NEEDS_BASE", "PEFT_VERSION", "PREFIX", "WEIGHTS", "Adapter",
-    "GraloraConfig", "Group", "LoraConfig", "Role", "Scan", "Update", "chain_findings", "group",
-    "is_on_adapter", "is_saved", "key_of", "model_below", "parse_key", "read_config", "rule_of",
-    "scan_adapter", "select", "split", "whole_chains",
+    "CONFIG_NAME", "INCOMPLETE", "NAMES", "NEEDS_BASE", "PEFT_VERSION", "PREFIX", "WEIGHTS",
+    "Adapter", "GraloraConfig", "Group", "LoraConfig", "Role", "Scan", "Update", "bias_finding",
+    "chain_findings", "group", "is_all_linear", "is_on_adapter", "is_saved", "key_of",
+    "missing_targets", "model_below", "parse_key", "read_config", "saved_findings", "scan_adapter",
+    "split", "suspicions", "target_findings", "whole_chains",
 ]  # fmt: skip

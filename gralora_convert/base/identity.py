@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter
-from gralora_convert.disk import Checkpoint, cached, is_there, load_json, parse_name
+from gralora_convert.disk import Checkpoint, cached, is_folder, is_there, load_json, parse_name
 from gralora_convert.errors import Finding, UnreadableError, note, warning
 
 _CACHED = re.compile(r"models--(?:[^/]+?--)?([^/]+)/snapshots/")
@@ -46,6 +46,18 @@ def identity_findings(adapter: Adapter, base: Checkpoint) -> Iterator[Finding]:
         "says that it is that model",
         f"{_SAME} If the other is itself an adapter, name it before this one.",
     )  # fmt: skip
+
+
+def model_at_hand(name: str | None) -> Checkpoint | None:
+    """The model of that name where it is here or in the Hub's cache; nothing is downloaded.
+
+    Raises:
+        UnreadableError, UnsupportedError: it is here, and cannot be read.
+    """
+    if name and is_folder(name):
+        return Checkpoint.open(name)
+    config = cached(name, "config.json") if name else None
+    return None if config is None else Checkpoint.open(config.parent)
 
 
 def _last(name: str) -> str:

@@ -8,7 +8,13 @@ that may be unchanged copies.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from gralora_convert.adapters import CONFIG_NAME, Adapter, rule_of, select
+from gralora_convert.adapters import (
+    CONFIG_NAME,
+    Adapter,
+    is_all_linear,
+    missing_targets,
+    target_findings,
+)
 from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import (
     head_class,
@@ -392,42 +398,18 @@ class _Placer:
     def _check_targets(self) -> None:
         """The modules that the config selects in the base against those in the file."""
         names = self.architecture.likely_modules()
-        missing = self._missing(names or [])
-        if missing or names is None:  # a module on disk need not exist in memory: ask the model
-            exact = self.architecture.linear_modules(head=not self._is_all_linear())
-            if exact is not None:
-                names, missing = exact, self._missing(exact)
-        if missing:
-            rule = rule_of(self.config, self.adapter.modules, names or [])
-            if rule is not None and not self._is_all_linear():
-                self._say(warning(
-                    "target-rule-changed", CONFIG_NAME,
-                    f"selects {len(missing)} more modules by today's rules, first {missing[0]}; "
-                    f"by those of PEFT {rule} exactly the ones in the file, which are taken",
-                ))  # fmt: skip
-                missing = []
-        for module in missing:
-            self._say(error(
-                "target-without-tensors", module, "is selected by the config, but has no tensors",
-                "Incomplete adapter, or another base?",
-            ))  # fmt: skip
+        if names is None or missing_targets(self.adapter, names):
+            # a module on disk need not exist in memory: ask the model
+            exact = self.architecture.linear_modules(head=not is_all_linear(self.config))
+            names = names if exact is None else exact
+        self.findings += target_findings(self.adapter, names or [])
         self._check_names()
-
-    def _is_all_linear(self) -> bool:
-        targets = self.config.target_modules
-        return isinstance(targets, str) and targets.lower() == "all-linear"
-
-    def _missing(self, names: Sequence[str]) -> list[str]:
-        if self.config.target_modules is None:
-            return []
-        selected = list(names) if self._is_all_linear() else select(self.config, names)
-        return [module for module in selected if module not in self.adapter.roles]
 
     def _check_names(self) -> None:
         targets, modules = self.config.target_modules, self.adapter.modules
         stacked = [name for name in self.base.tensors if ".experts." in name]
         # PEFT writes all-linear down as the whole names that it took
-        everything = self._is_all_linear() or (targets and set(targets) == set(modules))
+        everything = is_all_linear(self.config) or (targets and set(targets) == set(modules))
         if everything and stacked and not any(".experts." in m for m in modules):
             self._say(note(
                 "experts-not-adapted", CONFIG_NAME,

@@ -5,11 +5,17 @@ saved whole, embeddings. Values are absolute: they replace, they are never added
 from collections.abc import Iterator, Mapping, Sequence
 from operator import ne
 
-from gralora_convert.adapters import CONFIG_NAME, Adapter, is_saved
+from gralora_convert.adapters import (
+    CONFIG_NAME,
+    Adapter,
+    bias_finding,
+    is_saved,
+    saved_findings,
+)
 from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.recipe import Patched, Replaced
 from gralora_convert.disk import Rows, TensorSpec, same_values
-from gralora_convert.errors import Finding, error, note, warning
+from gralora_convert.errors import Finding, error, warning
 
 Trained = tuple[tuple[str, Replaced | Patched], ...]  # what replaces which tensor of the output
 _TASK_HEADS = ("classifier", "score", "qa_outputs")  # what PEFT adds to modules_to_save by task
@@ -127,7 +133,13 @@ class Values:
         module, _, leaf = parameter.rpartition(".")
         weight = self.adapter.saved.get(f"{module}.weight")
         model = self.architecture.blueprint
-        if leaf == "bias" and weight is not None and len(weight.shape) == 2:
+        if leaf == "bias" and weight is None:
+            self._say(error(
+                "modules-to-save-missing", f"{module}.weight",
+                "is neither in the base nor in the adapter, which has the bias beside it",
+                "Incomplete adapter, or another base?",
+            ))  # fmt: skip
+        elif leaf == "bias" and weight is not None and len(weight.shape) == 2:
             if spec.shape not in ((weight.shape[0],), (weight.shape[1],)):  # Conv1D: (in, out)
                 self._say(error(
                     "modules-to-save-shape", parameter,
@@ -229,25 +241,16 @@ class Values:
     # what is missing ------------------------------------------------------------------------------
 
     def _check_saved(self) -> None:
-        used = {is_saved(self.config, parameter) for parameter in self.adapter.saved}
-        for entry in self.config.modules_to_save or ():
-            if entry in used:
-                continue
-            modules = self._modules()
-            if any(module.endswith(entry) for module in modules):
-                self._say(error(
-                    "modules-to-save-missing", entry,
-                    "is in modules_to_save and in the base, but the adapter has no tensors of it",
-                    "Incomplete adapter, or another base?",
-                ))  # fmt: skip
-            else:
-                self._say(note("modules-to-save-unmatched", entry, "is no module of the base"))
-
-    def _modules(self) -> set[str]:
-        """Names of modules as PEFT sees them: in memory, where they are others than on disk."""
+        """By names in memory where those on disk are others, as PEFT sees them."""
         blueprint = self.architecture.blueprint if self.architecture.text.is_converted else None
-        names = self.base.tensors if blueprint is None else blueprint.state
-        return {name.rpartition(".")[0] for name in names}
+        if blueprint is None:
+            written: set[str] = {name for parts in self.trained.values() for name, _ in parts}
+            written |= {rows.tensor for name in self.frozen for rows in self._find(name)}
+            self.findings += saved_findings(self.adapter, written, self.base.tensors)
+        else:
+            given = {*self.adapter.saved, *self.adapter.frozen}
+            written = {other for name in given for other in self.architecture.sharing(name)}
+            self.findings += saved_findings(self.adapter, written | given, blueprint.state)
 
     def check_head(self) -> None:
         """A class with a new head may have more layers that the base lacks, unsaved by PEFT."""
@@ -290,10 +293,8 @@ class Values:
             state = self.architecture.blueprint.state
             given = {shared for name in self.trained for shared in self.architecture.sharing(name)}
             others = [n for n in state if n.endswith(".bias") and self._find(n) and n not in given]
-        if own or others:
-            count, example = (len(own), f"{own[0]}.bias") if own else (len(others), others[0])
-            what = f"{count} trained biases, first {example},"
-            self._say(bias_missing(self.config.peft_version, mode, what))
+        if found := bias_finding(self.adapter, [f"{module}.bias" for module in own], others):
+            self._say(found)
 
     def _other_biases(self) -> list[str]:
         """Biases on disk that the adapter has no value for."""
@@ -336,16 +337,3 @@ def _vocabulary_sizes(config: Mapping[str, object]) -> Iterator[int]:
             yield from _vocabulary_sizes(value)
         elif name == "vocab_size" and isinstance(value, int):
             yield value
-
-
-def bias_missing(version: str | None, mode: str, what: str) -> Finding:
-    """The finding for biases that were trained and not saved."""
-    release = tuple(int(x) for x in (version or "").split(".")[:2] if x.isdecimal())
-    reason = (
-        f"PEFT {version} trains biases but does not save them (fixed in 0.21.0): they are lost."
-        if len(release) == 2 and release < (0, 21)
-        else "Is the file complete?"
-    )
-    return error(
-        "bias-missing", CONFIG_NAME, f"bias is {mode!r}, but {what} are not in the file", reason
-    )

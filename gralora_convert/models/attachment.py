@@ -13,7 +13,16 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from gralora_convert.adapters import PREFIX, Adapter, GraloraConfig, LoraConfig
+from gralora_convert.adapters import (
+    PREFIX,
+    Adapter,
+    GraloraConfig,
+    LoraConfig,
+    bias_finding,
+    is_all_linear,
+    saved_findings,
+    target_findings,
+)
 from gralora_convert.delta import Delta, Gralora, Lora
 from gralora_convert.disk import read_torch
 from gralora_convert.errors import Finding, MisuseError, Report, UnsupportedError, error
@@ -25,6 +34,7 @@ from gralora_convert.models.layer import (
     misfits,
     require_name,
 )
+from gralora_convert.models.meta import linear_modules
 from gralora_convert.output import config_of, folder_of
 
 # On a value that an attached adapter brought: the adapter's name.
@@ -242,13 +252,15 @@ def attach(
         problems += _same_place(slots, slot)
         slots.append(slot)
     changes, others = _replacements(tree, source.values, name, trainable)
-    Report.of([*problems, *others]).require_ok(source.where)
+    lacking = [] if source.adapter is None else _lacking(source.adapter, model, tree)
+    Report.of([*problems, *others, *lacking]).require_ok(source.where)
     if not slots and not changes:
         raise MisuseError("there is nothing to attach: no modules", where=source.where)
     for change in changes:
         change.install()
     layers = {slot.module: slot.install(name) for slot in slots}
-    return Attachment(name, layers, slots, changes, source.config)
+    config = None if source.adapter is None else source.adapter.config
+    return Attachment(name, layers, slots, changes, config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +272,7 @@ class _Source:
     delta: Callable[[str], Delta]
     values: Mapping[str, Tensor]
     dropout: float
-    config: GraloraConfig | LoraConfig | None = None
+    adapter: Adapter | None = None
 
 
 def _source(adapter: Adapter | Mapping[str, Delta]) -> _Source:
@@ -270,16 +282,17 @@ def _source(adapter: Adapter | Mapping[str, Delta]) -> _Source:
         raise TypeError(f"{adapter!r:.99} is neither an adapter, its folder nor deltas by module")
     specs = {f"{module}.bias": spec for module, spec in adapter.biases.items()}
     values = {path: read_torch(spec) for path, spec in {**specs, **adapter.saved}.items()}
-    rate, config = _dropout(adapter), adapter.config
-    return _Source(str(adapter.path), adapter.modules, adapter.delta, values, rate, config)
+    rate = _dropout(adapter)
+    return _Source(str(adapter.path), adapter.modules, adapter.delta, values, rate, adapter)
 
 
 def _require_trainable(source: _Source) -> None:
     """Raises `UnsupportedError` for LoRAs of which PEFT trains other parameters than A and B, or
     these by another rule."""
-    if not isinstance(source.config, LoraConfig):
+    config = None if source.adapter is None else source.adapter.config
+    if not isinstance(config, LoraConfig):
         return
-    extra, init = source.config.extra, source.config.init_lora_weights
+    extra, init = config.extra, config.init_lora_weights
     for name, marks in _TRAINED_OTHERWISE.items():
         if init in marks or any(extra.get(mark) not in (None, False) for mark in marks):
             raise UnsupportedError(
@@ -321,6 +334,37 @@ def _target_problems(
         if isinstance(layer, GraloraLinear):
             layer.require_free(name)
         yield from misfits(layer, delta, module)
+
+
+def _lacking(
+    adapter: Adapter, model: nn.Module, tree: Mapping[str, nn.Module]
+) -> Iterator[Finding]:
+    """What the model says that the adapter must hold, and does not."""
+    own = {name: bare(layer) for name, layer in model.named_modules() if not _is_inside(tree, name)}
+    yield from target_findings(
+        adapter, linear_modules(model, own, head=not is_all_linear(adapter.config))
+    )
+    parameters = {
+        f"{name}.{leaf}".removeprefix("."): value
+        for name, layer in own.items()
+        for leaf, value in layer.named_parameters(recurse=False)
+    }
+    given = {*adapter.saved, *(f"{module}.bias" for module in adapter.biases)}
+    same = {id(parameters[name]) for name in given if name in parameters}
+    written = {name for name, value in parameters.items() if id(value) in same}
+    yield from saved_findings(adapter, written, parameters)
+    biases = [name for name in parameters if name.endswith(".bias") and name not in written]
+    inner = [name for name in biases if name.removesuffix(".bias") in adapter.roles]
+    others = biases if adapter.config.bias == "all" and not adapter.biases else []
+    if found := bias_finding(adapter, inner, others):
+        yield found
+
+
+def _is_inside(tree: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a module is a part of an adapted layer, which the adapter's names do not know."""
+    words = name.split(".")
+    above = (tree[".".join(words[:i])] for i in range(1, len(words)))
+    return any(isinstance(layer, GraloraLinear) for layer in above)
 
 
 def _same_place(slots: Sequence[_Slot], slot: _Slot) -> Iterator[Finding]:

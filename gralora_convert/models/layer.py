@@ -296,7 +296,7 @@ def require_name(name: str) -> None:
 def misfits(layer: nn.Module, delta: Delta, where: str = "") -> Iterator[Finding]:
     """Why `delta` cannot be put on `layer`, if so; `where` is the name of the module."""
     layer, hint = bare(layer), "Is this the model it was trained on?"
-    if not _is_linear(layer):
+    if not is_linear(layer):
         message = f"is of type {type(layer).__name__}; only nn.Linear and Conv1D can be adapted"
         yield error("target-unsupported", where, message, hint)
         return
@@ -321,7 +321,7 @@ def bare(layer: nn.Module) -> nn.Module:
     return layer.base_layer if isinstance(layer, GraloraLinear) else layer
 
 
-def _is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: nn.Module) -> bool:
     """Whether this is an nn.Linear, or a Conv1D of transformers (found without importing it)."""
     return isinstance(layer, nn.Linear) or any(
         cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")

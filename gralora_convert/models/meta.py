@@ -21,6 +21,7 @@ import torch
 from gralora_convert.disk import Checkpoint, Rows
 from gralora_convert.models.building import models
 from gralora_convert.models.foreign import ForeignError, foreign, quiet
+from gralora_convert.models.layer import is_linear
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -98,25 +99,8 @@ class Blueprint:
         return found is not None and any(item is found for held in lists for item in held)
 
     def linear(self, *, head: bool) -> list[str]:
-        """Names of all nn.Linear and Conv1D; without `head`, but the output embedding (PEFT 0.21.2,
-        tuners_utils.py, `_maybe_include_all_linear_layers`)."""
-        excluded = None if head else self._output_embedding()
-        return [
-            name
-            for name, module in self._modules.items()
-            if self.kind(name) in ("Linear", "Conv1D", "MultiheadAttention")
-            and isinstance(getattr(module, "weight", None), torch.nn.Parameter)
-            and module is not excluded
-        ]
-
-    def _output_embedding(self) -> torch.nn.Module | None:
-        getter = getattr(self.model, "get_output_embeddings", None)
-        try:
-            with foreign():
-                found = getter() if getter is not None else None
-        except ForeignError:
-            return None
-        return found if isinstance(found, torch.nn.Module) else None
+        """Names of all nn.Linear and Conv1D; without `head`, but the output embedding."""
+        return linear_modules(self.model, self._modules, head=head)
 
     # ties ---------------------------------------------------------------------------------------
 
@@ -342,3 +326,28 @@ def _embeddings(module: torch.nn.Module, dot: str) -> Iterator[str]:
             part = getattr(module, getter)()
             if id(part) in names:
                 yield f"{dot}{names[id(part)]}.weight"
+
+
+def linear_modules(
+    model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], *, head: bool
+) -> list[str]:
+    """The names of all nn.Linear and Conv1D among `modules` of `model`; without `head`, but the
+    output embedding (PEFT 0.21.2, tuners_utils.py, `_maybe_include_all_linear_layers`)."""
+    excluded = None if head else _output_embedding(model)
+    return [
+        name
+        for name, module in modules.items()
+        if is_linear(module)
+        and isinstance(getattr(module, "weight", None), torch.nn.Parameter)
+        and module is not excluded
+    ]
+
+
+def _output_embedding(model: torch.nn.Module) -> torch.nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        with foreign():
+            found = getter() if getter is not None else None
+    except ForeignError:
+        return None
+    return found if isinstance(found, torch.nn.Module) else None

@@ -5,8 +5,6 @@ at a time, as raw bytes) and what is worth a warning when there is no base to as
 """
 
 import os
-import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,19 +12,17 @@ from gralora_convert.adapters import (
     CONFIG_NAME,
     Adapter,
     chain_findings,
-    is_saved,
     model_below,
     parse_key,
     scan_adapter,
+    suspicions,
 )
-from gralora_convert.base import bias_missing, extra_weights, place
+from gralora_convert.base import extra_weights, model_at_hand, place
 from gralora_convert.disk import (
     FLOATING,
     RECEIPT_NAME,
     Checkpoint,
     TensorFile,
-    cached,
-    is_folder,
     look,
 )
 from gralora_convert.errors import ConvertError, Finding, Report, error, note, warning
@@ -92,7 +88,7 @@ def _fit_findings(
     if base is None:
         try:
             named = model_below(adapter)
-            base = _at_hand(named)
+            base = model_at_hand(named)
         except ConvertError as problem:
             yield note(
                 "base-not-checked", CONFIG_NAME, f"the base it names cannot be read: {problem}"
@@ -102,60 +98,12 @@ def _fit_findings(
                 what = f"{named!r} is not here" if named else "none is named"
                 yield note("base-not-checked", CONFIG_NAME, f"checked without a base model: {what}")
     if base is None:
-        yield from _alone_findings(adapter)
+        yield from suspicions(adapter)
+        yield from extra_weights(adapter)
         return
     opened = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     _, report = place(adapter, opened, key_map=key_map, trust_remote_code=trust_remote_code)
     yield from report.findings
-
-
-def _at_hand(named: str | None) -> Checkpoint | None:
-    """The model of that name where it is here or in the Hub's cache; nothing is downloaded."""
-    if named and is_folder(named):
-        return Checkpoint.open(named)
-    config = cached(named, "config.json") if named else None
-    return None if config is None else Checkpoint.open(config.parent)
-
-
-def _alone_findings(adapter: Adapter) -> Iterator[Finding]:
-    """What an adapter shows without a base, short of proof."""
-    config = adapter.config
-    if config.bias != "none" and not adapter.biases:
-        found = bias_missing(config.peft_version, config.bias, "trained biases")
-        yield warning(found.code, found.where, found.message, found.hint)
-    targets = config.target_modules
-    for name in targets if targets is not None and not isinstance(targets, str) else ():
-        if not any(m == name or m.endswith(f".{name}") for m in adapter.modules):
-            yield warning(
-                "target-without-tensors", CONFIG_NAME,
-                f"target_modules names {name!r}, of which the file holds no tensors",
-                "Check with `base` whether the model has it.",
-            )  # fmt: skip
-    saved = {is_saved(config, parameter) for parameter in adapter.saved}
-    for entry in config.modules_to_save or ():
-        if entry not in saved:
-            yield note("modules-to-save-unmatched", entry, "is in modules_to_save, without tensors")
-    yield from extra_weights(adapter)
-    yield from _uneven_layers(adapter)
-
-
-def _uneven_layers(adapter: Adapter) -> Iterator[Finding]:
-    layers: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for module in adapter.modules:
-        found = re.match(r"(.*?)\.(\d+)\.(.+)", module)
-        if found:
-            layers[found[1], found[2]].add(found[3])
-    every: dict[str, set[str]] = defaultdict(set)
-    for (stack, _), names in layers.items():
-        every[stack] |= names
-    for (stack, index), names in layers.items():
-        lacking = sorted(every[stack] - names)
-        if lacking:
-            yield warning(
-                "target-without-tensors", f"{stack}.{index}",
-                f"lacks {', '.join(lacking)}, which other layers have",
-                "Check with `base`.",
-            )  # fmt: skip
 
 
 def _value_findings(file: TensorFile) -> Iterator[Finding]:

@@ -85,9 +85,7 @@ def test_the_card_says_what_the_base_s_says(tmp_path: Path) -> None:
         "pipeline_tag: sentence-similarity\ntags:\n- bert\n- 'en'\n---\n# It\n"
     )
     delta = random_delta(16, 16)
-    adapter = write_adapter(
-        tmp_path / "adapter", {"model.layers.0.self_attn.q_proj": delta}
-    )
+    adapter = write_adapter(tmp_path / "adapter", {"model.layers.0.self_attn.q_proj": delta})
     plan = gc.merge(adapter, base=base)
     plan.write(tmp_path / "out")
     front = (tmp_path / "out/README.md").read_text().split("---")[1]
