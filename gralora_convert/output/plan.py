@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gralora_convert.adapters import CONFIG_NAME, scan_adapter
 from gralora_convert.disk import (
     RECEIPT_NAME,
     TensorFile,
@@ -224,6 +225,8 @@ class Plan:
             file.require_unchanged()
         if verify:
             self._require_as_planned(folder)
+        if CONFIG_NAME in self.texts:
+            _require_sound(folder)
         receipt = self.receipt() | self.contents()
         receipt["outputs"] = self._outputs(folder, digests)
         clear_journals(folder)
@@ -245,6 +248,15 @@ class Plan:
                     where=file.name,
                     hint="Nothing was published. Is the disk failing?",
                 )
+
+
+def _require_sound(folder: Path) -> None:
+    """An adapter that we would not read is not published."""
+    if errors := scan_adapter(folder).report.errors:
+        raise CheckFailedError(
+            f"the adapter made is not sound: {errors[0]}",
+            hint="Nothing was published. Please report this with the adapter's config.",
+        )
 
 
 @dataclass(frozen=True)

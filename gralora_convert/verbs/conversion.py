@@ -15,14 +15,17 @@ import torch
 
 from gralora_convert.adapters import (
     CONFIG_NAME,
+    INCOMPLETE,
     PEFT_VERSION,
     Adapter,
     GraloraConfig,
     LoraConfig,
     chain_findings,
     key_of,
+    model_below,
+    suspicions,
 )
-from gralora_convert.base import trained_beside
+from gralora_convert.base import model_at_hand, place, trained_beside
 from gralora_convert.delta import (
     EXACT,
     Gralora,
@@ -52,7 +55,12 @@ from gralora_convert.disk import (
     torch_dtype,
     written_dtype,
 )
-from gralora_convert.errors import InexactError, MisuseError
+from gralora_convert.errors import (
+    InexactError,
+    MisuseError,
+    UnreadableError,
+    UnsupportedError,
+)
 from gralora_convert.output import (
     CARD_NAME,
     Computed,
@@ -129,7 +137,8 @@ def convert(
         )
     with one_arithmetic_thread():
         shape = _shape(source, to, k, r, hybrid_r, alpha, max_error)
-        conversion = _Conversion(source, shape, dtype, verify)
+        notes = [] if source.base else _completeness(opened, key_map, trust_remote_code)
+        conversion = _Conversion(source, shape, dtype, verify, tuple(notes))
         if not allow_inexact and max_error is None:
             conversion.require_exact()
     return conversion.plan()
@@ -191,6 +200,7 @@ class _Conversion:
     shape: Shape
     dtype: str
     verify: bool
+    notes: tuple[str, ...] = ()
     lost: dict[str, Loss] = field(default_factory=dict)
 
     @property
@@ -199,7 +209,7 @@ class _Conversion:
 
     def plan(self) -> Plan:
         adapter = self.adapter
-        notes = [*_left_out(adapter.ignored), *map(str, chain_findings(adapter))]
+        notes = [*self.notes, *_left_out(adapter.ignored), *map(str, chain_findings(adapter))]
         if self.shape.kind == "lora":
             notes += serving_notes(self.shape.r, extras=self.has_extras)
         workshop = Workshop()
@@ -385,6 +395,27 @@ class _Conversion:
             **loss_json(self.lost),
             "serving": refusals(rank, modules, extras=self.has_extras) if is_lora else None,
         }
+
+
+def _completeness(
+    adapter: Adapter, key_map: Mapping[str, str] | None, trust_remote_code: bool
+) -> list[str]:
+    """What an adapter without a given base shows of being incomplete, as notes.
+
+    Raises:
+        InvalidAdapterError: the base that it names is at hand, it fits there, and says that
+            tensors are missing.
+    """
+    try:
+        base = model_at_hand(model_below(adapter))
+    except (UnreadableError, UnsupportedError):
+        base = None  # it was not asked for
+    if base is None:
+        return [str(finding) for finding in suspicions(adapter)]
+    _, report = place(adapter, base, key_map=key_map, trust_remote_code=trust_remote_code)
+    if all(finding.code in INCOMPLETE for finding in report.errors):
+        report.require_ok(adapter.path)
+    return []
 
 
 def _left_out(ignored: Mapping[str, str]) -> list[str]:
