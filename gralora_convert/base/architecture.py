@@ -8,9 +8,13 @@ imports torch and transformers).
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gralora_convert.base.names import Names
 from gralora_convert.base.source_text import HEADS
+
+if TYPE_CHECKING:
+    from gralora_convert.models import TieFlag
 
 # Blocks of these models are Conv1D throughout, their heads nn.Linear (transformers 5.23).
 _CONV1D_FAMILY = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -48,13 +52,41 @@ class Architecture(Names):
         """All names of one parameter in memory, itself included."""
         if not self.text.may_be_tied(parameter) or self.blueprint is None:
             return (parameter,)
-        return self.blueprint.sharing(parameter)
+        return tuple(self.spelt(name) for name in self.blueprint.sharing(self.today(parameter)))
+
+    def place(self, parameter: str) -> object:
+        """Names of a shared parameter with the same place are one in the model, so that an adapter
+        put there serves them all."""
+        found = self.blueprint
+        return parameter if found is None else found.slot(self.today(parameter))
 
     def is_one_place(self, one: str, other: str) -> bool:
-        """Whether two names of a shared parameter are the same place in the model, so that an
-        adapter put there serves both."""
+        return one == other or self.place(one) == self.place(other)
+
+    def is_tied_by_loader(self, parameter: str) -> bool:
+        """Whether its sharing is made while loading, by name; so it is taken to be where the model
+        cannot be built."""
         found = self.blueprint
-        return one == other or (found is not None and found.slot(one) == found.slot(other))
+        return found is None or found.is_tied_by_loader(self.today(parameter))
+
+    def tie_source(self, parameter: str) -> str | None:
+        """The name that the loader ties this one to."""
+        found = self.blueprint
+        source = None if found is None else found.tie_source(self.today(parameter))
+        return None if source is None else self.spelt(source)
+
+    def tie_flag(self, parameters: Collection[str]) -> "TieFlag | None":
+        """The flag that ties these, if one alone does and its place in the config is known; the
+        config's own where the model cannot be built."""
+        from gralora_convert.models import TieFlag
+
+        if self.blueprint is None:
+            return TieFlag((), (), frozenset(parameters))
+        flag = self.blueprint.tie_flag(map(self.today, parameters))
+        if flag is None:
+            return None
+        tied, embeddings = map(self.spelt, flag.tied), map(self.spelt, flag.embeddings)
+        return TieFlag(flag.path, tuple(tied), frozenset(embeddings))
 
     def tied_source(self, module: str, shape: tuple[int, ...]) -> str | None:
         """Without a blueprint: the input embedding on disk that an output head without a tensor
@@ -80,7 +112,7 @@ class Architecture(Names):
         )
         if head_only or self.blueprint is None:
             return []
-        return self.blueprint.lacking(given)
+        return self.blueprint.lacking(set(map(self.today, given)))
 
     # kinds ----------------------------------------------------------------------------------------
 
@@ -100,7 +132,11 @@ class Architecture(Names):
 
     def kind(self, module: str) -> str | None:
         """The class name of a module in memory; None when the model cannot be built or lacks it."""
-        return None if self.blueprint is None else self.blueprint.kind(module)
+        return None if self.blueprint is None else self.blueprint.kind(self._module(module))
+
+    def _module(self, module: str) -> str:
+        """The name of a module in the model of the installed transformers."""
+        return self.today(f"{module}.weight").removesuffix(".weight")
 
     def is_attention_output(self, disk_module: str) -> bool:
         """Whether a module is the out_proj of torch's MultiheadAttention, by its siblings."""
@@ -112,12 +148,14 @@ class Architecture(Names):
         """Whether the model's forward never calls what has the layer's name, so that an adapter
         there has no effect: it reads the weight (Mamba's `dt_proj`, the attention of WavLM), or
         calls the layer out of a plain list (the mask head of MaskFormer)."""
-        if self.text.keeps_lists and self.blueprint and self.blueprint.is_listed(module):
-            return True
-        parent, _, leaf = module.rpartition(".")
+        if self.text.keeps_lists and self.blueprint:
+            if self.blueprint.is_listed(self._module(module)):
+                return True
+        leaf = module.rpartition(".")[2]
         if all(leaf != layer for _, layer in self.text.uncalled) or self.blueprint is None:
             return False
-        return any((name, leaf) in self.text.uncalled for name in self.blueprint.classes(parent))
+        holder = self._module(module).rpartition(".")[0]
+        return any((name, leaf) in self.text.uncalled for name in self.blueprint.classes(holder))
 
     def linear_modules(self, *, head: bool = False) -> list[str] | None:
         """Names in memory of all nn.Linear and Conv1D, `head`: with the output embedding; None when
@@ -125,6 +163,6 @@ class Architecture(Names):
         if self.blueprint is None:
             return None
         found, inside = self.blueprint.linear(head=head), f"{self.part}."
-        if not self.part or any(self.blueprint.has(module) for module in self.modules):
-            return found
+        if not self.part or any(self.blueprint.has(self._module(m)) for m in self.modules):
+            return [self._module_spelt(name) for name in found]
         return [name.removeprefix(inside) for name in found if name.startswith(inside)]

@@ -50,7 +50,7 @@ class Names:
 
     `class_name` is the model class in memory (None: the base's own, or that of the task),
     `class_beside` the one that the config beside the adapter names. `shapes` are (out, in) of the
-    modules, as far as they are known.
+    modules, as far as they are known; `claimed` are all parameters that the adapter has a say in.
     """
 
     base: Checkpoint
@@ -61,6 +61,7 @@ class Names:
     trust_remote_code: bool = False
     class_beside: str | None = None
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    claimed: tuple[str, ...] = ()
 
     @cached_property
     def text(self) -> SourceText:
@@ -180,14 +181,51 @@ class Names:
         if not self.text.is_converted or not self.modules:
             return False
         blueprint = self.blueprint
-        return blueprint is not None and all(blueprint.has(m) for m in self.modules)
+        return blueprint is not None and all(blueprint.today(f"{m}.weight") for m in self.modules)
+
+    def today(self, parameter: str) -> str:
+        """The name of a parameter in the model of the installed transformers; the adapter was
+        perhaps trained under another release, which called it otherwise."""
+        if not self._by_blueprint or self.mapped(parameter) != parameter:
+            return parameter
+        assert self.blueprint is not None
+        return self.blueprint.today(parameter) or parameter
+
+    @cached_property
+    def _adapters_own(self) -> Mapping[str, str]:
+        """Name of a parameter today -> the adapter's for it, where that is another."""
+        claimed = dict.fromkeys((*self.claimed, *(f"{module}.weight" for module in self.modules)))
+        return {today: name for name in claimed if (today := self.today(name)) != name}
+
+    def spelt(self, parameter: str) -> str:
+        """The adapter's name for what is called `parameter` today."""
+        return self._adapters_own.get(parameter, parameter)
+
+    @cached_property
+    def _starts(self) -> Mapping[str, str]:
+        """Leading parts of names today -> those of the adapter, the longest first."""
+        found = {}
+        for today, own in self._adapters_own.items():
+            one, two = today.split("."), own.split(".")
+            while one and two and one[-1] == two[-1]:
+                one.pop(), two.pop()
+            found[".".join(one)] = ".".join(two)
+        return dict(sorted(found.items(), key=lambda pair: -len(pair[0])))
+
+    def _module_spelt(self, module: str) -> str:
+        """What the adapter would call a module, that it need not have."""
+        for today, own in self._starts.items():
+            if not today or module.startswith(f"{today}."):
+                rest = module.removeprefix(f"{today}.") if today else module
+                return f"{own}.{rest}" if own else rest
+        return module
 
     def locate(self, parameter: str) -> tuple[Rows, ...]:
         """Where a parameter in memory lies on disk; () when it is not there under its own name."""
         if self._by_blueprint and self.mapped(parameter) == parameter:
             assert self.blueprint is not None
-            if parameter in self.blueprint.state:
-                return self.blueprint.origins.get(parameter, ())
+            if (today := self.today(parameter)) in self.blueprint.state:
+                return self.blueprint.origins.get(today, ())
         name = self._on_disk(self._way.rename, parameter)
         if name is None:
             return ()
@@ -204,7 +242,7 @@ class Names:
         """The name that a parameter which is not on disk gets there."""
         if self._by_blueprint and self.mapped(parameter) == parameter:
             assert self.blueprint is not None
-            return self.blueprint.disk_name(parameter)
+            return self.blueprint.disk_name(self.today(parameter))
         mapped = self.mapped(parameter)
         return _stripper(self.lacking_prefix)(mapped) if self.lacking_prefix else mapped
 
@@ -218,7 +256,7 @@ class Names:
         """The base-model prefix of names in memory that names on disk lack."""
         if self._by_blueprint and self.blueprint is not None:
             prefix = self.blueprint.prefix
-            named = any(m.startswith(f"{prefix}.") for m in self.modules)
+            named = any(self.today(f"{m}.weight").startswith(f"{prefix}.") for m in self.modules)
             stored = any(name.startswith(f"{prefix}.") for name in self.base.tensors)
             return prefix if named and not stored else ""
         return self._way.strips
@@ -273,6 +311,18 @@ class Names:
         if type(model.model).__name__ not in self.base.architectures:
             return False
         return model.loaded_name(tensor)[0] not in model.state
+
+    def loaded_as(self, tensor: str) -> tuple[str, set[str]]:
+        """The parameter that a tensor beside those of the base would become ('' when none), and the
+        tensors of the base that become the same; by transformers' conversion mapping, where names
+        on disk are others than in memory."""
+        model = self.blueprint if self.text.is_converted else None
+        if model is None:
+            return tensor, set()
+        name, moved = model.loaded_name(tensor)
+        if name not in model.state or moved is not None:
+            return (name if moved is not None else ""), set()
+        return name, {rows.tensor for rows in model.origins.get(name, ())}
 
     # modules --------------------------------------------------------------------------------------
 

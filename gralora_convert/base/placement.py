@@ -76,6 +76,7 @@ def place(
         key_map or {}, trust_remote_code,
         str(beside[0]) if isinstance(beside, list) and len(beside) == 1 else None,
         {module: adapter.shape(module) for module in adapter.modules},
+        (*(f"{module}.bias" for module in adapter.biases), *adapter.saved, *adapter.frozen),
     )  # fmt: skip
     if architecture.rivals is not None:
         return None, Report.of([architecture.rivals])
@@ -177,6 +178,8 @@ class _Placer:
         claims = Claims(self.targets, self.values.trained, self.values.frozen, self.values.biases)
         settlement = settle(claims, self.architecture)
         self.findings += settlement.findings
+        if self.values.head_rows is None:  # else the class of the output is another
+            self.findings += _unloaded(settlement, self.architecture)
         return settlement
 
     def _say(self, finding: Finding) -> None:
@@ -449,6 +452,25 @@ def _unused(key_map: Mapping[str, str], adapter: Adapter) -> Iterator[Finding]:
                 "key-map-unmatched", name, "is named by `key_map`, but begins no module here",
                 near_misses(name, names),
             )  # fmt: skip
+
+
+def _unloaded(settlement: Settlement, architecture: Architecture) -> Iterator[Finding]:
+    """Tensors beside those of the base that the loader of the output would not take, or would
+    take for what another tensor is."""
+    written = {name for name, _ in settlement.replacements}
+    written |= {rows.tensor for target in settlement.targets for rows, _ in target.parts}
+    for name in written - architecture.base.tensors.keys():
+        loaded, others = architecture.loaded_as(name)
+        if not loaded:
+            why = "is written beside the base's tensors, and no parameter is loaded from it"
+        elif others - written:
+            why = f"is written for {loaded}, which {min(others - written)} is loaded into as well"
+        else:
+            continue
+        yield error(
+            "tensor-not-loaded", name, why,
+            "The adapter calls it otherwise than this base: `key_map=FROM=TO`.",
+        )  # fmt: skip
 
 
 def _is_computed(tensor: str, module: str) -> bool:

@@ -145,8 +145,8 @@ class Values:
                     "modules-to-save-shape", parameter,
                     f"has shape {spec.shape}, ({weight.shape[0]},) was needed beside its weight",
                 ))  # fmt: skip
-        elif model is not None and parameter in model.state:
-            own = tuple(model.state[parameter].shape)
+        elif model is not None and (today := self.architecture.today(parameter)) in model.state:
+            own = tuple(model.state[today].shape)
             if len(own) != len(spec.shape) or sum(map(ne, own, spec.shape)) > 1:  # but for labels
                 self._say(error(
                     "modules-to-save-shape", parameter,
@@ -249,8 +249,9 @@ class Values:
             self.findings += saved_findings(self.adapter, written, self.base.tensors)
         else:
             given = {*self.adapter.saved, *self.adapter.frozen}
-            written = {other for name in given for other in self.architecture.sharing(name)}
-            self.findings += saved_findings(self.adapter, written | given, blueprint.state)
+            every = {other for name in given for other in self.architecture.sharing(name)}
+            written = {self.architecture.today(name) for name in every | given}
+            self.findings += saved_findings(self.adapter, written, blueprint.state)
 
     def check_head(self) -> None:
         """A class with a new head may have more layers that the base lacks, unsaved by PEFT."""
@@ -291,7 +292,8 @@ class Values:
         others = self._other_biases() if mode == "all" and not self.adapter.biases else []
         if others and not own and self.architecture.blueprint is not None:  # of another head?
             state = self.architecture.blueprint.state
-            given = {shared for name in self.trained for shared in self.architecture.sharing(name)}
+            every = {shared for name in self.trained for shared in self.architecture.sharing(name)}
+            given = set(map(self.architecture.today, every))
             others = [n for n in state if n.endswith(".bias") and self._find(n) and n not in given]
         if found := bias_finding(self.adapter, [f"{module}.bias" for module in own], others):
             self._say(found)

@@ -73,9 +73,8 @@ class _Group:
         self.names, self.claims, self.settlement = names, claims, settlement
         self.architecture, self.base = architecture, architecture.base
         self.places: dict[object, list[str]] = {}
-        blueprint = architecture.blueprint if len(names) > 1 else None
         for name in names:
-            place = name if blueprint is None else blueprint.slot(name)
+            place = architecture.place(name) if len(names) > 1 else name
             self.places.setdefault(place, []).append(name)
         self.stored = {
             name: origins[0].tensor
@@ -143,12 +142,9 @@ class _Group:
 
     def _is_separable(self) -> bool:
         """Whether every place but one is tied while loading only."""
-        blueprint = self.architecture.blueprint
-        if blueprint is None:
-            return True
         fixed = [
             names for names in self.places.values()
-            if not any(blueprint.is_tied_by_loader(name) for name in names)
+            if not any(self.architecture.is_tied_by_loader(name) for name in names)
         ]  # fmt: skip
         return len(fixed) <= 1
 
@@ -165,13 +161,9 @@ class _Group:
 
     def _untie_flag(self) -> bool:
         """Whether the config is told; it is not where its flag means more than these ties."""
-        blueprint = self.architecture.blueprint
         if self.architecture.text.tie_flag_means_more:
             return False
-        if blueprint is None:
-            self.settlement.flags.append(())
-            return True
-        flag = blueprint.tie_flag(self.names)
+        flag = self.architecture.tie_flag(self.names)
         if flag is None or flag.embeddings.isdisjoint(self.names):
             return False
         self.settlement.flags.append(flag.path)
@@ -182,11 +174,10 @@ class _Group:
 
     def _keep_others(self, flag_is_off: bool) -> None:
         """Copies of the base's values for places that would lose them."""
-        blueprint = self.architecture.blueprint
         for names in self.places.values():
             if self._claim(names) is not None or any(name in self.stored for name in names):
                 continue
-            sources = {blueprint.tie_source(name) for name in names} if blueprint else set()
+            sources = {self.architecture.tie_source(name) for name in names}
             followed = [n for n in self.places.values() if not sources.isdisjoint(n)]
             kept = followed and all(
                 self._claim(n) is None and any(name in self.stored for name in n) for n in followed

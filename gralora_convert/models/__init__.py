@@ -10,7 +10,7 @@ from gralora_convert.models.building import (
 from gralora_convert.models.foreign import quiet
 from gralora_convert.models.inputs import Inputs
 from gralora_convert.models.layer import GraloraLinear
-from gralora_convert.models.meta import Blueprint
+from gralora_convert.models.meta import Blueprint, TieFlag
 from gralora_convert.models.running import (
     CannotRunError,
     Loaded,
@@ -25,7 +25,7 @@ from gralora_convert.models.running import (
 )
 
 __all__ = [
-    "Attachment", "Blueprint", "CannotRunError", "GraloraLinear", "Inputs", "Loaded",
+    "Attachment", "Blueprint", "CannotRunError", "GraloraLinear", "Inputs", "Loaded", "TieFlag",
     "absurd_count", "attach", "available_memory", "bare_shapes", "build_problem", "first_that_runs",
     "has_absurd_counts", "holder_of", "load", "memory_needed", "outputs_of", "quiet",
     "stored_dtype", "tokenised",

@@ -60,10 +60,10 @@ class Blueprint:
         best: tuple[int, Blueprint] | None = None
         with quiet():
             for model in models(base, class_names, trust_remote_code):
-                names = {name for name, _ in model.named_modules()}
-                hits = sum(module in names for module in modules)
+                found = cls(model, base)
+                hits = sum(found.today(f"{module}.weight") is not None for module in modules)
                 if best is None or hits > best[0]:
-                    best = hits, cls(model, base)
+                    best = hits, found
                 if hits == len(modules):
                     break
         return None if best is None else best[1]
@@ -177,6 +177,15 @@ class Blueprint:
         if name not in self.state and key in self.state:
             name, pattern = rename_source_key(key, [], [], self.prefix, self.state)
         return name, pattern
+
+    def today(self, parameter: str) -> str | None:
+        """The name of a parameter in this model, which another release of transformers may have
+        called otherwise: what the loader makes of a checkpoint of that release. None when there is
+        no such parameter, or its values are stored in another form."""
+        if parameter in self.state:
+            return parameter
+        name, moved = self.loaded_name(parameter)
+        return name if moved is None and name in self.state else None
 
     @cached_property
     def loaded(self) -> frozenset[str]:

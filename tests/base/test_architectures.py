@@ -17,6 +17,7 @@ from peft import GraloraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+import gralora_convert as gc
 from benchmarks.architectures import Case, judge
 from gralora_convert.delta.forms import Gralora
 from tests import oracle
@@ -498,3 +499,13 @@ def test_custom_code_tells_the_orientation_when_it_may_run(
     for name, delta in deltas.items():
         dense = delta_of(delta) if name == "linear" else delta_of(delta).T
         assert torch.allclose(after[f"{name}.weight"], tensors[f"{name}.weight"] + dense, atol=1e-6)
+
+
+def test_a_tensor_that_the_loader_would_not_take_is_refused() -> None:
+    """A saved norm under a name that means another's tensor: two tensors for one parameter."""
+    fixtures = Path(__file__).parent.parent.parent / "fixtures"
+    folder = fixtures / "transformers-4.57.6/llava-vision"
+    named = {"model.language_model": "language_model"}  # the base says language_model.model
+    found = gc.validate(folder / "adapter", folder / "base", key_map=named).errors
+    assert {finding.code for finding in found} == {"tensor-not-loaded"}
+    assert "language_model.model.norm.weight is loaded into as well" in found[0].message
