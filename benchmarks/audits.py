@@ -67,7 +67,7 @@ def _verdict(made: Setting, merged: Tensors | None, where: str = "merged") -> gc
         made.write(merged)
     return gc.verify(
         made.folder / "adapter", base=made.folder / "base", merged=made.folder / where,
-        level="weights",
+        level="weights", fan_in_fan_out={"*": made.transposed},
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         written_settings,
     )
     from gralora_convert.base.identity import model_at_hand
-    from gralora_convert.base.names import near_misses, spellings
+    from gralora_convert.base.names import NOTHING_SAID, Reading, near_misses, spellings
     from gralora_convert.base.placement import place, place_in
     from gralora_convert.base.quantisation import quantised_by
     from gralora_convert.base.recipe import (
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from gralora_convert.base.sets import beside, extra_weights, lost_steps, trained_beside
 
 __all__ = [
-    "Architecture", "Kept", "Merged", "Patched", "Placement", "Recipe", "Replaced", "Setting",
-    "Target", "beside", "combine", "different_settings", "extra_weights", "gathered", "lost_steps",
-    "model_at_hand", "named_labels", "near_misses", "place", "place_in", "quantised_by",
-    "read_parameter", "spellings", "trained_beside", "updated", "written_settings",
+    "NOTHING_SAID", "Architecture", "Kept", "Merged", "Patched", "Placement", "Reading", "Recipe",
+    "Replaced", "Setting", "Target", "beside", "combine", "different_settings", "extra_weights",
+    "gathered", "lost_steps", "model_at_hand", "named_labels", "near_misses", "place", "place_in",
+    "quantised_by", "read_parameter", "spellings", "trained_beside", "updated", "written_settings",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
     "architecture": "Architecture",
     "edits": "Setting different_settings named_labels updated written_settings",
     "identity": "model_at_hand",
-    "names": "near_misses spellings",
+    "names": "NOTHING_SAID Reading near_misses spellings",
     "placement": "place place_in",
     "quantisation": "quantised_by",
     "recipe": (

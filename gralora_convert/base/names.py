@@ -5,6 +5,7 @@ at most; where transformers renames, cuts or joins tensors while it loads them, 
 meta device is asked (`models/meta.py`, which imports torch and transformers).
 """
 
+import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,42 @@ class _Way:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What the user says of a base that neither it nor an adapter tells.
+
+    `key_map` names modules on disk (values) that the adapter calls otherwise (keys: whole names, or
+    leading parts of names). `fan_in_fan_out` says by patterns of module names whether weights are
+    stored (in, out), as Conv1D has them, or (out, in), as nn.Linear; the first that matches counts.
+    """
+
+    key_map: Mapping[str, str] = field(default_factory=dict)
+    fan_in_fan_out: Mapping[str, bool] = field(default_factory=dict)
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        key_map: Mapping[str, str] | None,
+        fan_in_fan_out: Mapping[str, bool] | None,
+        trust_remote_code: bool,
+    ) -> "Reading":
+        """Raises `TypeError` for what are no mappings."""
+        if not isinstance(key_map or {}, Mapping):
+            raise TypeError("key_map is a mapping of names to names")
+        if not isinstance(fan_in_fan_out or {}, Mapping):
+            raise TypeError("fan_in_fan_out is a mapping of patterns to bools")
+        return cls(key_map or {}, fan_in_fan_out or {}, trust_remote_code)
+
+    def is_transposed(self, module: str) -> bool | None:
+        """What is said of the layout of a module; None when nothing is."""
+        found = (v for p, v in self.fan_in_fan_out.items() if fnmatch.fnmatchcase(module, p))
+        return next(found, None)
+
+
+NOTHING_SAID = Reading()
+
+
+@dataclass(frozen=True)
 class Names:
     """The names of one base, for an adapter whose `modules` are named as in memory.
 
@@ -57,8 +94,7 @@ class Names:
     modules: tuple[str, ...] = ()
     class_name: str | None = None
     task_type: str | None = None
-    key_map: Mapping[str, str] = field(default_factory=dict)
-    trust_remote_code: bool = False
+    reading: Reading = NOTHING_SAID
     class_beside: str | None = None
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     claimed: tuple[str, ...] = ()
@@ -81,12 +117,12 @@ class Names:
         names = [self.class_name, auto, *self.base.architectures]
         return Blueprint.build(
             self.base, [name for name in names if name], self.modules,
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.reading.trust_remote_code,
         )  # fmt: skip
 
     def mapped(self, name: str) -> str:
         """`name` after the user's `key_map` (whole names, or leading parts)."""
-        for start, to in self.key_map.items():
+        for start, to in self.reading.key_map.items():
             if name == start or name.startswith(f"{start}."):
                 return to + name.removeprefix(start)
         return name
@@ -341,7 +377,7 @@ class Names:
 
     def _in_memory(self, module: str) -> str:
         """The name in memory of a module on disk: the inverse of what is done to names."""
-        for start, to in self.key_map.items():
+        for start, to in self.reading.key_map.items():
             if module == to or module.startswith(f"{to}."):
                 return start + module.removeprefix(to)
         rename = self._way.rename

@@ -5,6 +5,7 @@ do not fit, targets without tensors, lost biases, tied weights. Headers only, bu
 that may be unchanged copies.
 """
 
+import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -25,7 +26,7 @@ from gralora_convert.base.edits import (
     vocabulary_edits,
 )
 from gralora_convert.base.identity import identity_findings
-from gralora_convert.base.names import near_misses
+from gralora_convert.base.names import NOTHING_SAID, Reading, near_misses
 from gralora_convert.base.quantisation import (
     ADVICE,
     by_config,
@@ -45,17 +46,9 @@ from gralora_convert.errors import Finding, Report, error, note, warning
 def place(
     adapter: Adapter,
     base: Checkpoint,
-    *,
-    key_map: Mapping[str, str] | None = None,
-    trust_remote_code: bool = False,
+    reading: Reading = NOTHING_SAID,
 ) -> tuple[Placement | None, Report]:
-    """Where `adapter` goes in `base`; None with errors in the report when it does not fit.
-
-    `key_map` names modules on disk (values) that the adapter calls otherwise (keys: whole names, or
-    leading parts of names).
-    """
-    if not isinstance(key_map or {}, Mapping):
-        raise TypeError("key_map is a mapping of names to names")
+    """Where `adapter` goes in `base`; None with errors in the report when it does not fit."""
     if is_config_alone(base):
         return None, Report.of([error(
             "base-quantised", base.path,
@@ -73,15 +66,14 @@ def place(
         )])  # fmt: skip
     architecture = Architecture(
         base, adapter.modules, name if isinstance(name, str) else None, adapter.config.task_type,
-        key_map or {}, trust_remote_code,
-        str(beside[0]) if isinstance(beside, list) and len(beside) == 1 else None,
+        reading, str(beside[0]) if isinstance(beside, list) and len(beside) == 1 else None,
         {module: adapter.shape(module) for module in adapter.modules},
         (*(f"{module}.bias" for module in adapter.biases), *adapter.saved, *adapter.frozen),
     )  # fmt: skip
     if architecture.rivals is not None:
         return None, Report.of([architecture.rivals])
     placer = _Placer(adapter, architecture)
-    placer.findings += [*_unused(key_map or {}, adapter), *extra_weights(adapter)]
+    placer.findings += [*_unused(reading, adapter), *extra_weights(adapter)]
     placer.findings += stray_adapter(base)
     settlement = placer.place()
     report = Report.of(placer.findings)
@@ -90,18 +82,13 @@ def place(
     return _placement(placer, settlement, report), report
 
 
-def place_in(
-    adapter: Adapter,
-    base: Checkpoint,
-    key_map: Mapping[str, str] | None = None,
-    trust_remote_code: bool = False,
-) -> Placement:
+def place_in(adapter: Adapter, base: Checkpoint, reading: Reading = NOTHING_SAID) -> Placement:
     """Where `adapter` goes in `base`.
 
     Raises:
         InvalidAdapterError: it does not fit.
     """
-    placement, report = place(adapter, base, key_map=key_map, trust_remote_code=trust_remote_code)
+    placement, report = place(adapter, base, reading)
     report.require_ok(adapter.path)
     assert placement is not None
     return placement
@@ -230,8 +217,7 @@ class _Placer:
             return
         spec = self.base.tensors[origins[0].tensor]
         transposed = self.architecture.is_transposed(module, found, shape)
-        if transposed is None:
-            transposed = self._inferred_orientation(module, spec)
+        transposed = self._agreed(module, transposed, spec)
         if transposed is not None:
             frozen = self._frozen(parameter)
             if frozen is not None:  # it may have another number of tokens
@@ -371,30 +357,29 @@ class _Placer:
             f"is {shape} (out, in) in the adapter, {found} in the base", "Another base?",
         )  # fmt: skip
 
-    def _inferred_orientation(self, module: str, spec: TensorSpec) -> bool | None:
-        """Of a square weight in a base that is no model of transformers: that of all others, if
-        the config says the same. With a known architecture nothing is inferred."""
-        flag = self.config.fan_in_fan_out
-        others = {
-            tuple(self.base.tensors[origins[0].tensor].shape) != shape
-            for name in self.adapter.modules
-            if (shape := self.adapter.shape(name))[0] != shape[1]
-            and (origins := self.architecture.locate(f"{name}.weight"))
-        }
-        if self.base.model_type is None and others == {flag}:
-            self._say(note(
-                "fan-in-fan-out-inferred", module, f"is square; taken as {_stored(flag)} like "
-                "every other module, as fan_in_fan_out says (the base has no config.json)",
+    def _agreed(self, module: str, known: bool | None, spec: TensorSpec) -> bool | None:
+        """Whether the weight is stored (in, out): as it is `known` by its shape or its model, else
+        as the user says. Another module's layout says nothing of this one."""
+        said = self.architecture.reading.is_transposed(module)
+        if known is not None and said not in (None, known):
+            self._say(error(
+                "fan-in-fan-out-contradicted", module,
+                f"is stored {_stored(known)}, and said to be stored {_stored(not known)}",
+                "Narrow the pattern.",
             ))  # fmt: skip
-            return flag
-        self._say(error(
-            "fan-in-fan-out-ambiguous", module,
-            f"is square {spec.shape}, and whether it is stored (out, in) or (in, out) "
-            "cannot be told without the architecture",
-            "Put the model's config.json beside its weights"
-            + (", or pass `trust_remote_code=True`." if self.base.config.get("auto_map") else "."),
-        ))  # fmt: skip
-        return None
+            return None
+        if known is None and said is None:
+            code = "trust_remote_code=True" if self.base.config.get("auto_map") else ""
+            self._say(error(
+                "fan-in-fan-out-ambiguous", module,
+                f"is square {spec.shape}, and whether it is stored (out, in) or (in, out) "
+                "cannot be told without the architecture",
+                "Put the model's config.json beside its weights"
+                f"{f', or pass `{code}`' if code else ''}, or say it: "
+                f"`fan_in_fan_out={ {module: False} }` for nn.Linear, "
+                f"`fan_in_fan_out={ {module: True} }` for Conv1D; * stands for any part of a name.",
+            ))  # fmt: skip
+        return said if known is None else known
 
     # all modules ----------------------------------------------------------------------------------
 
@@ -443,10 +428,16 @@ class _Placer:
             ))  # fmt: skip
 
 
-def _unused(key_map: Mapping[str, str], adapter: Adapter) -> Iterator[Finding]:
-    """Renamings that rename nothing: most likely misspelt."""
+def _unused(reading: Reading, adapter: Adapter) -> Iterator[Finding]:
+    """Renamings that rename nothing, patterns that match nothing: most likely misspelt."""
     names = [*adapter.modules, *adapter.biases, *adapter.saved]
-    for name in key_map:
+    for pattern in reading.fan_in_fan_out:
+        if not fnmatch.filter(adapter.modules, pattern):
+            yield warning(
+                "pattern-unmatched", pattern, "is named by `fan_in_fan_out`, but matches no module "
+                "here", near_misses(pattern.strip("*."), names),
+            )  # fmt: skip
+    for name in reading.key_map:
         if not any(known == name or known.startswith(f"{name}.") for known in names):
             yield warning(
                 "key-map-unmatched", name, "is named by `key_map`, but begins no module here",

@@ -13,18 +13,18 @@ import click
 from gralora_convert.cli.options import (
     PATH,
     Run,
+    Said,
     Wanted,
     base_option,
     device_option,
     examples,
     json_option,
-    key_map_option,
-    parse_key_map,
+    layout_options,
     plot_option,
     progress_option,
+    reading_options,
     shape_options,
     some_base_option,
-    trust_option,
     weight_option,
     writing_options,
 )
@@ -125,15 +125,13 @@ def _plot_adapter(
               show_default=True, help="github prints workflow annotations.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.  [default: off]")
 @quiet_option
-@key_map_option
-@trust_option
+@reading_options
 def validate(
     adapters: Sequence[str],
     base: str | None,
     style: str,
     as_json: bool,
-    key_map: Sequence[str],
-    trust_remote_code: bool,
+    said: Said,
 ) -> int:
     """Is ADAPTER intact, does it fit the base? One finding per line.
 
@@ -145,11 +143,8 @@ def validate(
     """
     from gralora_convert.verbs import validate
 
-    mapping = parse_key_map(key_map)
-    reports = {
-        adapter: validate(adapter, base, key_map=mapping, trust_remote_code=trust_remote_code)
-        for adapter in _folders(adapters)
-    }
+    arguments = said.as_arguments()
+    reports = {adapter: validate(adapter, base, **arguments) for adapter in _folders(adapters)}
     _print_reports(reports, "json" if as_json else style)
     return max(
         EXIT_REFUSED if _nothing_to_read(report) else 0 if report.ok else EXIT_NO
@@ -232,8 +227,7 @@ def _nothing_read(finding: "Finding") -> dict[str, str]:
               help="Names of a trained classifier's labels, in order.  "
               "[default: as the configs name them]")  # fmt: skip
 @writing_options
-@key_map_option
-@trust_option
+@reading_options
 def merge(
     adapters: Sequence[str],
     base: str | None,
@@ -244,8 +238,7 @@ def merge(
     again: bool,
     labels: str | None,
     run: Run,
-    key_map: Sequence[str],
-    trust_remote_code: bool,
+    said: Said,
 ) -> int:
     """Add ADAPTER's update to the base: a dense checkpoint that every server loads.
 
@@ -265,9 +258,8 @@ def merge(
         device=run.device,
         verify=run.verify,
         again=again,
-        key_map=parse_key_map(key_map),
         labels=None if labels is None else labels.split(","),
-        trust_remote_code=trust_remote_code,
+        **said.as_arguments(),
     )
     ranks = Ranks.from_environment()
     return run.carry_out(plan, merge_summary, resume=resume, digests=digests, ranks=ranks)
@@ -287,16 +279,14 @@ def merge(
     "The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  [default: none]"
 )
 @writing_options
-@key_map_option
-@trust_option
+@reading_options
 def convert(
     adapter: str,
     wanted: Wanted,
     allow_inexact: bool,
     base: str | None,
     run: Run,
-    key_map: Sequence[str],
-    trust_remote_code: bool,
+    said: Said,
 ) -> int:
     """Write ADAPTER as GraLoRA, Hybrid GraLoRA or LoRA, exactly unless told otherwise."""
     from gralora_convert.cli.pages import adapter_summary
@@ -315,8 +305,7 @@ def convert(
         dtype=run.dtype,
         device=run.device,
         verify=run.verify,
-        key_map=parse_key_map(key_map),
-        trust_remote_code=trust_remote_code,
+        **said.as_arguments(),
     )
     return run.carry_out(plan, adapter_summary)
 
@@ -335,7 +324,7 @@ def convert(
               show_default=True,
               help="auto = randomised where a block's side is above 512.")  # fmt: skip
 @writing_options
-@trust_option
+@layout_options
 def extract(
     base: str,
     tuned: str,
@@ -344,7 +333,7 @@ def extract(
     exclude: Sequence[str],
     svd: "Method",
     run: Run,
-    trust_remote_code: bool,
+    said: Said,
 ) -> int:
     """Find the adapter that takes the base to a fine-tuned model, optimally for its rank."""
     from gralora_convert.cli.pages import adapter_summary
@@ -365,7 +354,7 @@ def extract(
         dtype=run.dtype,
         device=run.device,
         verify=run.verify,
-        trust_remote_code=trust_remote_code,
+        **said.as_arguments(),
     )
     return run.carry_out(plan, adapter_summary)
 
@@ -391,8 +380,7 @@ def extract(
 @progress_option
 @quiet_option
 @json_option
-@key_map_option
-@trust_option
+@reading_options
 def verify(
     adapters: Sequence[str],
     base: str | None,
@@ -405,8 +393,7 @@ def verify(
     device: str,
     progress: bool | None,
     as_json: bool,
-    key_map: Sequence[str],
-    trust_remote_code: bool,
+    said: Said,
 ) -> int:
     """Do base + ADAPTER and a merged checkpoint compute the same? Whoever made the merge.
 
@@ -431,8 +418,7 @@ def verify(
             slack=slack,
             device=device,
             text=text,
-            key_map=parse_key_map(key_map),
-            trust_remote_code=trust_remote_code,
+            **said.as_arguments(),
             progress=advance,
         )
     _print_equivalence(found, plot, as_json)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
@@ -38,7 +38,7 @@ def _gathered(
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(command)
         def gathering(**given: object) -> int:
-            value = into(**{field: given.pop(field) for field in names})
+            value = into(**{field: given.pop(field) for field in names if field in given})
             return command(**given, **{name: value})
 
         return _options(*options)(gathering)
@@ -80,6 +80,17 @@ key_map_option = click.option(
     "--key-map", multiple=True, metavar="FROM=TO",
     help="Module FROM of the adapter is TO in the base (a whole name or a leading part).  "
     "[default: the same names]",
+)  # fmt: skip
+_LAYOUT = (
+    click.option(
+        "--fan-in-fan-out", multiple=True, metavar="PATTERN",
+        help="These modules are stored (in, out), as Conv1D; for layers that nothing else tells.  "
+        "[default: none]",
+    ),
+    click.option(
+        "--linear", multiple=True, metavar="PATTERN",
+        help="These are stored (out, in), as nn.Linear; * is any part of a name.  [default: none]",
+    ),
 )  # fmt: skip
 plot_option = click.option(
     "--plot", type=PATH, metavar="FILE",
@@ -217,7 +228,28 @@ shape_options = _gathered(
 )  # fmt: skip
 
 
-def parse_key_map(entries: Sequence[str]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Said:
+    """What is said of a base that it does not tell itself."""
+
+    fan_in_fan_out: Sequence[str]
+    linear: Sequence[str]
+    trust_remote_code: bool
+    key_map: Sequence[str] = ()
+
+    def as_arguments(self) -> dict[str, Any]:
+        """The arguments of a verb. Where both layouts are said of a module, (in, out) counts."""
+        layouts = dict.fromkeys(self.linear, False) | dict.fromkeys(self.fan_in_fan_out, True)
+        ordered = dict(sorted(layouts.items(), key=lambda pair: not pair[1]))
+        mapped = {"key_map": _parse_key_map(self.key_map)} if self.key_map else {}
+        return {"fan_in_fan_out": ordered, "trust_remote_code": self.trust_remote_code, **mapped}
+
+
+layout_options = _gathered("said", Said, *_LAYOUT, trust_option)
+reading_options = _gathered("said", Said, key_map_option, *_LAYOUT, trust_option)
+
+
+def _parse_key_map(entries: Sequence[str]) -> dict[str, str]:
     """`FROM=TO` options as a mapping."""
     mapping = {}
     for entry in entries:

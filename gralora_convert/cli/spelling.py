@@ -13,6 +13,8 @@ from functools import cache
 import click
 
 _PARAMETER = re.compile(r"`(?P<name>[a-z]\w*)(?:=(?P<value>[^`]+))?`")
+# options that are one parameter of the library: of patterns that are so, and that are not
+_OPPOSITES = {"fan_in_fan_out": ("--fan-in-fan-out", "--linear")}
 _TOLD = ("message", "hint", "notes")  # the fields of a document that hold sentences of the library
 
 
@@ -60,6 +62,8 @@ def _option(found: re.Match[str], group: click.Command) -> str:
             return yes if value else no or found[0]
         case list() | tuple():
             return " ".join(f"{yes} {shlex.quote(str(each))}" for each in value)
+        case dict() if all(isinstance(b, bool) for b in value.values()):
+            return " ".join(f"{yes if b else no} {shlex.quote(str(a))}" for a, b in value.items())
         case dict():
             return " ".join(f"{yes} {shlex.quote(f'{a}={b}')}" for a, b in value.items())
     return f"{yes} {shlex.quote(str(value))}"
@@ -72,9 +76,9 @@ def _commands(group: click.Command) -> Mapping[str, click.Command]:
 @cache
 def _options(group: click.Command) -> Mapping[str, tuple[str, str]]:
     """Of every parameter, the option that sets it and the one that unsets it ("" if none does)."""
-    return {
+    return _OPPOSITES | {
         str(parameter.name): (parameter.opts[-1], "".join(parameter.secondary_opts[:1]))
         for command in _commands(group).values()
         for parameter in command.params
-        if isinstance(parameter, click.Option)
+        if isinstance(parameter, click.Option) and parameter.name not in _OPPOSITES
     }

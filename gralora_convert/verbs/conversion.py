@@ -25,7 +25,7 @@ from gralora_convert.adapters import (
     model_below,
     suspicions,
 )
-from gralora_convert.base import model_at_hand, place, trained_beside
+from gralora_convert.base import Reading, model_at_hand, place, trained_beside
 from gralora_convert.delta import (
     EXACT,
     Gralora,
@@ -92,6 +92,7 @@ def convert(
     device: str = "cpu",
     verify: bool = True,
     key_map: Mapping[str, str] | None = None,
+    fan_in_fan_out: Mapping[str, bool] | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """The plan of the adapter as a `to`; `plan.write(output)` carries it out.
@@ -126,9 +127,8 @@ def convert(
     require_sensible(to, k, r, hybrid_r, alpha, max_error)
     written_dtype(dtype, "F32")
     require_device(device)
-    source = Source.of(
-        opened, base, device=device, key_map=key_map, trust_remote_code=trust_remote_code
-    )
+    reading = Reading.of(key_map, fan_in_fan_out, trust_remote_code)
+    source = Source.of(opened, base, device=device, reading=reading)
     if source.is_dora and r is None and max_error is None:
         raise MisuseError(
             "a DoRA has an update of full rank, which a smaller adapter can only approximate",
@@ -137,7 +137,7 @@ def convert(
         )
     with one_arithmetic_thread():
         shape = _shape(source, to, k, r, hybrid_r, alpha, max_error)
-        notes = [] if source.base else _completeness(opened, key_map, trust_remote_code)
+        notes = [] if source.base else _completeness(opened, reading)
         conversion = _Conversion(source, shape, dtype, verify, tuple(notes))
         if not allow_inexact and max_error is None:
             conversion.require_exact()
@@ -397,9 +397,7 @@ class _Conversion:
         }
 
 
-def _completeness(
-    adapter: Adapter, key_map: Mapping[str, str] | None, trust_remote_code: bool
-) -> list[str]:
+def _completeness(adapter: Adapter, reading: Reading) -> list[str]:
     """What an adapter without a given base shows of being incomplete, as notes.
 
     Raises:
@@ -412,7 +410,7 @@ def _completeness(
         base = None  # it was not asked for
     if base is None:
         return [str(finding) for finding in suspicions(adapter)]
-    _, report = place(adapter, base, key_map=key_map, trust_remote_code=trust_remote_code)
+    _, report = place(adapter, base, reading)
     if all(finding.code in INCOMPLETE for finding in report.errors):
         report.require_ok(adapter.path)
     return []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gralora_convert.base import Architecture, near_misses, read_parameter
+from gralora_convert.base import Architecture, Reading, near_misses, read_parameter
 from gralora_convert.delta import Dense, half_ulp, is_finite
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, same_values, torch_dtype
 from gralora_convert.errors import InvalidAdapterError, MisuseError, UnsupportedError
@@ -68,7 +68,7 @@ class Differences:
         after: Checkpoint,
         include: Sequence[str],
         exclude: Sequence[str],
-        trust_remote_code: bool,
+        reading: Reading,
     ) -> None:
         self.modules: list[Module] = []
         self.saved: dict[str, TensorSpec] = {}
@@ -77,8 +77,8 @@ class Differences:
         self.entries: set[str] = set()  # of modules_to_save
         self._left_out: set[str] = set()  # tensors that differ and keep the base's values
         self._has_biases = False
-        names = Architecture(before, trust_remote_code=trust_remote_code)
-        old, new = self._paired(before, after, names, trust_remote_code)
+        names = Architecture(before, reading=reading)
+        old, new = self._paired(before, after, names)
         changed = frozenset(n for n, spec in old.items() if not _same(spec, new[n]))
         modules = {names.parameter(name).rpartition(".")[0] for name in old}
         self.notes += _unmatched(modules, include, exclude, after)
@@ -100,7 +100,7 @@ class Differences:
         self._save(self._holders(others, names, new, exclude), names, old, new)
 
     def _paired(
-        self, before: Checkpoint, after: Checkpoint, names: Architecture, trust_remote_code: bool
+        self, before: Checkpoint, after: Checkpoint, names: Architecture
     ) -> tuple[Tensors, Tensors]:
         """The tensors of both checkpoints under the names of the first. Where names differ, those
         are one that are loaded as one; what is not loaded, or a copy that ties make, is no matter.
@@ -111,7 +111,7 @@ class Differences:
         alone = before.tensors.keys() ^ after.tensors.keys()
         if not alone:
             return before.tensors, after.tensors
-        others = Architecture(after, trust_remote_code=trust_remote_code)
+        others = Architecture(after, reading=names.reading)
         there = {p: name for name, p in others.parameters.items() if name in alone}
         renamed = {
             name: there[parameter]
@@ -285,13 +285,31 @@ def _module(
         for old, new in pairs
     ):
         return None
-    likely = not names.is_embedding(name) and not name.endswith("lm_head")
-    if not (likely if linear is None else name in linear):
+    if linear is None:
+        if names.is_embedding(name) or name.endswith("lm_head"):
+            return None
+        transposed = names.reading.is_transposed(name) or False
+        # one that is not square fits its module only as it is stored: PEFT loads it, or says no
+        if names.reading.is_transposed(name) is None and _is_square(pairs[0][0], parts):
+            raise UnsupportedError(
+                "differs and is square, and whether it is an nn.Linear, a Conv1D or none of them "
+                "cannot be told without the architecture", where=name,
+                hint="Put the model's config.json beside its weights, or say it: "
+                f"`fan_in_fan_out={ {name: False} }` for nn.Linear, "
+                f"`fan_in_fan_out={ {name: True} }` for Conv1D, `exclude={[name]}` to leave it "
+                "out; * stands for any part of a name.",
+            )  # fmt: skip
+    elif name not in linear:
         return None
+    else:
+        transposed = names.kind(name) == "Conv1D"
     rows, columns = sum(part.count for part in parts), pairs[0][0].shape[1]
-    transposed = names.kind(name) == "Conv1D"
     return Module(name, parts, (columns, rows) if transposed else (rows, columns), transposed,
                   before, after)  # fmt: skip
+
+
+def _is_square(spec: TensorSpec, parts: Sequence[Rows]) -> bool:
+    return sum(part.count for part in parts) == spec.shape[1]
 
 
 def _is_within(name: str, modules: Set[str]) -> bool:

@@ -5,14 +5,14 @@ saved whole through `modules_to_save`, biases through the bias mode. Each worker
 difference at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from gralora_convert.adapters import CONFIG_NAME, GraloraConfig, LoraConfig, key_of
-from gralora_convert.base import quantised_by
+from gralora_convert.base import Reading, quantised_by
 from gralora_convert.delta import (
     Gralora,
     Kind,
@@ -69,6 +69,7 @@ def extract(
     dtype: str = "keep",
     device: str = "cpu",
     verify: bool = True,
+    fan_in_fan_out: Mapping[str, bool] | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """The plan of an adapter that takes `base` to `tuned`, as nearly as its rank allows.
@@ -105,7 +106,9 @@ def extract(
                 f"is quantised ({method}); plain weights were needed", where=checkpoint.path
             )
     require_device(device)
-    found = Differences(before, after, include, exclude, trust_remote_code)
+    found = Differences(
+        before, after, include, exclude, Reading.of(None, fan_in_fan_out, trust_remote_code)
+    )
     how = _How(svd, device, verify)
     with one_arithmetic_thread():
         shape = _shape(found.modules, how, to, k, r, hybrid_r, alpha, max_error)

@@ -16,6 +16,7 @@ from gralora_convert.base import (
     Kept,
     Merged,
     Patched,
+    Reading,
     Recipe,
     Replaced,
     beside,
@@ -64,6 +65,7 @@ def merge(
     again: bool = False,
     key_map: Mapping[str, str] | None = None,
     labels: Sequence[str] | None = None,
+    fan_in_fan_out: Mapping[str, bool] | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """The plan of base + sum of weight * delta; `plan.write(output)` carries it out.
@@ -80,6 +82,9 @@ def merge(
         verify: recompute one row in 64 while it is hot, and refuse to publish what
             differs by more than one rounding.
         again: merge also what the base's receipt says it holds already.
+        key_map: names of modules in the adapter -> in the base, whole or leading parts of names.
+        fan_in_fan_out: which weights are stored (in, out), as Conv1D has them, by patterns of
+            module names ({"*.c_attn": True, "*": False}), for layers of which nothing else tells.
         labels: the names of a trained classifier's labels, in the order of its outputs; default:
             those of the config beside the adapter or of the base.
 
@@ -98,7 +103,8 @@ def merge(
     opened, factors = [adapter for adapter, _ in weighted], [weight for _, weight in weighted]
     if not again:
         _refuse_twice(weighted, target)
-    placements = [place_in(one, target, key_map, trust_remote_code) for one in opened]
+    reading = Reading.of(key_map, fan_in_fan_out, trust_remote_code)
+    placements = [place_in(one, target, reading) for one in opened]
     if dtype != "keep" and (method := quantised_by(target)):
         raise MisuseError(
             f"the base is quantised ({method}): another dtype would cast its scales, too",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from gralora_convert.adapters import NEEDS_BASE, Adapter, LoraConfig
-from gralora_convert.base import Placement, Target, place, read_parameter
+from gralora_convert.base import NOTHING_SAID, Placement, Reading, Target, place, read_parameter
 from gralora_convert.delta import (
     Delta,
     Dense,
@@ -45,8 +45,7 @@ class Source:
         base: Checkpoint | str | Path | None,
         *,
         device: str = "cpu",
-        key_map: Mapping[str, str] | None = None,
-        trust_remote_code: bool = False,
+        reading: Reading = NOTHING_SAID,
     ) -> "Source":
         """The adapter, with the base (if one is given) that it must fit.
 
@@ -65,9 +64,7 @@ class Source:
                 )  # fmt: skip
             return cls(adapter, None, None, device)
         opened = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-        placement, report = place(
-            adapter, opened, key_map=key_map, trust_remote_code=trust_remote_code
-        )
+        placement, report = place(adapter, opened, reading)
         report.require_ok(adapter.path)
         return cls(adapter, opened, placement, device)
 

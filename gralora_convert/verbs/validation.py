@@ -17,7 +17,7 @@ from gralora_convert.adapters import (
     scan_adapter,
     suspicions,
 )
-from gralora_convert.base import extra_weights, model_at_hand, place
+from gralora_convert.base import Reading, extra_weights, model_at_hand, place
 from gralora_convert.disk import (
     FLOATING,
     RECEIPT_NAME,
@@ -34,6 +34,7 @@ def validate(
     base: str | Path | Checkpoint | None = None,
     *,
     key_map: Mapping[str, str] | None = None,
+    fan_in_fan_out: Mapping[str, bool] | None = None,
     trust_remote_code: bool = False,
 ) -> Report:
     """Everything that is wrong with an adapter, or worth knowing about it.
@@ -50,6 +51,7 @@ def validate(
     >>> validate("fixtures/peft-0.21.2/llama-gralora", "fixtures/bases/llama").ok
     True
     """
+    reading = Reading.of(key_map, fan_in_fan_out, trust_remote_code)
     named = adapter.path if isinstance(adapter, Adapter) else adapter
     if _is_merged(Path(named)):
         opened = Checkpoint.open(base) if isinstance(base, str | Path) else base
@@ -61,7 +63,7 @@ def validate(
     if scan.adapter is not None:
         findings += chain_findings(scan.adapter)
         findings += _receipt_findings(scan.adapter)
-        findings += _fit_findings(scan.adapter, base, key_map, trust_remote_code)
+        findings += _fit_findings(scan.adapter, base, reading)
     elif base is not None and not isinstance(base, Checkpoint):
         Checkpoint.open(base)  # an unreadable base is a refusal, whatever the adapter's state
     return Report.of(findings)
@@ -82,8 +84,7 @@ def _receipt_findings(adapter: Adapter) -> Iterator[Finding]:
 def _fit_findings(
     adapter: Adapter,
     base: str | Path | Checkpoint | None,
-    key_map: Mapping[str, str] | None,
-    trust_remote_code: bool,
+    reading: Reading,
 ) -> Iterator[Finding]:
     if base is None:
         try:
@@ -102,7 +103,7 @@ def _fit_findings(
         yield from extra_weights(adapter)
         return
     opened = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    _, report = place(adapter, opened, key_map=key_map, trust_remote_code=trust_remote_code)
+    _, report = place(adapter, opened, reading)
     yield from report.findings
 
 

@@ -30,6 +30,7 @@ def audit(setting: Setting, merged: Tensors, level: str = "modules") -> gc.Equiv
         base=setting.folder / "base",
         merged=setting.folder / "merged",
         level=level,
+        fan_in_fan_out={"*": setting.transposed},
     )
 
 
@@ -75,6 +76,7 @@ def test_every_mistake_is_found_and_named(
     made, wrong = setting(tmp_path, dtype=dtype, transposed=transposed), WRONG[mistake]
     merged = made.write(wrong.make(made))
     arguments = ["verify", tmp_path / "adapter", "--base", tmp_path / "base", "--merged", merged]
+    arguments += ["--fan-in-fan-out" if transposed else "--linear", "*"]
     outcome = run(*arguments, "--level", "weights", "--json")
     assert outcome.status == 1, outcome.stderr
     weights = outcome.json["weights"]
@@ -198,14 +200,15 @@ def test_rows_of_a_fused_matrix_are_judged_one_by_one(tmp_path: Path) -> None:
 def test_the_receipt_of_several_adapters_is_explained(tmp_path: Path) -> None:
     made = setting(tmp_path)
     write_adapter(tmp_path / "other", {"layers.0.up": random_delta(96, 48, size=0.01)})
-    base, merged = tmp_path / "base", tmp_path / "both"
-    run_ok("merge", tmp_path / "adapter", tmp_path / "other", "--base", base, "-o", merged)
-    outcome = run("verify", tmp_path / "adapter", "--base", base, "--merged", merged)
+    base, merged, linear = tmp_path / "base", tmp_path / "both", ["--linear", "*"]
+    run_ok("merge", tmp_path / "adapter", tmp_path / "other", "--base", base, "-o", merged, *linear)
+    outcome = run("verify", tmp_path / "adapter", "--base", base, "--merged", merged, *linear)
     assert outcome.status == 1
     assert "lists 2 adapters" in outcome.stderr
     run_ok("merge", tmp_path / "other", "--base", base, "--weight", "0.5", "-o", tmp_path / "half")
     both = [tmp_path / "adapter", tmp_path / "other"]
-    assert "same function" in run_ok("verify", *both, "--base", base, "--merged", merged).stdout
+    told = run_ok("verify", *both, "--base", base, "--merged", merged, *linear)
+    assert "same function" in told.stdout
     half = ["--base", base, "--merged", tmp_path / "half"]
     told = run_ok("verify", tmp_path / "other", *half)
     assert "receipt of the merge gives weight 0.5" in told.stderr
@@ -213,7 +216,7 @@ def test_the_receipt_of_several_adapters_is_explained(tmp_path: Path) -> None:
     assert outcome.status == 1
     assert "off by a factor of 0.5" in outcome.stdout
     assert "(weight 0.5)" in outcome.stderr
-    outcome = run("verify", tmp_path / "adapter", "--base", base, "--merged", tmp_path / "half")
+    outcome = run("verify", tmp_path / "adapter", *half, *linear)
     assert "lists another adapter" in outcome.stderr
     assert made.deltas
 

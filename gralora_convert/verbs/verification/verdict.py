@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter
-from gralora_convert.base import Recipe, combine, gathered, lost_steps, place_in
+from gralora_convert.base import Reading, Recipe, combine, gathered, lost_steps, place_in
 from gralora_convert.delta import Survival, require_device
 from gralora_convert.disk import Checkpoint
 from gralora_convert.errors import MisuseError, is_number, printable
@@ -179,6 +179,7 @@ def verify(
     device: str = "cpu",
     text: str | None = None,
     key_map: Mapping[str, str] | None = None,
+    fan_in_fan_out: Mapping[str, bool] | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Equivalence:
@@ -212,7 +213,8 @@ def verify(
         factors = listed
         told = ", ".join(f"{weight:g}" for weight in factors)
         said.append(f"the receipt of the merge gives weight {told}: compared with that")
-    placements = [place_in(one, source, key_map, trust_remote_code) for one in opened]
+    reading = Reading.of(key_map, fan_in_fan_out, trust_remote_code)
+    placements = [place_in(one, source, reading) for one in opened]
     recipe = combine(placements, factors)
     with one_arithmetic_thread():
         found = tuple(audited(
