@@ -60,6 +60,7 @@ def settle(claims: Claims, architecture: Architecture) -> Settlement:
     for name in dict.fromkeys(settlement.untied):
         _Group(architecture.sharing(name), claims, architecture, settlement).keep(name)
     _require_separate(settlement)
+    _require_unaliased(settlement, architecture)
     return settlement
 
 
@@ -232,6 +233,22 @@ class _Group:
 def _value(entry: Replaced | Patched) -> TensorSpec:
     """The trained tensor that replaces another, or rows of it."""
     return entry.spec if isinstance(entry, Replaced) else entry.parts[0][1]
+
+
+def _require_unaliased(settlement: Settlement, architecture: Architecture) -> None:
+    """A model that nobody knows, saved with one tensor under two names, has it in two places: it
+    loads one value for both, whatever the file holds."""
+    changed = {rows.tensor for target in settlement.targets for rows, _ in target.parts}
+    changed |= {name for name, _ in settlement.replacements}
+    for name in sorted(changed & architecture.base.tensors.keys()):
+        others = architecture.base.aliases(name)
+        if others and architecture.blueprint is None:
+            settlement.findings.append(error(
+                "shared-parameter", name,
+                f"is the same tensor as {others[0]} in this base, and what ties them is not known: "
+                "a model that loads the merge gives both one value",
+                "Untie them in the model and save it again, or serve the adapter unmerged.",
+            ))  # fmt: skip
 
 
 def _require_separate(settlement: Settlement) -> None:

@@ -124,6 +124,18 @@ class Checkpoint:
         file = self.tensors[name].file
         return next(entry for entry, held in self.layout.items() if held.path == file)
 
+    def aliases(self, name: str) -> list[str]:
+        """Other names of the same tensor in memory, as far as the file tells: those that share its
+        bytes in a `.bin`, those that safetensors left out as copies (0.8, torch.py, `save_model`
+        writes `copy: kept` into the metadata)."""
+        file = self.layout[self.file_of(name)]
+        place = self.tensors[name].offset
+        same = [
+            n for n, s in file.tensors.items() if file.pickled and s.offset == place and s.nbytes
+        ]
+        left = [copy for copy, kept in (file.metadata or {}).items() if kept == name]
+        return [other for other in (*same, *left) if other != name]
+
     def sidecars(self) -> dict[str, Path]:
         """Every other file of the folder that belongs to the model, by relative name: config,
         tokenizer, templates, code, and whole folders of the later steps of a model of

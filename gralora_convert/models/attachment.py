@@ -4,7 +4,7 @@ An adapter says which delta belongs to which module; no file format is known her
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gralora_convert.adapters import (
     PREFIX,
@@ -82,12 +83,35 @@ class _Replacement:
     def install(self) -> None:
         setattr(self.owner, self.leaf, self.value)
 
+    def is_undone(self, modules: Collection[nn.Module]) -> bool:
+        """Whether the model computes with something else: its own value is tied back, or the module
+        was replaced by one of another size."""
+        now = getattr(self.owner, self.leaf)
+        return self.owner not in modules or now is self.original or now.shape != self.value.shape
+
     def restore(self) -> None:
         now, original = getattr(self.owner, self.leaf), self.original
         moved = (now.device, now.dtype) != (original.device, original.dtype)
         if moved and not original.is_meta:
             original.data = original.data.to(now)  # model.to(...) did not reach it
         setattr(self.owner, self.leaf, original)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Before a model computes: refuses when a value that an adapter brought is gone."""
+
+    changes: Sequence[_Replacement]
+
+    def __call__(self, model: nn.Module, arguments: object) -> None:
+        modules = set(model.modules())
+        for change in self.changes:
+            if change.is_undone(modules):
+                raise MisuseError(
+                    f"{change.path} is not the adapter's any more: the model was tied or resized "
+                    "after it was attached (tie_weights, resize_token_embeddings)",
+                    hint="Detach the adapter, change the model, and attach it again.",
+                )
 
 
 class Attachment:
@@ -104,10 +128,11 @@ class Attachment:
         layers: Mapping[str, GraloraLinear],
         slots: Sequence[_Slot],
         replacements: Sequence[_Replacement],
+        check: RemovableHandle | None = None,
         config: GraloraConfig | LoraConfig | None = None,
     ) -> None:
         self.name, self.layers, self.config = name, layers, config
-        self._slots, self._replacements = slots, replacements
+        self._slots, self._replacements, self._check = slots, replacements, check
         self._attached = True
 
     @property
@@ -176,6 +201,8 @@ class Attachment:
                 layer.remove(self.name)
             if not layer.adapters and slot.parent._modules.get(slot.leaf) is layer:
                 setattr(slot.parent, slot.leaf, layer.base_layer)
+        if self._check is not None:
+            self._check.remove()
         for change in reversed(self._replacements):
             change.restore()
 
@@ -258,9 +285,10 @@ def attach(
         raise MisuseError("there is nothing to attach: no modules", where=source.where)
     for change in changes:
         change.install()
+    check = model.register_forward_pre_hook(_Held(changes)) if changes else None
     layers = {slot.module: slot.install(name) for slot in slots}
     config = None if source.adapter is None else source.adapter.config
-    return Attachment(name, layers, slots, changes, config)
+    return Attachment(name, layers, slots, changes, check, config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_model
 from transformers import PreTrainedModel
 
+import gralora_convert as gc
 from tests.base.test_architectures import CAUSAL, adapt, merge
+from tests.builders import random_delta, write_adapter
 from tests.command import run, run_ok
 from tests.zoo import Architecture, close, load, outputs, save_base
 
@@ -59,3 +62,35 @@ def test_a_name_on_disk_in_modules_to_save_is_no_module_in_memory(tmp_path: Path
     assert said.status == 0, said.stderr
     assert "[modules-to-save-unmatched]" in said.stderr
     assert close(outputs(load(tmp_path / "out", CAUSAL)), outputs(adapted)) <= 1e-5
+
+
+class Aliased(torch.nn.Module):
+    """One layer under two names, or one weight in two layers."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(16, 24), torch.nn.Linear(16, 24)
+        if how == "layer":
+            self.b = self.a
+        else:
+            self.b.weight = self.a.weight
+
+
+@pytest.mark.parametrize("how", ["layer", "weight"])
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+@pytest.mark.parametrize("module", ["a", "b"])
+def test_one_tensor_under_two_names_of_an_unknown_model(
+    how: str, suffix: str, module: str, tmp_path: Path
+) -> None:
+    """torch.save keeps both names of one storage, `save_model` one of them and a remark."""
+    model = Aliased(how)
+    (tmp_path / "base").mkdir()
+    if suffix == "bin":
+        torch.save(model.state_dict(), tmp_path / "base/pytorch_model.bin")
+    else:
+        save_model(model, str(tmp_path / "base/model.safetensors"))
+    write_adapter(tmp_path / "adapter", {module: random_delta(24, 16)})
+    found = gc.validate(tmp_path / "adapter", tmp_path / "base").errors
+    assert [finding.code for finding in found] in (["shared-parameter"], ["module-not-in-base"])
+    if suffix == "bin" or module == "a":
+        assert "is the same tensor as" in found[0].message

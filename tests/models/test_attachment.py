@@ -27,7 +27,7 @@ from gralora_convert.delta.forward import gralora_product
 from gralora_convert.errors import InvalidAdapterError, MisuseError, UnsupportedError
 from gralora_convert.models.attachment import attach
 from gralora_convert.models.layer import GraloraLinear
-from tests.zoo import ARCHITECTURES, IDS
+from tests.zoo import ARCHITECTURES, IDS, load, outputs, save_base, train
 
 # PEFT and transformers warn about facts that the tests set up on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -793,3 +793,23 @@ def test_the_forward_path_needs_neither_peft_nor_transformers() -> None:
         "assert not {'peft', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("change", ["tie_weights", "resize_token_embeddings"])
+def test_a_saved_head_that_is_tied_back_is_not_used(change: str, tmp_path: Path) -> None:
+    """The adapter's head would be gone without a word; PEFT keeps it in a wrapper of its own."""
+    tied = ARCHITECTURES["llama-tied"]
+    base = save_base(tied, tmp_path / "base")
+    train(base, tied, tmp_path / "adapter", modules_to_save=["lm_head"])
+    model = load(base, tied.auto)
+    before = outputs(model)
+    handle = attach(model, tmp_path / "adapter")
+    adapted = outputs(model)
+    getattr(model, change)(*([33] if change.startswith("resize") else []))
+    with pytest.raises(MisuseError, match="tied or resized"):
+        outputs(model)
+    handle.detach()
+    if change == "tie_weights":
+        assert torch.equal(outputs(model), before)
+        with attach(model, tmp_path / "adapter"):
+            assert torch.equal(outputs(model), adapted)
