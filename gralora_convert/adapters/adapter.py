@@ -127,6 +127,11 @@ class Adapter:
         return source_of(self.config.base_model_name_or_path, self.config.revision)
 
     @property
+    def values(self) -> Mapping[str, TensorSpec]:
+        """What replaces the base's values, by the path of the parameter: biases, saved modules."""
+        return {f"{module}.bias": spec for module, spec in self.biases.items()} | dict(self.saved)
+
+    @property
     def model_config(self) -> Mapping[str, object]:
         """The `config.json` that some trainers save beside the adapter; {} when there is none."""
         path = self.path / "config.json"

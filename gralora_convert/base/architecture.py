@@ -132,9 +132,9 @@ class Architecture(Names):
 
     def kind(self, module: str) -> str | None:
         """The class name of a module in memory; None when the model cannot be built or lacks it."""
-        return None if self.blueprint is None else self.blueprint.kind(self._module(module))
+        return None if self.blueprint is None else self.blueprint.kind(self.module_today(module))
 
-    def _module(self, module: str) -> str:
+    def module_today(self, module: str) -> str:
         """The name of a module in the model of the installed transformers."""
         return self.today(f"{module}.weight").removesuffix(".weight")
 
@@ -149,12 +149,12 @@ class Architecture(Names):
         there has no effect: it reads the weight (Mamba's `dt_proj`, the attention of WavLM), or
         calls the layer out of a plain list (the mask head of MaskFormer)."""
         if self.text.keeps_lists and self.blueprint:
-            if self.blueprint.is_listed(self._module(module)):
+            if self.blueprint.is_listed(self.module_today(module)):
                 return True
         leaf = module.rpartition(".")[2]
         if all(leaf != layer for _, layer in self.text.uncalled) or self.blueprint is None:
             return False
-        holder = self._module(module).rpartition(".")[0]
+        holder = self.module_today(module).rpartition(".")[0]
         return any((name, leaf) in self.text.uncalled for name in self.blueprint.classes(holder))
 
     def linear_modules(self, *, head: bool = False) -> list[str] | None:
@@ -163,6 +163,6 @@ class Architecture(Names):
         if self.blueprint is None:
             return None
         found, inside = self.blueprint.linear(head=head), f"{self.part}."
-        if not self.part or any(self.blueprint.has(self._module(m)) for m in self.modules):
+        if not self.part or any(self.blueprint.has(self.module_today(m)) for m in self.modules):
             return [self._module_spelt(name) for name in found]
         return [name.removeprefix(inside) for name in found if name.startswith(inside)]

@@ -368,8 +368,9 @@ def extract(
 @click.option(
     "--merged", type=PATH, required=True, metavar="MODEL", help="The checkpoint to audit."
 )
-@click.option("--level", type=Choice(["weights", "modules", "model"]), default="model",
-              show_default=True, help="How deep; each includes those before it.")  # fmt: skip
+@click.option("--level", type=Choice(["weights", "modules", "model"]),
+              help="How deep; each includes those before it.  [default: model, left out with a "
+              "note where it does not fit in memory]")  # fmt: skip
 @click.option("--slack", type=float, default=1.0, show_default=True,
               help="Widen every bound by this factor.")  # fmt: skip
 @click.option("--text",
@@ -386,7 +387,7 @@ def verify(
     base: str | None,
     weights: Sequence[float],
     merged: str,
-    level: str,
+    level: str | None,
     slack: float,
     text: str | None,
     plot: str | None,
@@ -399,7 +400,8 @@ def verify(
 
     Several adapters and weights as in merge; without weights, those of the merge's receipt.
 
-    Exits 0 when they do, 1 when they do not; then it says what happened.
+    Exits 0 when they do, 1 when they do not (then it says what happened), 2 when there is no
+    answer.
     """
     from gralora_convert.cli.plots import require_drawable
     from gralora_convert.disk import Checkpoint
@@ -422,7 +424,7 @@ def verify(
             progress=advance,
         )
     _print_equivalence(found, plot, as_json)
-    return 0 if found.ok else EXIT_NO
+    return EXIT_REFUSED if found.ok is None else 0 if found.ok else EXIT_NO
 
 
 def _print_equivalence(found: "Equivalence", plot: str | None, as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """Models in memory: on the meta device, with an adapter attached, run."""
 
-from gralora_convert.models.attachment import Attachment, attach
+from gralora_convert.models.attachment import Attachment, Parts, attach, put_on
 from gralora_convert.models.building import (
     absurd_count,
     bare_shapes,
@@ -25,8 +25,8 @@ from gralora_convert.models.running import (
 )
 
 __all__ = [
-    "Attachment", "Blueprint", "CannotRunError", "GraloraLinear", "Inputs", "Loaded", "TieFlag",
-    "absurd_count", "attach", "available_memory", "bare_shapes", "build_problem", "first_that_runs",
-    "has_absurd_counts", "holder_of", "load", "memory_needed", "outputs_of", "quiet",
-    "stored_dtype", "tokenised",
+    "Attachment", "Blueprint", "CannotRunError", "GraloraLinear", "Inputs", "Loaded", "Parts",
+    "TieFlag", "absurd_count", "attach", "available_memory", "bare_shapes", "build_problem",
+    "first_that_runs", "has_absurd_counts", "holder_of", "load", "memory_needed", "outputs_of",
+    "put_on", "quiet", "stored_dtype", "tokenised",
 ]  # fmt: skip

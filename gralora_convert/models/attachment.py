@@ -114,6 +114,21 @@ class _Held:
                 )
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an adapter, or a plain mapping, brings: deltas by module, whole values by path.
+
+    `adapter` is set where the model must have all that its config selects.
+    """
+
+    where: str
+    modules: Sequence[str]
+    delta: Callable[[str], Delta]
+    values: Mapping[str, Tensor]
+    dropout: float = 0.0
+    adapter: Adapter | None = None
+
+
 class Attachment:
     """An adapter on a live model, until `detach`; as a context manager it detaches at the end.
 
@@ -261,9 +276,26 @@ def attach(
     require_name(name)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{model!r:.99} is not a torch.nn.Module")
-    source = _source(Adapter.open(adapter) if isinstance(adapter, str | Path) else adapter)
+    parts = _parts(Adapter.open(adapter) if isinstance(adapter, str | Path) else adapter)
     if trainable:
-        _require_trainable(source)
+        _require_trainable(parts)
+    return put_on(model, parts, name=name, dropout=dropout, trainable=trainable, dtype=dtype)
+
+
+def put_on(
+    model: nn.Module,
+    source: Parts,
+    *,
+    name: str,
+    dropout: float | None = None,
+    trainable: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Attachment:
+    """What `attach` does, for parts that are named as the model is.
+
+    Raises:
+        InvalidAdapterError, MisuseError, UnsupportedError: as `attach`.
+    """
     tree = dict(model.named_modules(remove_duplicate=False))
     rate = source.dropout if dropout is None else dropout
     slots: list[_Slot] = []
@@ -291,30 +323,17 @@ def attach(
     return Attachment(name, layers, slots, changes, check, config)
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """What an adapter, or a plain mapping, brings."""
-
-    where: str
-    modules: Sequence[str]
-    delta: Callable[[str], Delta]
-    values: Mapping[str, Tensor]
-    dropout: float
-    adapter: Adapter | None = None
-
-
-def _source(adapter: Adapter | Mapping[str, Delta]) -> _Source:
+def _parts(adapter: Adapter | Mapping[str, Delta]) -> Parts:
     if isinstance(adapter, Mapping):
-        return _Source("", tuple(adapter), adapter.__getitem__, {}, 0.0)
+        return Parts("", tuple(adapter), adapter.__getitem__, {}, 0.0)
     if not isinstance(adapter, Adapter):
         raise TypeError(f"{adapter!r:.99} is neither an adapter, its folder nor deltas by module")
-    specs = {f"{module}.bias": spec for module, spec in adapter.biases.items()}
-    values = {path: read_torch(spec) for path, spec in {**specs, **adapter.saved}.items()}
+    values = {path: read_torch(spec) for path, spec in adapter.values.items()}
     rate = _dropout(adapter)
-    return _Source(str(adapter.path), adapter.modules, adapter.delta, values, rate, adapter)
+    return Parts(str(adapter.path), adapter.modules, adapter.delta, values, rate, adapter)
 
 
-def _require_trainable(source: _Source) -> None:
+def _require_trainable(source: Parts) -> None:
     """Raises `UnsupportedError` for LoRAs of which PEFT trains other parameters than A and B, or
     these by another rule."""
     config = None if source.adapter is None else source.adapter.config

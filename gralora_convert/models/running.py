@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gralora_convert.adapters import Adapter
 from gralora_convert.disk import Checkpoint, torch_dtype
 from gralora_convert.errors import MisuseError, OutOfMemoryError
 from gralora_convert.models.building import on_meta
@@ -140,12 +139,15 @@ def stored_dtype(merged: Checkpoint, names: Iterable[str]) -> torch.dtype:
     return torch_dtype(spec.dtype)
 
 
-def holder_of(model: nn.Module, adapter: Adapter) -> nn.Module:
-    """The part of the model whose modules the adapter names: the whole, or the bare base model."""
-    names = {name for name, _ in model.named_modules()}
-    inner = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
-    fits = adapter.modules[0] in names
-    return inner if not fits and isinstance(inner, nn.Module) else model
+def holder_of(model: nn.Module, module: str, part: str = "") -> nn.Module:
+    """The part of the model in which a module has this name: the whole, the bare base model, or the
+    `part` that is known."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    names: dict[str, nn.Module] = dict(model.named_modules())
+    for holder in ("", prefix, part, f"{prefix}.{part}"):
+        if holder in names and f"{holder}.{module}".removeprefix(".") in names:
+            return names[holder]
+    return model
 
 
 def outputs_of(model: "PreTrainedModel", inputs: Inputs) -> Tensor:

@@ -57,7 +57,7 @@ LONG = "x" * 5000
         *((merge, "weights", value, "weight") for value in
           ([], [1, 2], [0], [math.nan], ["a"], [None], [True])),
         *((verify, "slack", value, "slack") for value in (0, -1, math.nan, math.inf, "1", None)),
-        *((verify, "level", value, "level") for value in ("x", None)),
+        *((verify, "level", value, "level") for value in ("x", 3)),
         (extract, "svd", "x", "svd"),
         *((call, name, value, word)
           for call, name in ((merge, "base"), (verify, "base"), (verify, "merged"))

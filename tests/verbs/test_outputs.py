@@ -14,6 +14,7 @@ from peft import GraloraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+import gralora_convert as gc
 from tests.builders import random_delta, write_adapter, write_model
 from tests.command import run, run_ok
 from tests.merges import setting
@@ -182,17 +183,34 @@ def test_checkpoints_that_cannot_be_read_are_refused(broken: str, how: str, tmp_
     assert broken in outcome.stderr
 
 
-def test_a_model_that_cannot_be_run_leaves_the_weights_to_decide(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_run_is_no_answer(tmp_path: Path) -> None:
     delta = random_delta(32, 24, size=0.1)
     weight = torch.ones(32, 24)
     write_model(tmp_path / "base", {"up.weight": weight}, model_type="unheard-of")
     write_adapter(tmp_path / "adapter", {"up": delta})
     run_ok("merge", tmp_path / "adapter", "--base", tmp_path / "base", "-o", tmp_path / "merged")
-    outcome = run_ok(
-        "verify", tmp_path / "adapter", "--base", tmp_path / "base", "--merged", tmp_path / "merged"
+    arguments = ["--base", tmp_path / "base", "--merged", tmp_path / "merged"]
+    outcome = run("verify", tmp_path / "adapter", *arguments)
+    assert outcome.status == 2
+    assert "no answer: the model was not run" in outcome.stdout
+    assert "--level modules" in outcome.stdout
+    document = run("verify", tmp_path / "adapter", *arguments, "--json").json
+    assert document["ok"] is None
+    weights = run_ok("verify", tmp_path / "adapter", *arguments, "--level", "modules")
+    assert weights.stdout.endswith("same function\n")
+
+
+@pytest.mark.parametrize("level", [None, "model"])
+def test_where_there_is_no_model_the_weights_decide_unless_it_was_asked_for(
+    level: str | None, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "base", {"up.weight": torch.ones(32, 24)})
+    write_adapter(tmp_path / "adapter", {"up": random_delta(32, 24)})
+    run_ok("merge", tmp_path / "adapter", "--base", tmp_path / "base", "-o", tmp_path / "merged")
+    found = gc.verify(
+        tmp_path / "adapter", base=tmp_path / "base", merged=tmp_path / "merged", level=level
     )
-    assert "the model was not run" in outcome.stderr
-    assert outcome.stdout.endswith("same function\n")
+    assert found.ok is (None if level else True)
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {

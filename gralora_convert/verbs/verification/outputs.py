@@ -7,9 +7,11 @@ measured, too: where a sum lies so near the middle of two stored numbers that ri
 differ, the other one is taken at random, and the outputs' response is the yardstick.
 """
 
-from collections.abc import Mapping, Set
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from gralora_convert.adapters import Adapter
 from gralora_convert.base import Recipe, Setting, different_settings, spellings, written_settings
 from gralora_convert.delta import Delta, admissible, magnitude_rows, rows, terms
-from gralora_convert.disk import Checkpoint, torch_dtype
+from gralora_convert.disk import Checkpoint, read_torch, torch_dtype
 from gralora_convert.errors import ConvertError, printable
 from gralora_convert.models import (
     Attachment,
@@ -25,7 +27,7 @@ from gralora_convert.models import (
     GraloraLinear,
     Inputs,
     Loaded,
-    attach,
+    Parts,
     available_memory,
     first_that_runs,
     has_absurd_counts,
@@ -33,11 +35,13 @@ from gralora_convert.models import (
     load,
     memory_needed,
     outputs_of,
+    put_on,
     quiet,
     stored_dtype,
     tokenised,
 )
 
+_Change = tuple[Adapter, float, str]
 CHUNK_ELEMENTS = 1 << 20  # of a weight that are looked at together
 # A right merge takes the other number at fewer places than a draw does, which does at every second
 # possible one. So its response is no larger in the mean square, and 8 times as large at most once
@@ -135,6 +139,15 @@ class ModelComparison:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class NotRun:
+    """Why the models were not compared. `is_blind`: there is a model that people will run, and what
+    it computes was not seen; else there is none to run, or no room for it here."""
+
+    reason: str
+    is_blind: bool = True
+
+
 def compare_models(
     recipe: Recipe,
     merged: Checkpoint,
@@ -143,39 +156,38 @@ def compare_models(
     device: str = "cpu",
     text: str | None = None,
     trust_remote_code: bool = False,
-) -> tuple[ModelComparison | None, tuple[str, ...]]:
-    """The comparison, or None and a note that says why it was left out.
+) -> tuple[ModelComparison | NotRun, tuple[str, ...]]:
+    """The comparison, or why there is none; and notes.
 
     One model is in memory at a time; in float64 where it fits and the model computes in it, else
     in float32.
     """
     if not merged.path.is_dir() or not merged.config:
-        return None, (
-            "the model was not run: the merged checkpoint has no config.json, or an empty one",
-        )
+        known = recipe.base.config.keys() | merged.config.keys()
+        why = "the merged checkpoint has no config.json, or an empty one"
+        return NotRun(why, is_blind=bool(known)), ()
     base = recipe.base
     types = base.model_type, merged.model_type
     if None not in types and types[0] != types[1]:
         failure = f"its config.json has model_type {types[1]!r}, that of the base {types[0]!r}"
         return _failed(failure, written_settings(base, merged), (), slack, torch.float32), ()
     if has_absurd_counts(base):
-        return None, (
-            "the model was not run: the base's config.json counts more layers than it has",
-        )
+        return NotRun("the base's config.json counts more layers than it has"), ()
     if has_absurd_counts(merged):
         failure = "its config.json counts more layers than it has"
         return _failed(failure, written_settings(base, merged), (), slack, torch.float32), ()
     free, needed = available_memory(), memory_needed(merged, torch.float32)
     if needed > free:
-        return None, (
-            f"the model was not run: it needs {needed / 1e9:.1f} GB of memory in float32, "
-            f"{free / 1e9:.1f} GB are available; weights and modules were compared",
+        why = (
+            f"it needs {needed / 1e9:.1f} GB of memory in float32, {free / 1e9:.1f} GB are "
+            "available; weights and modules were compared"
         )
+        return NotRun(why, is_blind=False), ()
     wide = device == "cpu" and memory_needed(merged, torch.float64) <= free
     vocabulary = _vocabulary(recipe.edits)
     reasons: list[str] = []
     # A class of the merged config that has no place for the adapter is no reason not to look.
-    for name in dict.fromkeys(_class_of(checkpoint) for checkpoint in (merged, base)):
+    for name in _classes(recipe, merged):
         for dtype in (torch.float64, torch.float32) if wide else (torch.float32,):
             runner = _Runner(recipe, merged, device, dtype, trust_remote_code, name, vocabulary)
             try:
@@ -184,10 +196,10 @@ def compare_models(
             except CannotRunError as failed:
                 reasons.append(str(failed))
                 if failed.is_for_memory and dtype == torch.float32:  # no class needs less
-                    return None, (f"the model was not run: {failed}",)
+                    return NotRun(str(failed), is_blind=False), ()
             else:
                 return found, _class_notes(merged, base, name)
-    return None, (f"the model was not run: {reasons[0]}",)
+    return NotRun(reasons[0]), ()
 
 
 def _failed(
@@ -213,6 +225,16 @@ def _vocabulary(edits: Mapping[str, object]) -> int | None:
 
 def _class_of(checkpoint: Checkpoint) -> str:
     return checkpoint.architectures[0] if checkpoint.architectures else "AutoModel"
+
+
+def _classes(recipe: Recipe, merged: Checkpoint) -> Iterator[str]:
+    """The classes to run both models as: those that the configs name, then those that have the
+    adapters' modules."""
+    named = list(dict.fromkeys(map(_class_of, (merged, recipe.base))))
+    yield from named
+    models = (names.blueprint for names in recipe.architectures)
+    fitting = dict.fromkeys(type(found.model).__name__ for found in models if found is not None)
+    yield from (name for name in fitting if name not in named)
 
 
 def _class_notes(merged: Checkpoint, base: Checkpoint, name: str) -> tuple[str, ...]:
@@ -308,7 +330,8 @@ class _Runner:
             for one in attached:
                 for layer in one.layers.values():
                     layer.remove(one.name)
-            choices = [self._choice(layer, name) for name, layer in layers.items()]
+            changed = self._changed()
+            choices = [self._choice(layer, name, changed[name]) for name, layer in layers.items()]
             self._store(model, {id(layer.weight) for layer in layers.values()})
             right, others = outputs_of(model, inputs), list[Tensor]()
             for side in (False, True):
@@ -324,13 +347,15 @@ class _Runner:
     def _attached(self, model: nn.Module, stack: ExitStack) -> list[Attachment]:
         """All adapters on the model, until `stack` ends; a weight goes into the scaling."""
         found = []
-        for number, (adapter, weight) in enumerate(self.recipe.weighted):
-            held: Adapter | dict[str, Delta] = adapter
-            if weight != 1:
-                deltas = ((module, adapter.delta(module)) for module in adapter.modules)
-                held = {m: replace(delta, scaling=delta.scaling * weight) for m, delta in deltas}
+        pairs = zip(self.recipe.weighted, self.recipe.architectures, strict=True)
+        for number, ((adapter, weight), names) in enumerate(pairs):
+            own = {names.module_today(module): module for module in adapter.modules}
+            values = {names.today(p): read_torch(spec) for p, spec in adapter.values.items()}
+            delta = partial(self._delta, adapter, weight, own)
+            parts = Parts(str(adapter.path), tuple(own), delta, values)
             try:
-                one = attach(holder_of(model, adapter), held, name=f"adapter-{number}")
+                holder = holder_of(model, next(iter(own)), names.part)
+                one = put_on(holder, parts, name=f"adapter-{number}")
             except ConvertError as error:
                 raise CannotRunError(
                     f"the adapter's names are not the model's ({error.message})"
@@ -338,9 +363,17 @@ class _Runner:
             found.append(stack.enter_context(one))
         return found
 
+    @staticmethod
+    def _delta(adapter: Adapter, weight: float, own: Mapping[str, str], module: str) -> Delta:
+        delta = adapter.delta(own[module])
+        return replace(delta, scaling=delta.scaling * weight)
+
     def _dtype(self, parameter: str) -> torch.dtype:
         """What the merged checkpoint stores a parameter of the model in."""
-        return stored_dtype(self.merged, spellings(parameter, self.recipe.prefixes))
+        names = self.recipe.architectures[0]
+        places = [rows.tensor for rows in names.locate(parameter)] or [names.disk_name(parameter)]
+        spelt = (s for p in (*places, parameter) for s in spellings(p, self.recipe.prefixes))
+        return stored_dtype(self.merged, spelt)
 
     def _store(self, model: nn.Module, chosen: Set[int]) -> None:
         """Rounds all but the `chosen` parameters as the merged checkpoint stores them: what is
@@ -350,11 +383,21 @@ class _Runner:
                 if id(value) not in chosen and value.is_floating_point():
                     value.copy_(value.to(self._dtype(name.replace(".base_layer.", "."))))
 
-    def _choice(self, layer: GraloraLinear, name: str) -> "_Choice":
+    def _changed(self) -> Mapping[str, list[_Change]]:
+        """By the name of a module in memory: each adapter with a delta there, its weight, and its
+        own name of the module."""
+        found: dict[str, list[_Change]] = defaultdict(list)
+        pairs = zip(self.recipe.weighted, self.recipe.architectures, strict=True)
+        for (adapter, weight), names in pairs:
+            for module in adapter.modules:
+                found[names.module_today(module)].append((adapter, weight, module))
+        return found
+
+    def _choice(self, layer: GraloraLinear, name: str, changed: Sequence[_Change]) -> "_Choice":
         """Gives the layer the weight of the nearest right merge; what others may have instead."""
-        held = [(a, w, a.delta(name)) for a, w in self.recipe.weighted if name in a.roles]
+        held = [(factor, adapter.delta(own)) for adapter, factor, own in changed]
         weight, dtype = layer.weight.detach(), self._dtype(f"{name}.weight")
-        short = next((found for a, _, _ in held if (found := a.short_dtype(name))), None)
+        short = next(filter(None, (a.short_dtype(own) for a, _, own in changed)), None)
         across = not isinstance(layer.base_layer, nn.Linear)  # Conv1D keeps (in, out)
         right, other = torch.empty_like(weight), torch.empty(weight.shape, dtype=dtype)
         step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
@@ -362,13 +405,13 @@ class _Runner:
             span = (start, min(start + step, len(weight)))
             before = weight[slice(*span)].double().cpu()
             update, size = torch.zeros_like(before), before.abs()
-            for _, factor, delta in held:
+            for factor, delta in held:
                 update += factor * rows(delta, *span, transposed=across)
                 size += abs(factor) * magnitude_rows(delta, *span, transposed=across)
             nearest = (before + update).to(dtype)
             low, high = admissible(
                 before + update, update, magnitude=size,
-                terms=sum(terms(delta) for _, _, delta in held), dtype=dtype,
+                terms=sum(terms(delta) for _, delta in held), dtype=dtype,
                 delta_dtype=None if short is None else torch_dtype(short),
             )  # fmt: skip
             right[slice(*span)] = nearest.to(right)

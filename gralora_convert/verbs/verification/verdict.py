@@ -17,7 +17,7 @@ from gralora_convert.errors import MisuseError, is_number, printable
 from gralora_convert.output import one_arithmetic_thread
 from gralora_convert.verbs.verification.audit import Row, audited
 from gralora_convert.verbs.verification.comparison import PROBES, WRONG
-from gralora_convert.verbs.verification.outputs import ModelComparison, compare_models
+from gralora_convert.verbs.verification.outputs import ModelComparison, NotRun, compare_models
 
 LEVELS = ("weights", "modules", "model")
 SHOWN = 20  # wrong tensors in the text; JSON has all
@@ -26,7 +26,8 @@ MUCH_LOST, MUCH_NOISE = 0.9, 0.5  # kept below, or noise above: the dtype is too
 
 @dataclass(frozen=True, slots=True)
 class Equivalence:
-    """What `verify` found; `ok` when every level that was run agrees."""
+    """What `verify` found. `ok`: True when every level that was asked for agrees, False when one
+    does not, None when the weights agree and `unanswered` says why more could not be seen."""
 
     rows: tuple[Row, ...]
     untouched: int
@@ -34,6 +35,7 @@ class Equivalence:
     level: str
     model: ModelComparison | None = None
     notes: tuple[str, ...] = field(default=())
+    unanswered: str = ""
 
     @property
     def weights_ok(self) -> bool:
@@ -44,10 +46,11 @@ class Equivalence:
         return all((row.output_worst or 0.0) <= self.slack for row in self.rows)
 
     @property
-    def ok(self) -> bool:
+    def ok(self) -> bool | None:
         """Whether base + adapter and the merged checkpoint are the same function."""
         model = self.model is None or self.model.ok
-        return self.weights_ok and model and (self.level == "weights" or self.modules_ok)
+        same = self.weights_ok and model and (self.level == "weights" or self.modules_ok)
+        return None if same and self.unanswered else same
 
     @property
     def wrong(self) -> tuple[Row, ...]:
@@ -91,6 +94,7 @@ class Equivalence:
             "model": self.model.as_json() if self.model else None,
             "survival": self._survival_json(),
             "notes": list(self.notes),
+            "unanswered": self.unanswered or None,
         }
 
     def _survival_json(self) -> dict[str, object]:
@@ -128,7 +132,10 @@ class Equivalence:
             yield from self._contradiction(self.model)
         if self.weights_ok:
             yield from self._survival_lines()
-        yield "same function" if self.ok else "NOT the same function"
+        if self.ok is None:
+            yield f"no answer: {self.unanswered}"
+        else:
+            yield "same function" if self.ok else "NOT the same function"
 
     def _settings(self, model: ModelComparison) -> Iterator[str]:
         """What config.json says of the merged model alone, where that may be the reason."""
@@ -174,7 +181,7 @@ def verify(
     merged: Checkpoint | str | Path,
     base: Checkpoint | str | Path | None = None,
     weights: Sequence[float] | None = None,
-    level: str = "model",
+    level: str | None = None,
     slack: float = 1.0,
     device: str = "cpu",
     text: str | None = None,
@@ -190,8 +197,10 @@ def verify(
         weights: one for each adapter; default: those of the receipt beside `merged`, where it
             lists these adapters, else 1.
         level: `weights`, `modules` (adds outputs per module) or `model` (adds the whole model on
-            token ids, on `text` through its tokenizer, or on other inputs made from its config;
-            left out with a note where the model does not fit in memory or cannot be run).
+            token ids, on `text` through its tokenizer, or on other inputs made from its config).
+            Where the model cannot be run, there is no answer (`ok` None). The default is `model`,
+            which is left out with a note where it does not fit in memory, or where neither base
+            nor merge has a config.json.
         slack: widens every bound by this factor; the bounds are derived, 1 is right.
 
     Raises:
@@ -201,6 +210,7 @@ def verify(
     The bound: half a unit in the last place of the stored dtype, plus the error of float32 sums,
     plus half a unit of the adapter's dtype where that has 16 bits (PEFT rounds the delta to it).
     """
+    asked, level = level, "model" if level is None else level
     if level not in LEVELS:
         raise MisuseError(f"level {level!r} is none of {', '.join(LEVELS)}")
     if not is_number(slack) or slack <= 0:
@@ -232,15 +242,21 @@ def verify(
         *_receipt_notes(recipe, result),
         *_folder_notes(result),
     )
-    comparison = None
-    if level == "model":
-        comparison, why = compare_models(
-            recipe, result, slack=slack, device=device, text=text,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        notes += why
-        if comparison is not None and comparison.ok:
-            notes += tuple(f"{setting}; the outputs agree" for setting in comparison.settings)
+    if level != "model":
+        return Equivalence(rows, untouched, slack, level, None, notes)
+    comparison, remarks = compare_models(
+        recipe, result, slack=slack, device=device, text=text,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    notes += remarks
+    if isinstance(comparison, NotRun):
+        why = f"the model was not run: {comparison.reason}"
+        if comparison.is_blind or asked is not None:
+            blind = f'{why}. Compare without it: `level="modules"`'
+            return Equivalence(rows, untouched, slack, level, None, (*notes, why), blind)
+        return Equivalence(rows, untouched, slack, level, None, (*notes, why))
+    if comparison.ok:
+        notes += tuple(f"{setting}; the outputs agree" for setting in comparison.settings)
     return Equivalence(rows, untouched, slack, level, comparison, notes)
 
 
