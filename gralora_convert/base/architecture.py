@@ -125,10 +125,15 @@ class Architecture(Names):
             return stored != shape
         if self.base.model_type in _CONV1D_FAMILY:
             return _IN_BLOCK.fullmatch(module) is not None
-        if not self.text.may_hold_conv1d:
+        if not self.may_hold_conv1d:
             return False
         kind = self.kind(module)
         return None if kind is None else kind == "Conv1D"
+
+    @property
+    def may_hold_conv1d(self) -> bool:
+        """Whether some layers may be Conv1D of transformers; models of diffusers (0.42) have none."""
+        return self.text.may_hold_conv1d and not self.base.is_of_diffusers
 
     def kind(self, module: str) -> str | None:
         """The class name of a module in memory; None when the model cannot be built or lacks it."""

@@ -344,7 +344,7 @@ class _Placer:
     def _misfit(
         self, module: str, found: tuple[int, ...], shape: tuple[int, int]
     ) -> Finding | None:
-        if found == shape or (found == shape[::-1] and self.architecture.text.may_hold_conv1d):
+        if found == shape or (found == shape[::-1] and self.architecture.may_hold_conv1d):
             return None
         k = self.adapter.blocks
         if any(size % k for size in found):

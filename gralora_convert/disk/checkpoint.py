@@ -96,6 +96,12 @@ class Checkpoint:
         return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list) else ()
 
     @property
+    def is_of_diffusers(self) -> bool:
+        """Whether diffusers saved it (0.42, configuration_utils.py): its loaders look for the names
+        of files that it has."""
+        return "_diffusers_version" in self.config
+
+    @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.tensors.values())
 

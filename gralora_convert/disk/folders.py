@@ -10,6 +10,8 @@ from gralora_convert.errors import UnreadableError, UnsupportedError
 
 MAX_FOLDERS = 32  # below one another, of the files beside the weights
 _INDEX_SUFFIX = ".index.json"
+# diffusers puts the variant of a sharded model into the name of its index (`.index.fp16.json`)
+_INDEX = re.compile(r".*\.safetensors\.index(\.\w+)?\.json")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # The folders that sentence-transformers names in modules.json: 1_Pooling, 2_Dense
 STEP = re.compile(r"\d+_[A-Za-z]\w*")
@@ -48,7 +50,7 @@ def weight_files(folder: Path) -> tuple[dict[str, list[str] | None], str | None]
             return {name: None}, None
         if name + _INDEX_SUFFIX in present:
             return indexed(folder, name + _INDEX_SUFFIX), name + _INDEX_SUFFIX
-    indexes = sorted(n for n in present if n.endswith(".safetensors" + _INDEX_SUFFIX))
+    indexes = sorted(n for n in present if _INDEX.fullmatch(n))
     if len(indexes) == 1:
         return indexed(folder, indexes[0]), indexes[0]
     others = sorted(
@@ -231,7 +233,11 @@ def sidecars(folder: Path) -> dict[str, Path]:
 
 
 def is_weights_or_ours(name: str) -> bool:
-    if name.endswith(_INDEX_SUFFIX) or name in (RECEIPT_NAME, "README.md", "adapter_config.json"):
+    if (
+        name.endswith(_INDEX_SUFFIX)
+        or _INDEX.fullmatch(name)
+        or name in (RECEIPT_NAME, "README.md", "adapter_config.json")
+    ):
         return True
     return PurePosixPath(name).suffix in _WEIGHT_SUFFIXES or name == "training_args.bin"
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from gralora_convert.output.plan import Plan
     from gralora_convert.output.ranks import Ranks
     from gralora_convert.output.receipt import adapter_receipt_findings, checkpoint_receipt_findings
-    from gralora_convert.output.shards import index_json, lay_out
+    from gralora_convert.output.shards import index_json, index_name, lay_out
     from gralora_convert.output.tiles import (
         CastTensor,
         MergedTensor,
@@ -24,8 +24,8 @@ __all__ = [
     "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "OutputFile",
     "Part", "PatchedTensor", "Plan", "Ranks", "Workshop", "adapter_card",
     "adapter_receipt_findings", "checkpoint_receipt_findings", "config_of", "copied",
-    "default_jobs", "folder_of", "index_json", "lay_out", "merged_card", "one_arithmetic_thread",
-    "taken",
+    "default_jobs", "folder_of", "index_json", "index_name", "lay_out", "merged_card",
+    "one_arithmetic_thread", "taken",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
@@ -34,7 +34,7 @@ __getattr__ = opened(__name__, {
     "plan": "Plan",
     "ranks": "Ranks",
     "receipt": "adapter_receipt_findings checkpoint_receipt_findings",
-    "shards": "index_json lay_out",
+    "shards": "index_json index_name lay_out",
     "tiles": "CastTensor MergedTensor PatchedTensor taken",
     "workers": "default_jobs one_arithmetic_thread",
     "writing": "Computed Copied OutputFile Part",

@@ -48,7 +48,8 @@ def merged_card(base: Checkpoint, adapters: Sequence[Adapter]) -> bytes:
         "What went in, and what rounding did to it, is in `gralora_convert.json`.",
     ]
     relation = "merge" if len(adapters) > 1 else "finetune"
-    return _card(model, relation, "transformers", ["gralora", "merged"], base.folder, body)
+    library = "diffusers" if base.is_of_diffusers else "transformers"
+    return _card(model, relation, library, ["gralora", "merged"], base.folder, body)
 
 
 def adapter_card(kind: str, base: str | None, source: Path | None = None) -> bytes:

@@ -17,7 +17,8 @@ def lay_out(
     base: Checkpoint, parts: Mapping[str, list[Part]], shard_size: str
 ) -> tuple[OutputFile, ...]:
     """The files of the output: the base's own, or shards of at most `shard_size`."""
-    if shard_size == "keep" and len(parts) == 1 and base.config:  # a variant (`model.fp16`), too
+    own = base.is_of_diffusers  # its loaders ask for a variant (`.fp16`) by name
+    if shard_size == "keep" and len(parts) == 1 and base.config and not own:  # a variant, too
         [(name, held)] = parts.items()
         return (OutputFile("model.safetensors", tuple(held), _metadata(base, name)),)
     if shard_size == "keep":
@@ -27,11 +28,22 @@ def lay_out(
         )
     shards = list(_shards((p for held in parts.values() for p in held), _parse_size(shard_size)))
     if len(shards) == 1:
-        return (OutputFile("model.safetensors", tuple(shards[0])),)
+        return (OutputFile(f"{_stem(base)}.safetensors", tuple(shards[0])),)
     return tuple(
-        OutputFile(f"model-{i:05d}-of-{len(shards):05d}.safetensors", tuple(shard))
+        OutputFile(f"{_stem(base)}-{i:05d}-of-{len(shards):05d}.safetensors", tuple(shard))
         for i, shard in enumerate(shards, 1)
     )
+
+
+def _stem(base: Checkpoint) -> str:
+    return "diffusion_pytorch_model" if base.is_of_diffusers else "model"
+
+
+def index_name(base: Checkpoint, shard_size: str) -> str:
+    """The name under which loaders look for the index of the output."""
+    if shard_size == "keep" and base.is_of_diffusers and base.index_name is not None:
+        return base.index_name
+    return f"{_stem(base)}.safetensors.index.json"
 
 
 def _shards(parts: Iterable[Part], limit: int) -> Iterator[list[Part]]:
@@ -68,7 +80,8 @@ def _safetensors_name(name: str) -> str:
     path = PurePosixPath(name)
     if path.suffix == ".safetensors":
         return name
-    return str(path.with_name(path.stem.replace("pytorch_model", "model") + ".safetensors"))
+    stem = re.sub(r"^pytorch_model", "model", path.stem)
+    return str(path.with_name(f"{stem}.safetensors"))
 
 
 def _metadata(base: Checkpoint, name: str) -> Mapping[str, str]:

@@ -290,7 +290,8 @@ def _module(
             return None
         transposed = names.reading.is_transposed(name) or False
         # one that is not square fits its module only as it is stored: PEFT loads it, or says no
-        if names.reading.is_transposed(name) is None and _is_square(pairs[0][0], parts):
+        is_unsaid = names.reading.is_transposed(name) is None and names.may_hold_conv1d
+        if is_unsaid and _is_square(pairs[0][0], parts):
             raise UnsupportedError(
                 "differs and is square, and whether it is an nn.Linear, a Conv1D or none of them "
                 "cannot be told without the architecture", where=name,

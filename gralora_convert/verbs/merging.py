@@ -47,6 +47,7 @@ from gralora_convert.output import (
     PatchedTensor,
     Plan,
     index_json,
+    index_name,
     lay_out,
     merged_card,
     taken,
@@ -116,7 +117,9 @@ def merge(
         for name, entry in recipe.merged.items()
     }
     files = lay_out(target, _parts(recipe, merged), shard_size)
-    texts, copies, notes = _texts_and_sidecars(recipe, files, dtype, labels)
+    texts, copies, notes = _texts_and_sidecars(
+        recipe, files, dtype, labels, index_name(target, shard_size)
+    )
     notes = [*chained, *notes]
     return Plan(
         command="merge",
@@ -187,7 +190,11 @@ def _part(recipe: Recipe, name: str, merged: Mapping[str, MergedTensor]) -> Part
 
 
 def _texts_and_sidecars(
-    recipe: Recipe, files: Sequence[OutputFile], dtype: str, labels: Sequence[str] | None
+    recipe: Recipe,
+    files: Sequence[OutputFile],
+    dtype: str,
+    labels: Sequence[str] | None,
+    index: str,
 ) -> tuple[dict[str, bytes], dict[str, Path], list[str]]:
     """Small files to write, files to copy, and what is worth telling about them."""
     held = beside(recipe.base, recipe.adapters)
@@ -203,7 +210,7 @@ def _texts_and_sidecars(
         texts["config.json"] = (json.dumps(edited, indent=2) + "\n").encode()
         notes += said
     if len(files) > 1:
-        texts["model.safetensors.index.json"] = index_json(files)
+        texts[index] = index_json(files)
     return texts, copies, notes
 
 

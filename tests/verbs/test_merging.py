@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import gralora_convert as gc
 from gralora_convert.delta.products import dense
@@ -336,3 +336,50 @@ def test_the_check_of_a_merge_shares_no_indexing_with_its_sums(
     outcome = run(*arguments)
     assert outcome.status == 2
     assert "differs from base + delta" in outcome.stderr
+
+
+DIFFUSION = "diffusion_pytorch_model"
+
+
+@pytest.mark.parametrize(
+    ("files", "index"),
+    [
+        ([f"{DIFFUSION}.safetensors"], None),
+        ([f"{DIFFUSION}.fp16.safetensors"], None),
+        ([f"{DIFFUSION}-0000{i}-of-00002.safetensors" for i in (1, 2)],
+         f"{DIFFUSION}.safetensors.index.json"),
+        ([f"{DIFFUSION}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)],
+         f"{DIFFUSION}.safetensors.index.fp16.json"),
+    ],
+)  # fmt: skip
+def test_a_model_of_diffusers_keeps_the_names_of_its_files(
+    files: list[str], index: str | None, tmp_path: Path
+) -> None:
+    """As diffusers 0.42.1 saves them, with its layers, all of them nn.Linear and some square."""
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = {f"blocks.{i}.to_{n}.weight": torch.randn(16, 16) for i in (0, 1) for n in "qk"}
+    shares = [dict(list(tensors.items())[i :: len(files)]) for i in range(len(files))]
+    for name, share in zip(files, shares, strict=True):
+        save_file(share, base / name, {"format": "pt"})
+    if index is not None:
+        weight_map = {n: f for f, share in zip(files, shares, strict=True) for n in share}
+        (base / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    kind = {"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.42.1"}
+    (base / "config.json").write_text(json.dumps(kind))
+    deltas = {name.removesuffix(".weight"): random_delta(16, 16) for name in tensors}
+    write_adapter(tmp_path / "adapter", deltas)
+    run_ok("merge", tmp_path / "adapter", "--base", base, "-o", tmp_path / "out")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {*files, *filter(None, [index]), "config.json", "README.md",
+                       "gralora_convert.json"}  # fmt: skip
+    found = {k: v for f in files for k, v in load_file(tmp_path / "out" / f).items()}
+    for name, delta in deltas.items():
+        right = tensors[f"{name}.weight"] + dense(delta)
+        torch.testing.assert_close(found[f"{name}.weight"], right, rtol=0, atol=1e-5)
+    if index is not None:
+        listed = json.loads((tmp_path / "out" / index).read_text())["weight_map"]
+        assert listed == weight_map
+    run_ok("merge", tmp_path / "adapter", "--base", base, "-o", tmp_path / "s", "--shard-size",
+           "2KB")  # fmt: skip
+    assert f"{DIFFUSION}.safetensors.index.json" in {p.name for p in (tmp_path / "s").iterdir()}
