@@ -132,7 +132,7 @@ class Architecture(Names):
 
     @property
     def may_hold_conv1d(self) -> bool:
-        """Whether some layers may be Conv1D of transformers; models of diffusers (0.42) have none."""
+        """Whether layers may be Conv1D of transformers; models of diffusers (0.42) have none."""
         return self.text.may_hold_conv1d and not self.base.is_of_diffusers
 
     def kind(self, module: str) -> str | None:
