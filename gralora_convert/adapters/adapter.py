@@ -332,6 +332,24 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     ]
 
 
+def _what_is_there(folder: Path) -> str:
+    """What another program left in the place of the adapter's tensors, and how to get at them."""
+    names = {entry.name for entry in folder.iterdir()}
+    if any(name.startswith("pytorch_model_fsdp") for name in names):  # accelerate 1.11, fsdp_utils
+        return (
+            "It holds what accelerate saves of FSDP: gather that in the run with "
+            "accelerator.get_state_dict(model), and give it to model.save_pretrained."
+        )
+    if names & {"model.safetensors", "pytorch_model.bin"}:
+        return "It holds a whole model: save the adapter alone, by save_pretrained."
+    foreign = sorted(n for n in names if n.endswith((".gguf", ".npz", "adapters.safetensors")))
+    if foreign:
+        return (
+            f"{foreign[0]} is of another program; PEFT's own save_pretrained writes what is read."
+        )
+    return "Is the save complete?"
+
+
 def _read_weights(folder: Path, findings: list[Finding]) -> TensorFile | None:
     present = [name for name in WEIGHTS if (folder / name).exists()]
     if not present:
@@ -342,7 +360,9 @@ def _read_weights(folder: Path, findings: list[Finding]) -> TensorFile | None:
                 f"Save all tensors in one {WEIGHTS[0]}.",
             ))  # fmt: skip
         else:
-            findings.append(error("weights-missing", folder, f"{WEIGHTS[0]} is missing"))
+            findings.append(error(
+                "weights-missing", folder, f"{WEIGHTS[0]} is missing", _what_is_there(folder)
+            ))  # fmt: skip
         return None
     if len(present) > 1:
         both = " and ".join(present)

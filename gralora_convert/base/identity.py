@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from gralora_convert.adapters import CONFIG_NAME, Adapter
+from gralora_convert.adapters import CONFIG_NAME, Adapter, is_on_adapter
 from gralora_convert.disk import Checkpoint, cached, is_folder, is_there, load_json, parse_name
 from gralora_convert.errors import Finding, UnreadableError, note, warning
 
@@ -28,6 +28,8 @@ def identity_findings(adapter: Adapter, base: Checkpoint) -> Iterator[Finding]:
             f"was trained on a model of type {other[0]!r}, the base is a {base.model_type!r}",
             _SAME,
         )  # fmt: skip
+    if is_on_adapter(adapter):  # the chain is told, and looked after
+        return
     given = {*map(_last, (base.source, str(base.folder)))}
     if not named or (expected := _last(named)) in given or (seen and seen == base.config):
         return

@@ -52,7 +52,8 @@ class Checkpoint:
         Raises:
             UnreadableError: nothing there, a damaged file, an index that disagrees with its shards
                 or leaves its folder.
-            UnsupportedError: weights in a format that is not read here (GGUF, TensorFlow, Flax).
+            UnsupportedError: weights in a format that is not read here (GGUF, TensorFlow, Flax), or
+                the state dict of a model with an adapter inside.
 
         >>> Checkpoint.open("fixtures/bases/llama").config["model_type"]  # doctest: +SKIP
         'llama'
@@ -214,4 +215,11 @@ def _gather(
             tensors[tensor] = spec
     if not tensors:
         raise UnreadableError("holds no tensors", where=path)
+    if all(name.startswith("base_model.model.") for name in tensors):
+        raise UnsupportedError(
+            "holds the whole state dict of a PEFT model, base and adapter in one, and no model",
+            where=path,
+            hint="Save the adapter with save_pretrained of the PEFT model; its base is the folder "
+            "that was trained from.",
+        )
     return tensors

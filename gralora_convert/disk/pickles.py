@@ -27,6 +27,7 @@ from gralora_convert.disk.specs import (
 )
 from gralora_convert.disk.unpickling import (
     DamagedPickleError,
+    DistributedError,
     PickledTensor,
     UnsafePickleError,
     unpickle,
@@ -145,6 +146,13 @@ def _unpickle(description: bytes, path: Path) -> dict[str, PickledTensor]:
             f"is a pickle that holds more than tensors: {error}; it was not run",
             where=path,
             hint=_RESAVE,
+            reason="unsafe-pickle",
+        ) from error
+    except DistributedError as error:
+        raise TensorFileError(
+            "is a pickle of distributed tensors (DTensor): each process of a run saves its part",
+            where=path,
+            hint="In that run, save `full_tensor()` of each with safetensors.",
             reason="unsafe-pickle",
         ) from error
     except DamagedPickleError as error:

@@ -40,6 +40,17 @@ _NAMES = frozenset(
 )
 
 
+# what torch.save writes of a DTensor (torch 2.13, _tensor.py, `_reduce_ex_internal`)
+_DISTRIBUTED = frozenset({
+    "torch._utils._rebuild_wrapper_subclass", "torch.distributed.tensor.DTensor",
+    "torch.distributed._tensor.DTensor",
+})  # fmt: skip
+
+
+class DistributedError(Exception):
+    """A pickle of DTensors: each process of a run saved its part."""
+
+
 class UnsafePickleError(Exception):
     """The pickle names or calls something that is no part of a tensor; it was not run."""
 
@@ -80,6 +91,7 @@ def unpickle(data: bytes) -> object:
 
     Raises:
         UnsafePickleError: it names anything else.
+        DistributedError: it names what DTensors are made of.
         DamagedPickleError: it is no pickle.
     """
     return _Machine(data).run()
@@ -170,6 +182,8 @@ class _Machine:
             self._push(_Dtype(_STORAGES[text.removeprefix("torch.storage.")]))
         elif text in _NAMES:
             self._push(_Name(text))
+        elif text in _DISTRIBUTED:
+            raise DistributedError
         else:
             raise UnsafePickleError(f"it names {text}, which is no dense tensor")
 

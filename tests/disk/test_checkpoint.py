@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import GraloraConfig, get_peft_model
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gralora_convert.disk.checkpoint import Checkpoint, locate
 from gralora_convert.disk.folders import sidecars
@@ -21,6 +25,7 @@ from gralora_convert.disk.strictjson import JsonError
 from gralora_convert.disk.tensors import read_torch
 from gralora_convert.errors import ConvertError, UnreadableError, UnsupportedError
 from tests.builders import write_model
+from tests.command import run
 
 Tensors = dict[str, torch.Tensor]
 INDEX = "model.safetensors.index.json"
@@ -612,3 +617,51 @@ def test_the_steps_of_a_sentence_transformer_are_sidecars_with_their_weights(
     assert list(sidecars(tmp_path)) == names[:1]
     (tmp_path / "modules.json").write_text("[]")
     assert list(sidecars(tmp_path)) == [*names, "modules.json"]
+
+
+def test_the_state_dict_of_a_model_with_an_adapter_inside_is_no_model(tmp_path: Path) -> None:
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8,
+                            num_hidden_layers=1, num_attention_heads=2))  # fmt: skip
+    adapted = get_peft_model(base, GraloraConfig(r=4, gralora_k=2, target_modules=["q_proj"]))
+    torch.save(adapted.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UnsupportedError, match="whole state dict of a PEFT model"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("pytorch_model_fsdp.bin", "accelerator.get_state_dict"),
+        ("pytorch_model_fsdp_0", "accelerator.get_state_dict"),
+        ("model.safetensors", "a whole model"),
+        ("adapters.safetensors", "of another program"),
+        ("lora.gguf", "of another program"),
+    ],
+)
+def test_what_lies_in_the_place_of_an_adapter_is_named(
+    name: str, advice: str, tmp_path: Path
+) -> None:
+    config = Path(__file__).parent.parent.parent / "fixtures/peft-0.21.2/llama-k4"
+    shutil.copy(config / "adapter_config.json", tmp_path)
+    (tmp_path / name).write_bytes(b"")
+    outcome = run("validate", tmp_path)
+    assert outcome.status == 2
+    assert advice in outcome.stdout
+
+
+def test_distributed_tensors_are_named(tmp_path: Path) -> None:
+    """As torch.save writes them: by the function that makes a wrapper subclass again."""
+    script = (
+        "import torch, torch.distributed as dist, sys\n"
+        "from torch.distributed.device_mesh import init_device_mesh\n"
+        "from torch.distributed.tensor import Shard, distribute_tensor\n"
+        "store = dist.HashStore()\n"
+        "dist.init_process_group('gloo', store=store, rank=0, world_size=1)\n"
+        "mesh = init_device_mesh('cpu', (1,))\n"
+        "torch.save({'a': distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])}, sys.argv[1])\n"
+    )
+    path = tmp_path / "pytorch_model.bin"
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True, capture_output=True)
+    with pytest.raises(UnreadableError, match="distributed tensors") as refusal:
+        Checkpoint.open(tmp_path)
+    assert "full_tensor()" in refusal.value.hint
