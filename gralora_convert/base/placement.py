@@ -389,9 +389,27 @@ class _Placer:
         if names is None or missing_targets(self.adapter, names):
             # a module on disk need not exist in memory: ask the model
             exact = self.architecture.linear_modules(head=not is_all_linear(self.config))
-            names = names if exact is None else exact
+            names = self._trained_part(names if exact is None else exact)
         self.findings += target_findings(self.adapter, names or [])
         self._check_names()
+
+    def _trained_part(self, names: list[str] | None) -> list[str] | None:
+        """`names`, or those of the encoder where the adapter is whole there and has nothing of the
+        decoder: PEFT's FEATURE_EXTRACTION does not say that it was an encoder alone."""
+        missing = missing_targets(self.adapter, names or [])
+        inside = [m for m in (*self.adapter.modules, *missing) if m.startswith("encoder.")]
+        if not missing or inside != list(self.adapter.modules):
+            return names
+        if not self.architecture.text.has_encoder_class or self.config.task_type not in (
+            None, "FEATURE_EXTRACTION",
+        ):  # fmt: skip
+            return names
+        self._say(note(
+            "part-trained", CONFIG_NAME,
+            f"selects {len(missing)} modules of the decoder, too, and has none of them: taken as "
+            "trained on the encoder alone",
+        ))  # fmt: skip
+        return [name for name in names or () if name.startswith("encoder.")]
 
     def _check_names(self) -> None:
         targets, modules = self.config.target_modules, self.adapter.modules

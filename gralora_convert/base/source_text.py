@@ -131,6 +131,11 @@ class SourceText:
         return not self.text or "Conv1D" in self.text
 
     @property
+    def has_encoder_class(self) -> bool:
+        """Whether there is a class of the encoder alone, as T5EncoderModel."""
+        return re.search(r"^class \w+EncoderModel\(", self.text, re.MULTILINE) is not None
+
+    @property
     def keeps_lists(self) -> bool:
         """Whether modules may stand in plain lists, too, where nobody replaces them."""
         return "add_module(" in self.text

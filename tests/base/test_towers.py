@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers
 from peft import GraloraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from tests.command import run, run_ok
+from tests.zoo import IDS
 
 FAMILIES = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2", "metaclip_2": "MetaClip2"}
 TOWERS = ("text", "vision")
@@ -179,3 +181,31 @@ def test_the_text_model_of_a_larger_one_is_found_by_its_class(
     with torch.no_grad():
         wanted = adapted.base_model.model(input_ids=ids).logits
         assert (merged(input_ids=ids).logits - wanted).abs().max() <= 1e-5
+
+
+def test_an_encoder_trained_alone_is_merged_into_the_whole(tmp_path: Path) -> None:
+    """PEFT's FEATURE_EXTRACTION names no class: T5EncoderModel, of which the base is more."""
+    config = transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    encoder = transformers.T5EncoderModel.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(
+        encoder,
+        GraloraConfig(r=4, gralora_k=2, target_modules=["q"], task_type="FEATURE_EXTRACTION"),
+    )
+    torch.manual_seed(0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.3
+    adapted.save_pretrained(tmp_path / "adapter")
+    right = adapted.eval()(IDS).last_hidden_state
+    told = run_ok("merge", tmp_path / "adapter", "--base", tmp_path / "base", "-o", tmp_path / "m")
+    assert "part-trained" in told.stderr
+    merged = transformers.T5EncoderModel.from_pretrained(tmp_path / "m").eval()
+    torch.testing.assert_close(merged(IDS).last_hidden_state, right, rtol=0, atol=1e-5)
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if "block.1" not in k}, path)
+    lost = run("validate", tmp_path / "adapter", "--base", tmp_path / "base")
+    assert lost.status == 1  # a layer is missing: that is no part
