@@ -5,7 +5,7 @@ A message reads *where: what was found, what was needed. What to do.* Programmin
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -260,18 +260,20 @@ class Report:
         """One finding per line."""
         return "\n".join(str(finding) for finding in self.findings)
 
-    def as_annotations(self) -> str:
-        """GitHub workflow commands, one per finding (`::error title=code::message`)."""
-        return "\n".join(_annotation(finding) for finding in self.findings)
+    def as_annotations(self, file_of: Callable[[Finding], str] = lambda finding: "") -> str:
+        """GitHub workflow commands, one per finding (`::error file=...,title=code::message`);
+        `file_of` names the file that a finding is about, "" when there is none."""
+        return "\n".join(_annotation(finding, file_of(finding)) for finding in self.findings)
 
 
-def _annotation(finding: Finding) -> str:
+def _annotation(finding: Finding, file: str) -> str:
     def escape(text: str, also: str = "") -> str:
         for character in "%\r\n" + also:
             text = text.replace(character, f"%{ord(character):02X}")
         return text
 
     title = escape(finding.code, ":,")
+    named = f"file={escape(printable(file), ':,')}," if file else ""
     place = f"{finding.where}: " if finding.where else ""
     message = sentences(f"{place}{finding.message}", finding.hint)
-    return f"::{_ANNOTATION[finding.severity]} title={title}::{escape(message)}"
+    return f"::{_ANNOTATION[finding.severity]} {named}title={title}::{escape(message)}"

@@ -99,4 +99,6 @@ def test_annotations_and_text_carry_the_same_findings(tmp_path: Path) -> None:
     assert shown.status == annotated.status == 1
     for code in ("rank-mismatch", "missing-tensor"):
         assert f"error[{code}]" in shown.stdout
-        assert f"::error title={code}::" in annotated.stdout
+        assert f",title={code}::" in annotated.stdout
+    for line in annotated.stdout.splitlines():
+        assert line.startswith((f"::error file={folder}/", f"::warning file={folder}/"))

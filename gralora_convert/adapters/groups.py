@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from gralora_convert.errors import Finding, Severity
+
 Size = tuple[int, ...]
 
 
@@ -30,6 +32,23 @@ def group(shapes: Mapping[str, Size]) -> list[Group]:
     return [
         Group(_label(words, numbers), shape, len(numbers))
         for (words, shape), numbers in members.items()
+    ]
+
+
+def together(findings: Iterable[Finding]) -> list[Finding]:
+    """Findings that say the same of many places, each group of places as one finding.
+
+    >>> from gralora_convert.errors import error
+    >>> [f.where for f in together([error("c", f"layers.{i}.up", "m") for i in range(3)])]
+    ['layers.{0-2}.up (3)']
+    """
+    places: dict[tuple[str, Severity, str, str], list[str]] = defaultdict(list)
+    for found in findings:
+        places[found.code, found.severity, found.message, found.hint].append(found.where)
+    return [
+        Finding(code, severity, f"{g.name} ({g.count})" if g.count > 1 else g.name, message, hint)
+        for (code, severity, message, hint), wheres in places.items()
+        for g in group(dict.fromkeys(wheres, ()))
     ]
 
 

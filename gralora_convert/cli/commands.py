@@ -5,6 +5,7 @@ stdout is the result, stderr is progress and notes. Exit status: 0 done / yes, 1
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -153,6 +154,11 @@ def validate(
 
 
 def _print_reports(reports: Mapping[str, "Report"], style: str) -> None:
+    from gralora_convert.adapters import together
+    from gralora_convert.errors import Report
+
+    if style != "json":  # which has all of them one by one
+        reports = {name: Report(tuple(together(r.findings))) for name, r in reports.items()}
     match style:
         case "json":
             documents = {adapter: _report_json(report) for adapter, report in reports.items()}
@@ -161,10 +167,7 @@ def _print_reports(reports: Mapping[str, "Report"], style: str) -> None:
         case "github":
             for adapter, report in reports.items():
                 if report.findings:
-                    titled = len(reports) > 1  # annotations name files within an adapter only
-                    lines = [f"::group::{printable(adapter)}"] if titled else []
-                    click.echo("\n".join([*lines, spelled(report.as_annotations())]))
-                    click.echo("::endgroup::\n" if titled else "", nl=False)
+                    click.echo(spelled(report.as_annotations(partial(_file_of, Path(adapter)))))
         case _:
             for adapter, report in reports.items():
                 if report.findings:
@@ -172,6 +175,17 @@ def _print_reports(reports: Mapping[str, "Report"], style: str) -> None:
                 errors = len(report.errors)
                 verdict = f"{errors} error(s)" if errors else "valid"
                 show(f"{printable(adapter)}: {verdict}")
+
+
+def _file_of(adapter: Path, finding: "Finding") -> str:
+    """The file that a finding is about: the one that it names, the config, or the weights."""
+    from gralora_convert.adapters import CONFIG_NAME, WEIGHTS
+
+    if not adapter.is_dir():
+        return ""
+    named = finding.where.rpartition("/")[2]
+    held = [name for name in (named, *WEIGHTS, CONFIG_NAME) if name and (adapter / name).is_file()]
+    return str(adapter / held[0]) if held else str(adapter)
 
 
 def _folders(names: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 An adapter says which delta belongs to which module; no file format is known here.
 """
 
+import contextlib
 import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,12 +144,36 @@ class Attachment:
         layers: Mapping[str, GraloraLinear],
         slots: Sequence[_Slot],
         replacements: Sequence[_Replacement],
-        check: RemovableHandle | None = None,
+        model: nn.Module,
         config: GraloraConfig | LoraConfig | None = None,
     ) -> None:
         self.name, self.layers, self.config = name, layers, config
-        self._slots, self._replacements, self._check = slots, replacements, check
+        self._slots, self._replacements, self._model = slots, replacements, model
         self._attached = True
+        self._frozen: list[nn.Parameter] = []
+        self._check: RemovableHandle | None = None
+        self._watch()
+
+    def _watch(self) -> None:
+        """From now on the model refuses to compute without the values of this adapter."""
+        if self._replacements:
+            self._check = self._model.register_forward_pre_hook(_Held(self._replacements))
+
+    def _look_away(self) -> None:
+        if self._check is not None:
+            self._check.remove()
+        self._check = None
+
+    def _freeze(self) -> None:
+        """Of the model's own parameters, none is trained until this adapter is detached."""
+        layers = (m for m in self._model.modules() if isinstance(m, GraloraLinear))
+        adapters = {id(p) for layer in layers for p in layer.adapters.parameters()}
+        self._frozen = [
+            p for p in self._model.parameters()
+            if p.requires_grad and id(p) not in adapters and not hasattr(p, _MARK)
+        ]  # fmt: skip
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
 
     @property
     def replaced(self) -> Mapping[str, Tensor]:
@@ -201,6 +226,35 @@ class Attachment:
         across = [not isinstance(bare(layer), nn.Linear) for layer in self.layers.values()]
         return config_of(deltas, dropout=max(rates), fan_in_fan_out=any(across))
 
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it the model computes as without this adapter; the others stay.
+
+        >>> model = nn.Sequential(nn.Linear(4, 6))
+        >>> before = model(torch.ones(4))
+        >>> handle = attach(model, {"0": Gralora(torch.ones(2, 2, 2), torch.ones(2, 2, 3), 0.5)})
+        >>> with handle.disabled():
+        ...     bool((model(torch.ones(4)) == before).all())
+        True
+        """
+        if not self._attached:
+            yield
+            return
+        values = self.replaced
+        self._look_away()
+        for slot in self._slots:
+            slot.branch.is_on = False
+        for change in self._replacements:
+            change.restore()
+        try:
+            yield
+        finally:
+            for slot in self._slots:
+                slot.branch.is_on = True
+            for change in self._replacements:
+                setattr(change.owner, change.leaf, values[change.path])
+            self._watch()
+
     def detach(self) -> None:
         """Takes the adapter off: the model has its own modules and parameters again.
 
@@ -216,8 +270,9 @@ class Attachment:
                 layer.remove(self.name)
             if not layer.adapters and slot.parent._modules.get(slot.leaf) is layer:
                 setattr(slot.parent, slot.leaf, layer.base_layer)
-        if self._check is not None:
-            self._check.remove()
+        self._look_away()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
         for change in reversed(self._replacements):
             change.restore()
 
@@ -235,6 +290,7 @@ def attach(
     name: str = "default",
     dropout: float | None = None,
     trainable: bool = False,
+    freeze: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Attachment:
     """Puts an adapter on a live model: the complete forward path, until `detach`.
@@ -246,8 +302,8 @@ def attach(
     keeps its values. A tied `lm_head` that is adapted changes the head only.
 
     * `dropout` None means the adapter's own (0 for deltas); it acts in training mode only.
-    * `trainable` lets factors, biases and saved modules require gradients. The rest of the model
-      is left as it is: freeze it, or give the optimiser `handle.parameters()`.
+    * `trainable` lets factors, biases and saved modules require gradients, and as in PEFT nothing
+      else of the model, until `detach`; `freeze=False` leaves the rest as it is.
     * Several adapters: attach each under its own `name`; their parts are summed. Only one of them
       may bring a value for the same bias or saved parameter.
 
@@ -279,7 +335,10 @@ def attach(
     parts = _parts(Adapter.open(adapter) if isinstance(adapter, str | Path) else adapter)
     if trainable:
         _require_trainable(parts)
-    return put_on(model, parts, name=name, dropout=dropout, trainable=trainable, dtype=dtype)
+    handle = put_on(model, parts, name=name, dropout=dropout, trainable=trainable, dtype=dtype)
+    if trainable and freeze:
+        handle._freeze()
+    return handle
 
 
 def put_on(
@@ -317,10 +376,9 @@ def put_on(
         raise MisuseError("there is nothing to attach: no modules", where=source.where)
     for change in changes:
         change.install()
-    check = model.register_forward_pre_hook(_Held(changes)) if changes else None
     layers = {slot.module: slot.install(name) for slot in slots}
     config = None if source.adapter is None else source.adapter.config
-    return Attachment(name, layers, slots, changes, check, config)
+    return Attachment(name, layers, slots, changes, model, config)
 
 
 def _parts(adapter: Adapter | Mapping[str, Delta]) -> Parts:

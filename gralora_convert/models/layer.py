@@ -31,6 +31,7 @@ class Branch(nn.Module):
         # As PEFT does: without dropout no random number is drawn, in training mode either.
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.rate = dropout
+        self.is_on = True
 
     def value(self) -> Gralora | Lora:
         raise NotImplementedError
@@ -199,9 +200,10 @@ class GraloraLinear(nn.Module):
                 hint="Build nn.TransformerEncoder with enable_nested_tensor=False.",
             )
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        blocks = any(isinstance(branch, _GraloraBranch) for branch in self.adapters.values())
+        branches = [branch for branch in self.adapters.values() if branch.is_on]
+        blocks = any(isinstance(branch, _GraloraBranch) for branch in branches)
         dtype = x.dtype if blocks else result.dtype
-        for branch in self.adapters.values():
+        for branch in branches:
             result = branch(x, result)
         return result.to(dtype)
 

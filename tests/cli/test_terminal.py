@@ -2,6 +2,7 @@
 for the real one."""
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -264,3 +265,22 @@ def test_a_second_interrupt_is_no_other_end() -> None:
     )
     assert outcome.returncode == 130
     assert outcome.stderr == "\ninterrupted: the output is what it was before\n"
+
+
+def test_one_fault_of_many_modules_is_one_line(tmp_path: Path) -> None:
+    """An edited r; the JSON has every module."""
+    shutil.copytree("fixtures/peft-0.21.2/llama-all-linear", tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
+    every = run("validate", tmp_path / "adapter", "--json").json["findings"]
+    assert isinstance(every, list)
+    told = run("validate", tmp_path / "adapter").stdout.splitlines()
+    assert len(every) > 13
+    assert len(told) == len(every) / 2 + 1  # two layers, and the verdict
+    assert any("model.layers.{0-1}.self_attn.q_proj (2): " in line for line in told)
+    annotated = run("validate", tmp_path / "adapter", "fixtures/peft-0.21.2/llama-k4", "--format",
+                    "github").stdout  # fmt: skip
+    lines = [line for line in annotated.splitlines() if line.startswith("::error")]
+    assert lines
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    assert all(line.startswith(f"::error file={weights},title=") for line in lines)

@@ -813,3 +813,48 @@ def test_a_saved_head_that_is_tied_back_is_not_used(change: str, tmp_path: Path)
         assert torch.equal(outputs(model), before)
         with attach(model, tmp_path / "adapter"):
             assert torch.equal(outputs(model), adapted)
+
+
+def test_within_disabled_the_model_is_its_own(tmp_path: Path) -> None:
+    """As PEFT's `disable_adapter`; the other adapters, and the trained values, stay."""
+    llama = ARCHITECTURES["llama"]
+    base = save_base(llama, tmp_path / "base")
+    train(base, llama, tmp_path / "adapter", modules_to_save=["lm_head"])
+    model = load(base, llama.auto)
+    before = outputs(model)
+    with attach(model, tmp_path / "adapter") as handle:
+        adapted = outputs(model)
+        with handle.disabled():
+            assert torch.equal(outputs(model), before)
+        assert torch.equal(outputs(model), adapted)
+        with pytest.raises(ZeroDivisionError), handle.disabled():
+            raise ZeroDivisionError
+        other = {"model.layers.0.self_attn.q_proj": gralora(16, 16)}
+        with attach(model, other, name="other"):
+            both = outputs(model)
+            with handle.disabled():
+                alone = outputs(model)
+            assert torch.equal(outputs(model), both)
+        assert not torch.equal(alone, before)
+        assert torch.equal(outputs(model), adapted)
+    with handle.disabled():
+        assert torch.equal(outputs(model), before)
+
+
+def test_training_an_adapter_freezes_the_model_until_it_is_taken_off(tmp_path: Path) -> None:
+    llama = ARCHITECTURES["llama"]
+    base = save_base(llama, tmp_path / "base")
+    train(base, llama, tmp_path / "adapter", modules_to_save=["lm_head"])
+    model = load(base, llama.auto)
+    own = list(model.parameters())
+    own[0].requires_grad_(False)
+    first = attach(model, tmp_path / "adapter", trainable=True)
+    second = attach(model, {"model.layers.0.self_attn.q_proj": gralora(16, 16)}, name="second",
+                    trainable=True)  # fmt: skip
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for handle in (first, second) for p in handle.parameters()}
+    second.detach()
+    first.detach()
+    assert [p.requires_grad for p in model.parameters()] == [False] + [True] * (len(own) - 1)
+    with attach(model, tmp_path / "adapter", trainable=True, freeze=False):
+        assert own[1].requires_grad
