@@ -1,6 +1,10 @@
 """One arithmetic thread per test process (two run side by side), and a short hypothesis profile."""
 
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts what runs behind it so, and
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start would inherit it
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
