@@ -421,6 +421,15 @@ class _Placer:
                 "experts-not-adapted", CONFIG_NAME,
                 f"holds none of the experts ({len(stacked)} tensors of the base)", _STACKED,
             ))  # fmt: skip
+        layers = self.config.layers_to_transform
+        known = {int(w) for m in modules for w in m.split(".") if w.isdecimal() and len(w) < 10}
+        wanted = [layers] if isinstance(layers, int) else layers or []
+        if beyond := [layer for layer in wanted if layer not in known]:
+            self._say(warning(
+                "layers-unmatched", CONFIG_NAME,
+                f"layers_to_transform names {', '.join(map(str, beyond))}: no module here has that "
+                "number", "Another base, or a layer that it does not have?",
+            ))  # fmt: skip
         if targets is None or isinstance(targets, str):
             return
         for target in targets:

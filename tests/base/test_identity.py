@@ -99,3 +99,15 @@ def test_the_card_says_what_the_base_s_says(tmp_path: Path) -> None:
     ):
         assert line in front
     assert "base_model" not in front  # its parent is not what was merged into
+
+
+def test_layers_beyond_those_of_the_base_are_said(tmp_path: Path) -> None:
+    adapter = shutil.copytree(FIXTURES / "peft-0.21.2/llama-layers", tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    values = json.loads(path.read_text())
+    layers = values["layers_to_transform"]
+    assert not [f for f in gc.validate(adapter, LLAMA).findings if f.code == "layers-unmatched"]
+    path.write_text(json.dumps(values | {"layers_to_transform": [*layers, 7]}))
+    found = [f for f in gc.validate(adapter, LLAMA).findings if f.code == "layers-unmatched"]
+    assert len(found) == 1
+    assert "names 7:" in found[0].message
