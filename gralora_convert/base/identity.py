@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter, is_on_adapter
+from gralora_convert.base.quantisation import nested
 from gralora_convert.disk import Checkpoint, cached, is_folder, is_there, load_json, parse_name
 from gralora_convert.errors import Finding, UnreadableError, note, warning
 
@@ -21,7 +22,7 @@ def identity_findings(adapter: Adapter, base: Checkpoint) -> Iterator[Finding]:
     named = adapter.config.base_model_name_or_path
     seen = _config_of(adapter.base_source)
     kinds = {_model_type(adapter.model_config), _model_type(seen)}
-    known = set(_model_types(base.config))
+    known = {_model_type(config) for config in nested(base.config)} - {None}
     if other := sorted(kind for kind in kinds - known if kind and known):
         yield warning(
             "base-type-mismatch", CONFIG_NAME,
@@ -81,12 +82,3 @@ def _config_of(name: str | None) -> Mapping[str, object]:
 def _model_type(config: Mapping[str, object]) -> str | None:
     value = config.get("model_type")
     return value if isinstance(value, str) else None
-
-
-def _model_types(config: Mapping[str, object]) -> Iterator[str]:
-    """The model type of a config, and those of the parts that it is made of."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _model_types(value)
-        elif name == "model_type" and isinstance(value, str):
-            yield value

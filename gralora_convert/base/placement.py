@@ -68,7 +68,7 @@ def place(
         base, adapter.modules, name if isinstance(name, str) else None, adapter.config.task_type,
         reading, str(beside[0]) if isinstance(beside, list) and len(beside) == 1 else None,
         {module: adapter.shape(module) for module in adapter.modules},
-        (*(f"{module}.bias" for module in adapter.biases), *adapter.saved, *adapter.frozen),
+        (*adapter.values, *adapter.frozen),
     )  # fmt: skip
     if architecture.rivals is not None:
         return None, Report.of([architecture.rivals])

@@ -13,6 +13,7 @@ from gralora_convert.adapters import (
     saved_findings,
 )
 from gralora_convert.base.architecture import Architecture
+from gralora_convert.base.quantisation import nested
 from gralora_convert.base.recipe import Patched, Replaced
 from gralora_convert.disk import Rows, TensorSpec, same_values
 from gralora_convert.errors import Finding, error, warning
@@ -264,8 +265,7 @@ class Values:
                 "which class of model has it", "Write task_type into adapter_config.json.",
             ))  # fmt: skip
             return
-        given = {*self.adapter.saved, *(f"{module}.bias" for module in self.adapter.biases)}
-        lacking = self.architecture.lacking(given)
+        lacking = self.architecture.lacking(self.adapter.values.keys())
         if lacking:
             holder = lacking[0].rpartition(".")[0]
             self._say(error(
@@ -334,8 +334,5 @@ def _misfit(code: str, parameter: str, spec: TensorSpec, found: tuple[int, ...])
 
 def _vocabulary_sizes(config: Mapping[str, object]) -> Iterator[int]:
     """Every `vocab_size` of a config and of those within it."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _vocabulary_sizes(value)
-        elif name == "vocab_size" and isinstance(value, int):
-            yield value
+    found = (inner.get("vocab_size") for inner in nested(config))
+    yield from (size for size in found if isinstance(size, int))

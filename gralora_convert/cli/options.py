@@ -239,10 +239,10 @@ class Said:
 
     def as_arguments(self) -> dict[str, Any]:
         """The arguments of a verb. Where both layouts are said of a module, (in, out) counts."""
-        layouts = dict.fromkeys(self.linear, False) | dict.fromkeys(self.fan_in_fan_out, True)
-        ordered = dict(sorted(layouts.items(), key=lambda pair: not pair[1]))
+        others = [pattern for pattern in self.linear if pattern not in self.fan_in_fan_out]
+        layouts = dict.fromkeys(self.fan_in_fan_out, True) | dict.fromkeys(others, False)
         mapped = {"key_map": _parse_key_map(self.key_map)} if self.key_map else {}
-        return {"fan_in_fan_out": ordered, "trust_remote_code": self.trust_remote_code, **mapped}
+        return {"fan_in_fan_out": layouts, "trust_remote_code": self.trust_remote_code, **mapped}
 
 
 layout_options = _gathered("said", Said, *_LAYOUT, trust_option)

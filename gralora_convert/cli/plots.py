@@ -103,9 +103,7 @@ def draw_equivalence(found: "Equivalence", path: str | Path) -> None:
     image = noise.imshow(costs, cmap="viridis", vmin=0, vmax=top, aspect="auto")
     _colour_bar(image, noise, "rounding noise / update, %")
     table.label(noise, "What the stored dtype costs")
-    words = {True: "same function", False: "NOT the same function", None: "no answer"}
-    verdict = words[found.ok]
-    figure.suptitle(f"base + adapter against the merged checkpoint: {verdict}", fontsize=13)
+    figure.suptitle(f"base + adapter against the merged checkpoint: {found.verdict}", fontsize=13)
     _save(figure, Path(path))
 
 

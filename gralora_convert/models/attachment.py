@@ -454,8 +454,7 @@ def _lacking(
         for name, layer in own.items()
         for leaf, value in layer.named_parameters(recurse=False)
     }
-    given = {*adapter.saved, *(f"{module}.bias" for module in adapter.biases)}
-    same = {id(parameters[name]) for name in given if name in parameters}
+    same = {id(parameters[name]) for name in adapter.values if name in parameters}
     written = {name for name, value in parameters.items() if id(value) in same}
     yield from saved_findings(adapter, written, parameters)
     biases = [name for name in parameters if name.endswith(".bias") and name not in written]

@@ -110,6 +110,7 @@ def convert(
             modules stays below.
         allow_inexact: approximate optimally where the shape cannot hold the update.
         device: where it is computed.
+        key_map, fan_in_fan_out: as in `merge`.
         verify: compare the outputs of source and result (as stored) on probe inputs.
 
     Raises:

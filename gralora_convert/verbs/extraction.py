@@ -85,6 +85,7 @@ def extract(
             optimum; `exact` takes the full one, 25 times slower.
         dtype: of the factors; `keep` is float32.
         device: where it is computed.
+        fan_in_fan_out: as in `merge`.
         verify: compare the outputs of difference and result (as stored) on probe inputs.
 
     Raises:

@@ -795,13 +795,17 @@ def test_the_forward_path_needs_neither_peft_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def with_saved_head(name: str, folder: Path) -> PreTrainedModel:
+    """A model whose adapter, with a head of its own, is in `folder`."""
+    base = save_base(ARCHITECTURES[name], folder / "base")
+    train(base, ARCHITECTURES[name], folder / "adapter", modules_to_save=["lm_head"])
+    return load(base, ARCHITECTURES[name].auto)
+
+
 @pytest.mark.parametrize("change", ["tie_weights", "resize_token_embeddings"])
 def test_a_saved_head_that_is_tied_back_is_not_used(change: str, tmp_path: Path) -> None:
     """The adapter's head would be gone without a word; PEFT keeps it in a wrapper of its own."""
-    tied = ARCHITECTURES["llama-tied"]
-    base = save_base(tied, tmp_path / "base")
-    train(base, tied, tmp_path / "adapter", modules_to_save=["lm_head"])
-    model = load(base, tied.auto)
+    model = with_saved_head("llama-tied", tmp_path)
     before = outputs(model)
     handle = attach(model, tmp_path / "adapter")
     adapted = outputs(model)
@@ -817,10 +821,7 @@ def test_a_saved_head_that_is_tied_back_is_not_used(change: str, tmp_path: Path)
 
 def test_within_disabled_the_model_is_its_own(tmp_path: Path) -> None:
     """As PEFT's `disable_adapter`; the other adapters, and the trained values, stay."""
-    llama = ARCHITECTURES["llama"]
-    base = save_base(llama, tmp_path / "base")
-    train(base, llama, tmp_path / "adapter", modules_to_save=["lm_head"])
-    model = load(base, llama.auto)
+    model = with_saved_head("llama", tmp_path)
     before = outputs(model)
     with attach(model, tmp_path / "adapter") as handle:
         adapted = outputs(model)
@@ -842,10 +843,7 @@ def test_within_disabled_the_model_is_its_own(tmp_path: Path) -> None:
 
 
 def test_training_an_adapter_freezes_the_model_until_it_is_taken_off(tmp_path: Path) -> None:
-    llama = ARCHITECTURES["llama"]
-    base = save_base(llama, tmp_path / "base")
-    train(base, llama, tmp_path / "adapter", modules_to_save=["lm_head"])
-    model = load(base, llama.auto)
+    model = with_saved_head("llama", tmp_path)
     own = list(model.parameters())
     own[0].requires_grad_(False)
     first = attach(model, tmp_path / "adapter", trainable=True)

@@ -53,6 +53,13 @@ class Equivalence:
         return None if same and self.unanswered else same
 
     @property
+    def verdict(self) -> str:
+        """`ok` in words."""
+        if self.ok is None:
+            return "no answer"
+        return "same function" if self.ok else "NOT the same function"
+
+    @property
     def wrong(self) -> tuple[Row, ...]:
         """The tensors that are not what they should be, the worst first."""
         wrong = [row for row in self.rows if row.worst > self.slack]
@@ -132,10 +139,7 @@ class Equivalence:
             yield from self._contradiction(self.model)
         if self.weights_ok:
             yield from self._survival_lines()
-        if self.ok is None:
-            yield f"no answer: {self.unanswered}"
-        else:
-            yield "same function" if self.ok else "NOT the same function"
+        yield f"{self.verdict}: {self.unanswered}" if self.ok is None else self.verdict
 
     def _settings(self, model: ModelComparison) -> Iterator[str]:
         """What config.json says of the merged model alone, where that may be the reason."""
@@ -202,6 +206,7 @@ def verify(
             which is left out with a note where it does not fit in memory, or where neither base
             nor merge has a config.json.
         slack: widens every bound by this factor; the bounds are derived, 1 is right.
+        key_map, fan_in_fan_out: as in `merge`.
 
     Raises:
         InvalidAdapterError: the adapter has errors or does not fit the base.
@@ -251,10 +256,9 @@ def verify(
     notes += remarks
     if isinstance(comparison, NotRun):
         why = f"the model was not run: {comparison.reason}"
-        if comparison.is_blind or asked is not None:
-            blind = f'{why}. Compare without it: `level="modules"`'
-            return Equivalence(rows, untouched, slack, level, None, (*notes, why), blind)
-        return Equivalence(rows, untouched, slack, level, None, (*notes, why))
+        must_answer = comparison.is_blind or asked is not None
+        blind = f'{why}. Compare without it: `level="modules"`' if must_answer else ""
+        return Equivalence(rows, untouched, slack, level, None, (*notes, why), blind)
     if comparison.ok:
         notes += tuple(f"{setting}; the outputs agree" for setting in comparison.settings)
     return Equivalence(rows, untouched, slack, level, comparison, notes)
