@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gralora_convert.base.identity import model_at_hand
     from gralora_convert.base.names import NOTHING_SAID, Reading, near_misses, spellings
     from gralora_convert.base.placement import place, place_in
-    from gralora_convert.base.quantisation import quantised_by
+    from gralora_convert.base.quantisation import quantised_by, unread_tensor
     from gralora_convert.base.recipe import (
         Kept,
         Merged,
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
         gathered,
         read_parameter,
     )
+    from gralora_convert.base.scales import Scales, misread, plain_tensors, scales_of
     from gralora_convert.base.sets import beside, extra_weights, lost_steps, trained_beside
 
 __all__ = [
     "NOTHING_SAID", "Architecture", "Kept", "Merged", "Patched", "Placement", "Reading", "Recipe",
-    "Replaced", "Setting", "Target", "beside", "combine", "different_settings", "extra_weights",
-    "gathered", "lost_steps", "model_at_hand", "named_labels", "near_misses", "place", "place_in",
-    "quantised_by", "read_parameter", "spellings", "trained_beside", "updated", "written_settings",
+    "Replaced", "Scales", "Setting", "Target", "beside", "combine", "different_settings",
+    "extra_weights", "gathered", "lost_steps", "misread", "model_at_hand", "named_labels",
+    "near_misses", "place", "place_in", "plain_tensors", "quantised_by", "read_parameter",
+    "scales_of", "spellings", "trained_beside", "unread_tensor", "updated", "written_settings",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
@@ -44,9 +46,10 @@ __getattr__ = opened(__name__, {
     "identity": "model_at_hand",
     "names": "NOTHING_SAID Reading near_misses spellings",
     "placement": "place place_in",
-    "quantisation": "quantised_by",
+    "quantisation": "quantised_by unread_tensor",
     "recipe": (
         "Kept Merged Patched Placement Recipe Replaced Target combine gathered read_parameter"
     ),
+    "scales": "Scales misread plain_tensors scales_of",
     "sets": "beside extra_weights lost_steps trained_beside",
 })  # fmt: skip

@@ -162,6 +162,17 @@ class Architecture(Names):
         holder = self.module_today(module).rpartition(".")[0]
         return any((name, leaf) in self.text.uncalled for name in self.blueprint.classes(holder))
 
+    def linear_weights(self) -> set[str]:
+        """Names on disk of the weights of all linear layers, heads that are tied included; those
+        that look like one where the model cannot be built."""
+        modules = self.linear_modules(head=True)
+        if modules is None:
+            return {f"{module}.weight" for module in self.disk_modules()}
+        return {
+            next((rows.tensor for rows in self.locate(weight)), self.disk_name(weight))
+            for weight in (f"{module}.weight" for module in modules)
+        }
+
     def linear_modules(self, *, head: bool = False) -> list[str] | None:
         """Names in memory of all nn.Linear and Conv1D, `head`: with the output embedding; None when
         the model cannot be built."""

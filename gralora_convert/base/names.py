@@ -388,13 +388,14 @@ class Names:
         return module
 
     def disk_modules(self) -> list[str]:
-        """Names on disk of what looks like a linear layer: 2-D floating weights, no embeddings."""
+        """Names on disk of what looks like a linear layer: 2-D weights of numbers or of fp8 codes,
+        no embeddings."""
         return [
             name.removesuffix(".weight")
             for name, spec in self.base.tensors.items()
             if name.endswith(".weight")
             and len(spec.shape) == 2
-            and spec.dtype in FLOATING
+            and (spec.dtype in FLOATING or spec.dtype.startswith("F8_E4"))
             and not self.is_embedding(name.removesuffix(".weight"))
         ]
 

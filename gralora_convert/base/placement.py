@@ -37,6 +37,7 @@ from gralora_convert.base.quantisation import (
 )
 from gralora_convert.base.recipe import Placement, Target
 from gralora_convert.base.replacements import Values, stored_shape
+from gralora_convert.base.scales import scales_of
 from gralora_convert.base.sets import extra_weights, stray_adapter
 from gralora_convert.base.ties import Claims, Settlement, settle
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, is_zero
@@ -109,7 +110,7 @@ def _placement(placer: "_Placer", settlement: Settlement, report: Report) -> Pla
     return Placement(
         placer.adapter, architecture, tuple(settlement.targets), tuple(settlement.replacements),
         edits, config_edits, {} if rows is None else architecture.outer_names(),
-        tuple(str(finding) for finding in report.findings),
+        tuple(str(finding) for finding in report.findings), placer.scales,
     )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ class _Placer:
         self.adapter, self.architecture = adapter, architecture
         self.base, self.config = architecture.base, adapter.config
         self.findings: list[Finding] = []
-        self.method = quantised_by(self.base)
+        self.method, self.scales = quantised_by(self.base), scales_of(self.base)
         self.values = Values(adapter, architecture)
         self.targets: dict[str, Target] = {}
 
@@ -147,13 +148,7 @@ class _Placer:
             ))  # fmt: skip
         for module in self.adapter.modules:
             self._place_module(module)
-        if self.method is not None and self.targets:
-            packed = sum(spec.dtype not in FLOATING for spec in self.base.tensors.values())
-            self._say(note(
-                "base-quantised-beside", self.base.path,
-                f"is quantised ({self.method}); no adapted module is: its {packed} packed tensors "
-                "and their scales are copied byte for byte",
-            ))  # fmt: skip
+        self._tell_quantised()
         if self.targets or not self.findings:  # else nothing fits, and the modules say so
             self._check_targets()
             self._check_orientation()
@@ -168,6 +163,24 @@ class _Placer:
         if self.values.head_rows is None:  # else the class of the output is another
             self.findings += _unloaded(settlement, self.architecture)
         return settlement
+
+    def _tell_quantised(self) -> None:
+        if self.method is None or not self.targets:
+            return
+        scaled = sum(spec.scale is not None for t in self.targets.values() for _, spec in t.parts)
+        packed = sum(spec.dtype not in FLOATING for spec in self.base.tensors.values())
+        if scaled:
+            self._say(note(
+                "base-quantised-read", self.base.path,
+                f"is quantised ({self.method}): {scaled} of {len(self.scales.specs)} fp8 weights "
+                "are adapted; these and what servers fuse with them become plain",
+            ))  # fmt: skip
+        else:
+            self._say(note(
+                "base-quantised-beside", self.base.path,
+                f"is quantised ({self.method}); no adapted module is: its {packed} packed tensors "
+                "and their scales are copied byte for byte",
+            ))  # fmt: skip
 
     def _say(self, finding: Finding) -> None:
         self.findings.append(finding)
@@ -215,18 +228,26 @@ class _Placer:
         if problem is not None:
             self._say(problem)
             return
-        spec = self.base.tensors[origins[0].tensor]
+        spec = self._stored(origins[0].tensor)
         transposed = self.architecture.is_transposed(module, found, shape)
         transposed = self._agreed(module, transposed, spec)
-        if transposed is not None:
+        if transposed and spec.scale is not None:
+            self._say(error(
+                "base-quantised", module, "is a Conv1D of fp8 codes, which is not read here",
+                ADVICE,
+            ))  # fmt: skip
+        elif transposed is not None:
             frozen = self._frozen(parameter)
             if frozen is not None:  # it may have another number of tokens
                 origins = (Rows(origins[0].tensor, 0, found[0]),)
             parts = tuple(
-                (replace(rows, tensor=output or rows.tensor), self.base.tensors[rows.tensor])
+                (replace(rows, tensor=output or rows.tensor), self._stored(rows.tensor))
                 for rows in origins
             )
             self.targets[parameter] = Target(module, parts, transposed, output is not None, frozen)
+
+    def _stored(self, tensor: str) -> TensorSpec:
+        return self.scales.specs.get(tensor) or self.base.tensors[tensor]
 
     def _find(self, parameter: str, shape: tuple[int, int]) -> tuple[tuple[Rows, ...], str | None]:
         """Where a weight lies on disk, and the name of its own tensor in the output when it has
@@ -309,8 +330,12 @@ class _Placer:
         return self._quantised(module, origins[0].tensor)
 
     def _quantised(self, module: str, tensor: str) -> Finding | None:
-        """Only a weight that is added to must be plain; the others are copied as they are."""
-        spec = self.base.tensors[tensor]
+        """Only a weight that is added to must be readable; the others are copied as they are."""
+        spec = self._stored(tensor)
+        if spec.scale is not None:
+            return None
+        if why := self.scales.problems.get(tensor):
+            return error("base-quantised", module, why, ADVICE)
         if spec.dtype not in FLOATING:
             method = f" ({self.method})" if self.method else ""
             lost = self.method is not None and by_config(self.base) is None

@@ -7,7 +7,8 @@ its integrations and the libraries behind them write.
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from gralora_convert.disk import FLOATING, Checkpoint
+from gralora_convert.base.scales import scales_of
+from gralora_convert.disk import FLOATING, Checkpoint, TensorSpec
 
 ADVICE = (
     "Merge into the original 16-bit model, or convert the adapter to a LoRA and serve it on this "
@@ -53,13 +54,28 @@ _BY_DTYPE = {"U32": "MLX or Metal", "I32": "packed integers", "U8": "packed inte
 
 def quantised_by(base: Checkpoint) -> str | None:
     """The name of the quantisation of a base, None when its weights are plain numbers."""
-    return by_config(base) or _by_tensors(base)
+    return by_config(base) or _by_tensors(base.tensors)
 
 
 def is_config_alone(base: Checkpoint) -> bool:
     """Whether a config says quantised what no tensor is: weights that were dequantised, or that
     loaders are to quantise."""
-    return by_config(base) is not None and _by_tensors(base) is None
+    return by_config(base) is not None and _by_tensors(base.tensors) is None
+
+
+def unread_tensor(base: Checkpoint) -> str | None:
+    """A tensor that is packed, or belongs to one, in a way that is not read here, and why; None
+    where all are plain numbers or codes with scales."""
+    scales = scales_of(base)
+    if scales.problems:
+        name, why = next(iter(scales.problems.items()))
+        return f"{name} {why}, and"
+    left = scales.companions(scales.specs, base.tensors).union(scales.specs)
+    rest = {name: spec for name, spec in base.tensors.items() if name not in left}
+    method = _by_tensors(rest)
+    if method is None:
+        return None if scales.specs or by_config(base) is None else "what its config describes"
+    return f"what is {method}"
 
 
 def plain_under_packed_names(base: Checkpoint) -> str | None:
@@ -98,8 +114,7 @@ def by_config(base: Checkpoint) -> str | None:
     return None
 
 
-def _by_tensors(base: Checkpoint) -> str | None:
-    tensors = base.tensors
+def _by_tensors(tensors: Mapping[str, TensorSpec]) -> str | None:
     for name, spec in tensors.items():
         stem, _, leaf = name.rpartition(".")
         for sign in _SIGNS.get(leaf, ()):

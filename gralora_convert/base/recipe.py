@@ -5,7 +5,7 @@ Names of outputs are those of the base where a tensor exists there; `final_name`
 spells them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from gralora_convert.adapters import Adapter, Update, is_on_adapter, whole_chains
 from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import updated
+from gralora_convert.base.scales import Scales, plain_dtype, requantised
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, read_rows, written_dtype
 from gralora_convert.errors import MisuseError, is_number
 
@@ -86,7 +87,7 @@ class Placement:
     `edits` are known edits; `config_edits` gives them with the class and labels of a trained head
     (and may import transformers for it); an object among them goes into the object of that name.
     `outer_names` gives base tensors another name in the output: a bare model that gets a head is
-    written with the prefix of its architecture.
+    written with the prefix of its architecture. `scales` are those of the base.
     """
 
     adapter: Adapter = field(repr=False)
@@ -97,13 +98,16 @@ class Placement:
     config_edits: Callable[[], Mapping[str, object]] = field(repr=False)
     outer_names: Mapping[str, str] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    scales: Scales = field(default_factory=Scales, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Every tensor of the output by its name: what is merged, replaced, and kept, in this order.
 
-    The other fields are those of its placements, taken together.
+    `plain` are the tensors of codes in the base that are none in the output, `quantised` makes the
+    output's config of one that says nothing of that. The other fields are those of its placements,
+    taken together.
     """
 
     base: Checkpoint = field(repr=False)
@@ -114,6 +118,8 @@ class Recipe:
     outer_names: Mapping[str, str] = field(repr=False)
     architectures: tuple[Architecture, ...] = field(repr=False)
     notes: tuple[str, ...]
+    scales: Scales = field(repr=False)
+    plain: frozenset[str]
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -136,16 +142,29 @@ class Recipe:
         """Base-model prefixes that names of the output may have or lack."""
         return tuple(dict.fromkeys(p for one in self.architectures for p in one.text.prefixes))
 
+    def quantised(self, config: Mapping[str, object]) -> dict[str, object]:
+        """`config` as the output's must be, which has these weights `plain`."""
+        if not self.plain:
+            return dict(config)
+        linear = self.architectures[0].linear_weights()
+        return requantised(config, self.scales, self.plain, linear)
+
     def final_name(self, name: str) -> str:
         """The name in the output of a tensor that the base has; other names stay."""
         return self.outer_names.get(name, name)
 
 
 def combine(
-    placements: Sequence[Placement], weights: Sequence[float] | None = None, dtype: str = "keep"
+    placements: Sequence[Placement],
+    weights: Sequence[float] | None = None,
+    dtype: str = "keep",
+    plain: Collection[str] = (),
 ) -> Recipe:
     """The recipe of base + sum of weight * delta over the placements, all in one base; floating
     tensors in `dtype`.
+
+    Of a base in fp8, the weights that are added to or replaced become plain, those that are fused
+    with them, the `plain` ones, and all where `dtype` is not `keep`.
 
     Raises:
         MisuseError: two adapters replace the same tensor, or one replaces what another adapts.
@@ -162,8 +181,18 @@ def combine(
             hint="Merge one of them, and train the other on the result.",
         )
     entries: dict[str, Entry] = {**merged, **replaced}
+    scales = placements[0].scales
+    touched = {name: base.tensors[name] for name in entries if name in base.tensors}
+    decoded = scales.fused(touched) | scales.specs.keys() & plain
+    if dtype != "keep":
+        decoded = frozenset(scales.specs)
+    left = scales.companions(decoded, base.tensors)
+    kept_dtype = plain_dtype(base.config)
     for name, spec in base.tensors.items():
-        entries.setdefault(name, Kept(spec, spec.dtype))
+        if name in decoded:
+            entries.setdefault(name, Kept(scales.specs[name], kept_dtype))
+        elif name not in left:
+            entries.setdefault(name, Kept(spec, spec.dtype))
     return Recipe(
         base,
         tuple(zip(adapters, factors, strict=True)),
@@ -178,6 +207,8 @@ def combine(
         next((p.outer_names for p in placements if p.outer_names), {}),
         tuple(placement.architecture for placement in placements),
         tuple(note for placement in placements for note in placement.notes),
+        scales,
+        decoded,
     )
 
 
@@ -266,6 +297,7 @@ def _together(edits: Iterator[Mapping[str, object]]) -> dict[str, object]:
 
 def _merged(placements: Sequence[Placement], weights: Sequence[float]) -> dict[str, Merged]:
     found: dict[str, Merged] = {}
+    base = placements[0].architecture.base
     for placement, weight in zip(placements, weights, strict=True):
         for target in placement.targets:
             for rows, stored in target.parts:
@@ -273,7 +305,7 @@ def _merged(placements: Sequence[Placement], weights: Sequence[float]) -> dict[s
                 held = found.get(rows.tensor)
                 found[rows.tensor] = Merged(
                     target.frozen or stored,
-                    stored.dtype,
+                    plain_dtype(base.config) if stored.scale else stored.dtype,
                     (*(held.updates if held else ()), update),
                     target.untied or (held is not None and held.untied),
                 )

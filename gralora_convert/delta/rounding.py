@@ -265,6 +265,8 @@ def compare(
     *,
     dtype: torch.dtype,
     quick: bool = False,
+    origin: Tensor | None = None,
+    slack: Tensor | None = None,
 ) -> Verdict:
     """Whether `after` is a rounding to `dtype` of `before` + the addends, and by how much.
 
@@ -272,7 +274,8 @@ def compare(
 
     Both are float64, or float32 for a `dtype` of 16 bits, on the device of the result. With
     `quick`, the bound takes |delta| for the sums of absolute products, which is at most those, at
-    hand, and nearly always enough; only where that says no, those are formed.
+    hand, and nearly always enough; only where that says no, those are formed. `origin` is what the
+    update is counted from, if that is not `before`; `slack` widens the bound, per element.
 
     >>> delta = Lora(torch.ones(1, 2), torch.ones(3, 1), 0.5)
     >>> before = torch.ones(3, 2).double()
@@ -293,12 +296,14 @@ def compare(
             after, exact, magnitude=sizes.add_(before.abs()), terms=products, dtype=dtype,
             delta=delta, delta_dtype=rounded,
         )  # fmt: skip
+        bound = bound if slack is None else bound + slack
         return worst_ratio(after, exact, bound), bound
 
     worst, bound = judged(delta.abs() if quick else _sum(magnitude_rows, addends, before))
     if quick and worst > 1:
         worst, bound = judged(_sum(magnitude_rows, addends, before))
-    return Verdict(worst, survival(before, after, delta), bound, delta)
+    kept = survival(before if origin is None else origin, after, delta)
+    return Verdict(worst, kept, bound, delta)
 
 
 def _sum(of: Callable[..., Tensor], addends: Sequence[Addend], like: Tensor) -> Tensor:

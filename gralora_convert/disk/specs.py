@@ -48,7 +48,8 @@ class TensorSpec:
     """One tensor inside a file: its dtype and shape, and where its bytes are; no bytes.
 
     `strides` (in elements) is set only for a tensor of a `.bin` file that is a view whose elements
-    do not lie in order; `offset` is then that of its first element.
+    do not lie in order; `offset` is then that of its first element. `scale` is set where the bytes
+    are read as 8-bit codes of larger numbers.
     """
 
     name: str
@@ -58,10 +59,26 @@ class TensorSpec:
     offset: int
     nbytes: int
     strides: tuple[int, ...] | None = None
+    scale: "Scale | None" = None
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def read_as(self) -> str:
+        """The dtype that its values are read in."""
+        return self.dtype if self.scale is None else "F32"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The scales of a matrix of codes: the value at (i, j) is the code there times that of `spec`
+    at (i // rows, j // columns). The last block of a row or column may be shorter."""
+
+    spec: TensorSpec
+    rows: int
+    columns: int
 
 
 @dataclass(frozen=True, slots=True)

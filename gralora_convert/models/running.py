@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gralora_convert.disk import Checkpoint, torch_dtype
+from gralora_convert.disk import Checkpoint, TensorSpec, read_torch, torch_dtype
 from gralora_convert.errors import MisuseError, OutOfMemoryError
 from gralora_convert.models.building import on_meta
 from gralora_convert.models.foreign import ForeignError, foreign
 from gralora_convert.models.inputs import Inputs, inputs_for
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -66,9 +66,11 @@ def load(
     trust_remote_code: bool = False,
     trained: Path | None = None,
     labels: int | None = None,
+    tensors: Mapping[str, TensorSpec] | None = None,
 ) -> Loaded:
     """`source` as a model of the class `class_name` in evaluation mode, with its own config, or
     with the one in the folder `trained` and its own vocabulary, which is what can be loaded.
+    `tensors`: what a model without quantisation has in place of those on disk.
 
     Raises:
         CannotRunError: transformers does not load it.
@@ -87,15 +89,27 @@ def load(
             if labels is not None:
                 config.num_labels = labels
             require_size(source, cls, config)
+            state = None
+            if tensors is not None:
+                config = _without_quantisation(config)
+                state = {name: read_torch(spec) for name, spec in tensors.items()}
             torch.manual_seed(0)  # a head that the source lacks is drawn at random, then replaced
             model, info = cls.from_pretrained(
-                source.folder, config=config, dtype=dtype, ignore_mismatched_sizes=True,
-                output_loading_info=True, **trust,
+                source.folder if state is None else None, config=config, dtype=dtype,
+                state_dict=state, ignore_mismatched_sizes=True, output_loading_info=True, **trust,
             )  # fmt: skip
     except (ForeignError, OutOfMemoryError) as error:
         raise CannotRunError(f"transformers cannot load {source.source}: {error}") from error
     mismatched = {name: (tuple(disk), tuple(live)) for name, disk, live in info["mismatched_keys"]}
     return Loaded(model.to(device).eval(), frozenset(info["missing_keys"]), mismatched)
+
+
+def _without_quantisation(config: "PretrainedConfig") -> "PretrainedConfig":
+    """The config without what would make transformers quantise, or dequantise by its own rule."""
+    for part in (config, *vars(config).values()):
+        if hasattr(part, "model_type"):
+            vars(part).pop("quantization_config", None)
+    return config
 
 
 def require_size(source: Checkpoint, cls: Any, config: object) -> None:
@@ -129,14 +143,14 @@ def first_that_runs(
     raise failed
 
 
-def stored_dtype(merged: Checkpoint, names: Iterable[str]) -> torch.dtype:
-    """The dtype on disk of the tensor that has one of `names`; the commonest one of matrices where
-    none has, as for a parameter that lies there in pieces."""
-    spec = next((merged.tensors[name] for name in names if name in merged.tensors), None)
+def stored_dtype(tensors: Mapping[str, TensorSpec], names: Iterable[str]) -> torch.dtype:
+    """The dtype that the tensor with one of `names` is read as; the commonest one of matrices where
+    none has, as for a parameter that lies on disk in pieces."""
+    spec = next((tensors[name] for name in names if name in tensors), None)
     if spec is None:
-        dtypes = [s.dtype for s in merged.tensors.values() if len(s.shape) == 2]
+        dtypes = [s.read_as for s in tensors.values() if len(s.shape) == 2]
         return torch_dtype(max(set(dtypes), key=dtypes.count))
-    return torch_dtype(spec.dtype)
+    return torch_dtype(spec.read_as)
 
 
 def holder_of(model: nn.Module, module: str, part: str = "") -> nn.Module:

@@ -31,7 +31,9 @@ from gralora_convert.disk import (
     INFINITY,
     Rows,
     TensorSpec,
+    apply_scales,
     bytes_of,
+    decode,
     largest_magnitude,
     open_regular,
     pread_exact,
@@ -133,7 +135,7 @@ class _Tiles:
     """A stored matrix cut into tiles of whole rows, each read and cast by a worker."""
 
     def __init__(self, spec: TensorSpec, dtype: str) -> None:
-        for name in (spec.dtype, dtype):
+        for name in (spec.read_as, dtype):
             if name not in FLOATING:
                 raise UnsupportedError(
                     f"tensor {spec.name!r} has dtype {name}, a floating dtype of 16 bits or more "
@@ -143,7 +145,7 @@ class _Tiles:
         self.spec, self.dtype = spec, dtype
         self.columns = math.prod(spec.shape[1:]) if spec.shape else 1
         self.rows = spec.shape[0] if spec.shape else 1
-        self.stored, self.written = torch_dtype(spec.dtype), torch_dtype(dtype)
+        self.stored, self.written = torch_dtype(spec.read_as), torch_dtype(dtype)
         wide = torch.float64 in (self.stored, self.written)
         self.sums = torch.float64 if wide else torch.float32
         # of checked rows; float32 is exact enough for a rounding to 16 bits (`tolerance` allows)
@@ -179,8 +181,15 @@ class _Tiles:
         return start, min(start + self.tile_rows, self.rows)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start:stop` as stored, in this worker's buffer."""
+        """Rows `start:stop` as stored (codes: as what they mean), in this worker's buffer."""
         stored = _buffers.get("stored", stop - start, self.columns, self.stored)
+        if self.spec.scale is not None:
+            codes = _buffers.get("codes", stop - start, self.columns, torch.int8)
+            halves = _buffers.get("halves", stop - start, self.columns, torch.int16)
+            _buffers.read(self.spec, start * self.columns, codes.data)
+            decode(codes.tensor, stored.tensor, halves.tensor)
+            apply_scales(stored.tensor, self.spec, start)
+            return stored.tensor
         width = self.columns * self.stored.itemsize
         _buffers.read(self.spec, start * width, stored.data)
         return stored.tensor
@@ -393,7 +402,11 @@ class MergedTensor(_Tiles):
             for one in self._shared
             if (met := one.meet(start, stop))
         ]
-        found = compare(before, written.to(self.checks), addends, dtype=self.written, quick=True)
+        # what rounding the decoded codes themselves loses is no loss of the update
+        origin = None if self.spec.scale is None else before.to(self.written).to(self.checks)
+        found = compare(
+            before, written.to(self.checks), addends, dtype=self.written, quick=True, origin=origin
+        )
         with self._lock:
             self.worst = max(self.worst, found.worst)
             self._kept[start] = found.survival

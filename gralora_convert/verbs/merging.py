@@ -24,7 +24,7 @@ from gralora_convert.base import (
     gathered,
     named_labels,
     place_in,
-    quantised_by,
+    unread_tensor,
     updated,
 )
 from gralora_convert.delta import Survival
@@ -106,10 +106,10 @@ def merge(
         _refuse_twice(weighted, target)
     reading = Reading.of(key_map, fan_in_fan_out, trust_remote_code)
     placements = [place_in(one, target, reading) for one in opened]
-    if dtype != "keep" and (method := quantised_by(target)):
+    if dtype != "keep" and (unread := unread_tensor(target)):
         raise MisuseError(
-            f"the base is quantised ({method}): another dtype would cast its scales, too",
-            where=target.path, hint='Give `dtype="keep"`.',
+            f"the base is quantised: {unread} cannot be written as {dtype}", where=target.path,
+            hint='Give `dtype="keep"`: only what is adapted becomes plain.',
         )  # fmt: skip
     recipe = combine(placements, factors, dtype)
     merged = {
@@ -162,7 +162,7 @@ def _parts(recipe: Recipe, merged: Mapping[str, MergedTensor]) -> dict[str, list
         file_name: [
             _part(recipe, name, merged)
             for name, spec in base.tensors.items()
-            if spec.file == file.path
+            if spec.file == file.path and name in recipe.tensors
         ]
         for file_name, file in base.layout.items()
     }
@@ -204,7 +204,7 @@ def _texts_and_sidecars(
     source = copies.get("config.json")
     config = load_json(source, allow_non_finite=True) if source is not None else {}
     edits, said = named_labels(_config_edits(recipe, config, dtype), labels)
-    edited = updated(config, edits)
+    edited = recipe.quantised(updated(config, edits))
     if source is not None and edited != config:
         del copies["config.json"]
         texts["config.json"] = (json.dumps(edited, indent=2) + "\n").encode()

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from gralora_convert.adapters import Adapter
-from gralora_convert.base import Kept, Merged, Patched, Recipe, Replaced, spellings
+from gralora_convert.base import Kept, Merged, Patched, Recipe, Replaced, misread, spellings
 from gralora_convert.delta import Survival
 from gralora_convert.disk import FLOATING, Checkpoint, TensorSpec, read_torch
 from gralora_convert.verbs.verification.comparison import (
@@ -81,6 +81,10 @@ def audited(
                 yield _patched(audit, name, entry)
             case Kept():
                 yield from _kept(audit, name, entry.spec, name in old_head)
+    yield from (
+        Row(audit.names[name], _module_of(name), WRONG, why)
+        for name, why in misread(recipe.scales, merged)
+    )
     known = set(audit.names.values())
     for name in merged.tensors:
         if name not in known:
@@ -195,6 +199,8 @@ def _extra(audit: _Audit, name: str) -> Row:
     if name.endswith(_TIED) and any(difference(twin, spec, _ignore) == 0 for twin in twins):
         return Row(name, _module_of(name), 0.0, kept=True)
     what = "is in the merged checkpoint, but neither in base nor adapter"
+    if name in audit.recipe.base.tensors:
+        what = "was left beside a weight that is plain now"
     return Row(name, _module_of(name), WRONG, what)
 
 
@@ -205,7 +211,7 @@ def _module_of(tensor: str) -> str:
 def _names_in(merged: Checkpoint, recipe: Recipe) -> Mapping[str, str]:
     """Expected name -> name in the merged checkpoint, which may carry the base-model prefix."""
     names = {}
-    for name in (*recipe.base.tensors, *recipe.tensors):
+    for name in recipe.tensors:
         candidates = spellings(name, recipe.prefixes)
         found = next((c for c in candidates if c in merged.tensors), None)
         if found is not None:

@@ -26,6 +26,7 @@ from gralora_convert.delta import (
     explain,
     features,
     forward_path,
+    half_ulp,
     to_device,
     tolerance,
     worst_ratio,
@@ -38,6 +39,7 @@ from gralora_convert.disk import (
     bytes_of,
     read_bytes,
     read_into,
+    read_rows,
     torch_dtype,
 )
 from gralora_convert.output import default_jobs
@@ -212,7 +214,13 @@ class Comparison:
         """Rows `start:stop` before and after, and what `compare` says of them."""
         before, after = self._read(start, stop, wide)
         addends = [found for u in self.updates if (found := u.addend(start, stop))]
-        return before, after, compare(before, after, addends, dtype=self.dtype, quick=quick)
+        origin = slack = None
+        if self.before.scale is not None:  # others round the decoded codes before they add
+            origin = before.to(self.dtype).to(wide)
+            slack = _decoding_slack(before, self.dtype)
+        return before, after, compare(
+            before, after, addends, dtype=self.dtype, quick=quick, origin=origin, slack=slack
+        )  # fmt: skip
 
     # Only for what is wrong ----------------------------------------------------------------------
 
@@ -324,7 +332,7 @@ def difference(
     that means nothing. Of all rows, or of `rows`."""
     if one.shape != other.shape:
         return WRONG
-    worst, is_cast = 0.0, one.dtype != other.dtype
+    worst, is_cast = 0.0, one.dtype != other.dtype or one.scale is not None
     width = one.numel // one.shape[0] if rows else 1
     begin, end = (rows[0] * width, rows[1] * width) if rows else (0, one.numel)
     for start in range(begin, end, TILE_ELEMENTS):
@@ -332,16 +340,26 @@ def difference(
         progress((stop - start) * other.nbytes // max(other.numel, 1))
         if not is_cast and _bytes(one, start, stop) == _bytes(other, start, stop):
             continue
-        if one.dtype not in FLOATING or other.dtype not in FLOATING:
+        if one.read_as not in FLOATING or other.dtype not in FLOATING:
             return WRONG
         dtype = torch_dtype(other.dtype)
-        expected = _elements(one, start, stop).to(dtype).double()
-        found = _elements(other, start, stop).double()
+        values = _elements(one, start, stop)
+        expected, found = values.to(dtype).double(), _elements(other, start, stop).double()
+        if one.scale is not None:
+            bound = _decoding_slack(values.double(), dtype)
+            if worst_ratio(found, values.double(), bound) <= 1:
+                continue
         if is_cast and torch.allclose(expected, found, rtol=0, atol=0, equal_nan=True):
             continue
         bound = tolerance(found, expected, magnitude=torch.zeros(()), terms=0, dtype=dtype)
         worst = max(worst, min(worst_ratio(found, expected, bound), WRONG), 2.0)
     return worst
+
+
+def _decoding_slack(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far a right rounding to `dtype` may be from decoded codes, which are products in float32
+    themselves."""
+    return half_ulp(values, dtype).add_(values.abs(), alpha=torch.finfo(torch.float32).eps)
 
 
 def _bytes(spec: TensorSpec, start: int, stop: int) -> bytearray:
@@ -351,6 +369,11 @@ def _bytes(spec: TensorSpec, start: int, stop: int) -> bytearray:
 
 
 def _elements(spec: TensorSpec, start: int, stop: int) -> Tensor:
+    if spec.scale is not None:
+        width = spec.shape[1]
+        first = start // width
+        values = read_rows(spec, first, -(-stop // width)).view(-1)
+        return values[start - first * width : stop - first * width]
     values = torch.empty(stop - start, dtype=torch_dtype(spec.dtype))
     read_into(spec, start * values.itemsize, bytes_of(values))
     return values

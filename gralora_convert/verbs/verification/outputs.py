@@ -17,9 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from gralora_convert.adapters import Adapter
-from gralora_convert.base import Recipe, Setting, different_settings, spellings, written_settings
+from gralora_convert.base import (
+    Recipe,
+    Setting,
+    different_settings,
+    plain_tensors,
+    scales_of,
+    spellings,
+    written_settings,
+)
 from gralora_convert.delta import Delta, admissible, magnitude_rows, rows, terms
-from gralora_convert.disk import Checkpoint, read_torch, torch_dtype
+from gralora_convert.disk import Checkpoint, TensorSpec, read_torch, torch_dtype
 from gralora_convert.errors import ConvertError, printable
 from gralora_convert.models import (
     Attachment,
@@ -184,12 +192,14 @@ def compare_models(
         )
         return NotRun(why, is_blind=False), ()
     wide = device == "cpu" and memory_needed(merged, torch.float64) <= free
-    vocabulary = _vocabulary(recipe.edits)
+    vocabulary, tensors = _vocabulary(recipe.edits), plain_tensors(merged)
     reasons: list[str] = []
     # A class of the merged config that has no place for the adapter is no reason not to look.
     for name in _classes(recipe, merged):
         for dtype in (torch.float64, torch.float32) if wide else (torch.float32,):
-            runner = _Runner(recipe, merged, device, dtype, trust_remote_code, name, vocabulary)
+            runner = _Runner(
+                recipe, merged, device, dtype, trust_remote_code, name, vocabulary, tensors
+            )
             try:
                 with quiet():
                     found = runner.compared(text, slack)
@@ -275,6 +285,7 @@ class _Runner:
     trust_remote_code: bool
     class_name: str
     vocabulary: int | None
+    tensors: Mapping[str, TensorSpec]  # of the merged model, without quantisation
 
     @property
     def base(self) -> Checkpoint:
@@ -373,7 +384,7 @@ class _Runner:
         names = self.recipe.architectures[0]
         places = [rows.tensor for rows in names.locate(parameter)] or [names.disk_name(parameter)]
         spelt = (s for p in (*places, parameter) for s in spellings(p, self.recipe.prefixes))
-        return stored_dtype(self.merged, spelt)
+        return stored_dtype(self.tensors, spelt)
 
     def _store(self, model: nn.Module, chosen: Set[int]) -> None:
         """Rounds all but the `chosen` parameters as the merged checkpoint stores them: what is
@@ -433,6 +444,7 @@ class _Runner:
             source, self.class_name, self.dtype, device=self.device,
             trust_remote_code=self.trust_remote_code,
             trained=next(beside, None),
+            tensors=plain_tensors(source) if scales_of(source).specs else None,
             labels=len(labels) if is_base and isinstance(labels, Mapping) else None,
         )  # fmt: skip
 

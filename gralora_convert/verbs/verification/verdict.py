@@ -10,9 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter
-from gralora_convert.base import Reading, Recipe, combine, gathered, lost_steps, place_in
+from gralora_convert.base import (
+    Reading,
+    Recipe,
+    combine,
+    gathered,
+    lost_steps,
+    place_in,
+    scales_of,
+)
 from gralora_convert.delta import Survival, require_device
-from gralora_convert.disk import Checkpoint
+from gralora_convert.disk import FLOATING, Checkpoint
 from gralora_convert.errors import MisuseError, is_number, printable
 from gralora_convert.output import one_arithmetic_thread
 from gralora_convert.verbs.verification.audit import Row, audited
@@ -230,7 +238,7 @@ def verify(
         said.append(f"the receipt of the merge gives weight {told}: compared with that")
     reading = Reading.of(key_map, fan_in_fan_out, trust_remote_code)
     placements = [place_in(one, source, reading) for one in opened]
-    recipe = combine(placements, factors)
+    recipe = combine(placements, factors, plain=_made_plain(source, result))
     with one_arithmetic_thread():
         found = tuple(audited(
             recipe, result, probe=level != "weights", device=device,
@@ -262,6 +270,14 @@ def verify(
     if comparison.ok:
         notes += tuple(f"{setting}; the outputs agree" for setting in comparison.settings)
     return Equivalence(rows, untouched, slack, level, comparison, notes)
+
+
+def _made_plain(base: Checkpoint, merged: Checkpoint) -> list[str]:
+    """The weights that are fp8 codes in the base, and plain numbers in the merged checkpoint: a
+    merge may make more of them plain than it must."""
+    tensors = merged.tensors
+    held = scales_of(base).specs.keys() & tensors.keys()
+    return [name for name in held if tensors[name].dtype in FLOATING]
 
 
 def _with_base_hint(rows: tuple[Row, ...], slack: float) -> tuple[Row, ...]:
