@@ -143,6 +143,7 @@ def plain_model(folder: Path, plain: Tensors, dtype: torch.dtype = torch.float32
     model = transformers.LlamaForCausalLM(config).to(dtype)
     held = load_file(folder / "model.safetensors")
     known = {name: plain.get(name, value) for name, value in held.items()}
+    known.setdefault("lm_head.weight", known["model.embed_tokens.weight"])
     state = {name: known[name].to(dtype) for name in model.state_dict()}
     model.load_state_dict(state)
     return model

@@ -37,7 +37,7 @@ from gralora_convert.base.quantisation import (
 )
 from gralora_convert.base.recipe import Placement, Target
 from gralora_convert.base.replacements import Values, stored_shape
-from gralora_convert.base.scales import scales_of
+from gralora_convert.base.scales import plain_dtype, scales_of
 from gralora_convert.base.sets import extra_weights, stray_adapter
 from gralora_convert.base.ties import Claims, Settlement, settle
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, is_zero
@@ -148,7 +148,6 @@ class _Placer:
             ))  # fmt: skip
         for module in self.adapter.modules:
             self._place_module(module)
-        self._tell_quantised()
         if self.targets or not self.findings:  # else nothing fits, and the modules say so
             self._check_targets()
             self._check_orientation()
@@ -162,24 +161,36 @@ class _Placer:
         self.findings += settlement.findings
         if self.values.head_rows is None:  # else the class of the output is another
             self.findings += _unloaded(settlement, self.architecture)
+        self._tell_quantised(settlement)
         return settlement
 
-    def _tell_quantised(self) -> None:
-        if self.method is None or not self.targets:
-            return
-        scaled = sum(spec.scale is not None for t in self.targets.values() for _, spec in t.parts)
-        packed = sum(spec.dtype not in FLOATING for spec in self.base.tensors.values())
-        if scaled:
+    def _tell_quantised(self, settlement: Settlement) -> None:
+        """What becomes of a quantised base."""
+        tensors, codes = self.base.tensors, self.scales.specs
+        written = {name for name, _ in settlement.replacements}
+        written |= {rows.tensor for target in settlement.targets for rows, _ in target.parts}
+        touched = {name: tensors[name] for name in written & tensors.keys()}
+        plain = self.scales.fused(touched)
+        if plain:
+            own, dtype = len(touched.keys() & codes.keys()), plain_dtype(self.base.config)
             self._say(note(
                 "base-quantised-read", self.base.path,
-                f"is quantised ({self.method}): {scaled} of {len(self.scales.specs)} fp8 weights "
-                "are adapted; these and what servers fuse with them become plain",
+                f"is quantised ({self.method}): {len(plain)} of its {len(codes)} fp8 weights "
+                f"become {dtype}, {own} that are adapted and {len(plain) - own} that servers fuse "
+                "with them; the others keep their bytes, and quantization_config lists the plain",
             ))  # fmt: skip
-        else:
+        elif self.method is not None and settlement.targets:
+            packed = sum(spec.dtype not in FLOATING for spec in tensors.values())
             self._say(note(
                 "base-quantised-beside", self.base.path,
                 f"is quantised ({self.method}); no adapted module is: its {packed} packed tensors "
                 "and their scales are copied byte for byte",
+            ))  # fmt: skip
+        if plain and self.scales.is_static:
+            self._say(note(
+                "base-calibrated", self.base.path,
+                "has activation scales that were calibrated without the adapter; those of the "
+                "modules that stay fp8 are kept",
             ))  # fmt: skip
 
     def _say(self, finding: Finding) -> None:

@@ -60,7 +60,8 @@ def quantised_by(base: Checkpoint) -> str | None:
 def is_config_alone(base: Checkpoint) -> bool:
     """Whether a config says quantised what no tensor is: weights that were dequantised, or that
     loaders are to quantise."""
-    return by_config(base) is not None and _by_tensors(base.tensors) is None
+    codes = any(spec.dtype.startswith("F8_E") for spec in base.tensors.values())
+    return by_config(base) is not None and not codes and _by_tensors(base.tensors) is None
 
 
 def unread_tensor(base: Checkpoint) -> str | None:

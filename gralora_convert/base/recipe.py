@@ -16,7 +16,7 @@ from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import updated
 from gralora_convert.base.scales import Scales, plain_dtype, requantised
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, read_rows, written_dtype
-from gralora_convert.errors import MisuseError, is_number
+from gralora_convert.errors import MisuseError, UnsupportedError, is_number
 
 if TYPE_CHECKING:
     import torch
@@ -186,6 +186,11 @@ def combine(
     decoded = scales.fused(touched) | scales.specs.keys() & plain
     if dtype != "keep":
         decoded = frozenset(scales.specs)
+    if shared := [n for n, e in replaced.items() if e.spec.dtype.startswith("F8_")]:
+        raise UnsupportedError(
+            f"{shared[0]!r} would be a second copy of fp8 codes, without their scales",
+            where=base.path, hint="Leave the tied weight out of the adapter.",
+        )  # fmt: skip
     left = scales.companions(decoded, base.tensors)
     kept_dtype = plain_dtype(base.config)
     for name, spec in base.tensors.items():

@@ -37,6 +37,12 @@ class Scales:
     def method(self) -> str:
         return str(self.settings.get("quant_method", ""))
 
+    @property
+    def is_static(self) -> bool:
+        """Whether inputs of layers are scaled by numbers that were calibrated."""
+        dynamic = [one.get("dynamic") for one in _of_groups(self.settings, "input_activations")]
+        return self.settings.get("activation_scheme") == "static" or False in dynamic
+
     def are_all(self, names: Collection[str]) -> bool:
         """Whether no codes are left where these weights are plain."""
         return len(names) == len(self.specs) + len(self.problems)
@@ -124,21 +130,23 @@ def _unread_method(settings: Json) -> str:
     return ""
 
 
+def _of_groups(settings: Json, part: str) -> list[Json]:
+    """`weights` or `input_activations` of all groups of compressed-tensors."""
+    groups = settings.get("config_groups")
+    held = groups.values() if isinstance(groups, Mapping) else ()
+    parts = [group.get(part) for group in held if isinstance(group, Mapping)]
+    return [one for one in parts if isinstance(one, Mapping)]
+
+
 def _block(settings: Json) -> tuple[Block | None, str]:
     """The rows and columns that share a scale by the config, and why that is not known."""
     if settings.get("quant_method") == "fp8":
         sizes = [settings.get("weight_block_size")]
     else:
-        groups = settings.get("config_groups")
-        weights = [
-            group.get("weights")
-            for group in (groups.values() if isinstance(groups, Mapping) else ())
-            if isinstance(group, Mapping)
-        ]
         sizes = [
             one.get("block_structure")
-            for one in weights
-            if isinstance(one, Mapping) and one.get("type") == "float" and one.get("num_bits") == 8
+            for one in _of_groups(settings, "weights")
+            if one.get("type") == "float" and one.get("num_bits") == 8
         ]
         if not sizes:
             return None, "is F8_E4M3, and no group of config_groups has weights of 8-bit floats"
@@ -215,8 +223,8 @@ def requantised(
     config: Json, scales: Scales, plain: Collection[str], linear: Collection[str]
 ) -> dict[str, object]:
     """`config` where these fp8 weights of the base are `plain`: with no quantization_config where
-    all are, else with the base's, which lists the modules that are not to be read as codes. `linear`
-    are the weights of all linear layers, by their names on disk."""
+    all are, else with the base's, which lists the modules that are not to be read as codes.
+    `linear` are the weights of all linear layers, by their names on disk."""
     if found := settings_of(config):
         config = _placed(config, found[0], None)
     if not scales.are_all(plain):

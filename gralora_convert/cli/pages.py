@@ -86,14 +86,20 @@ def _checkpoint_page(found: "Inspection") -> str:
                  + f", {_bytes(facts['bytes'])}"),
         ("files", files[0] + (f" ... {files[-1]} ({len(files)} files)" if files[1:] else "")),
         ("ties", "the output head is the input embedding" if facts["tied"] else "none"),
-        ("quantised", f"{method}: adapters are merged into the model before it" if method
-                      else "no"),
+        ("quantised", f"{method}: {_merges(facts['fp8_weights'])}" if method else "no"),
         ("made by", _provenance(receipt)),
         ("weights", _table(found.groups)),
         ("next", [] if method else _next_of_checkpoint(name, receipt)),
     ]  # fmt: skip
     what = architectures or "of an unknown architecture (no config.json)"
     return _page(f"{name}: dense checkpoint, {what}", fields)
+
+
+def _merges(codes: object) -> str:
+    """What a merge does with a quantised base."""
+    if codes:
+        return f"a merge reads its {codes} fp8 weights, and makes plain what an adapter adds to"
+    return "a merge adds to its plain weights only, and copies the others"
 
 
 # layout -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from gralora_convert.adapters import (
     read_config,
     scan_adapter,
 )
-from gralora_convert.base import extra_weights, quantised_by
+from gralora_convert.base import extra_weights, quantised_by, scales_of
 from gralora_convert.disk import (
     RECEIPT_NAME,
     Checkpoint,
@@ -260,6 +260,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Inspection:
         "vocabulary": _setting(config, "vocab_size"),
         "tied": _is_tied(checkpoint),
         "quantisation": quantised_by(checkpoint),
+        "fp8_weights": len(scales_of(checkpoint).specs),
     }
     weights = {name: spec for name, spec in checkpoint.tensors.items() if len(spec.shape) > 1}
     return Inspection(checkpoint.source, facts, groups=_grouped(weights), receipt=receipt)

@@ -160,7 +160,7 @@ def test_packed_experts_are_copied_where_attention_is_adapted(tmp_path: Path) ->
     run_ok("verify", *arguments, "--merged", tmp_path / "merged", "--level", "modules")
     refused = run("merge", *arguments, "-o", tmp_path / "cast", "--dtype", "float32")
     assert refused.status == 2
-    assert "would cast its scales" in refused.stderr
+    assert "what is MXFP4 cannot be written as float32" in refused.stderr
     assert not (tmp_path / "cast").exists()
 
 
@@ -193,14 +193,20 @@ def test_half_of_a_pair_is_no_plain_weight(leaf: str, tmp_path: Path) -> None:
 def test_a_config_that_says_how_codes_are_read_is_seen_wherever_it_stands(
     key: str, tmp_path: Path
 ) -> None:
-    inside = {key: {"quant_method": "compressed-tensors"}}
+    weights = {"type": "float", "num_bits": 8}
+    inside = {key: {
+        "quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}},
+    }}  # fmt: skip
     for name, config in (("outer", inside), ("inner", {"text_config": inside})):
         base = tmp_path / name
         tensors = write_base(base, model_type="llama", **config)
         tensors["layers.0.up.weight"] = tensors["layers.0.up.weight"].to(torch.float8_e4m3fn)
         tensors["layers.0.up.weight_scale"] = torch.ones(1, 1)
+        tensors["layers.1.up.weight"] = tensors["layers.1.up.weight"].to(torch.float8_e4m3fn)
+        tensors["layers.1.up.weight_scale"] = torch.ones(1, 1)
         save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
         adapter = write_adapter(tmp_path / f"{name}-adapter", {Q: random_delta(*SHAPES[Q])})
-        refused = run("merge", adapter, "--base", base, "-o", tmp_path / "out")
-        assert "has dtype F8_E4M3 (compressed-tensors)" in refused.stderr
-        assert "no quantization_config" not in refused.stderr
+        run_ok("merge", adapter, "--base", base, "-o", tmp_path / f"{name}-out")
+        config = json.loads((tmp_path / f"{name}-out" / "config.json").read_text())
+        held = config if name == "outer" else config["text_config"]
+        assert held[key]["ignore"] == ["layers.0.up"]
