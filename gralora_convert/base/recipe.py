@@ -146,7 +146,7 @@ class Recipe:
         """`config` as the output's must be, which has these weights `plain`."""
         if not self.plain:
             return dict(config)
-        linear = self.architectures[0].linear_weights()
+        linear = self.architectures[0].linear_weights
         return requantised(config, self.scales, self.plain, linear)
 
     def final_name(self, name: str) -> str:

@@ -6,7 +6,7 @@ writers: transformers 5.23 (integrations/finegrained_fp8.py), compressed-tensors
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from gralora_convert.disk import FLOATING, WRITTEN, Checkpoint, Scale, TensorSpec
@@ -220,11 +220,12 @@ def _group(name: str, spec: TensorSpec) -> tuple[object, ...]:
 
 
 def requantised(
-    config: Json, scales: Scales, plain: Collection[str], linear: Collection[str]
+    config: Json, scales: Scales, plain: Collection[str], linear: Callable[[], Collection[str]]
 ) -> dict[str, object]:
     """`config` where these fp8 weights of the base are `plain`: with no quantization_config where
     all are, else with the base's, which lists the modules that are not to be read as codes.
-    `linear` are the weights of all linear layers, by their names on disk."""
+    `linear` makes the names on disk of the weights of all linear layers, for which the model may
+    have to be built."""
     if found := settings_of(config):
         config = _placed(config, found[0], None)
     if not scales.are_all(plain):
@@ -244,7 +245,7 @@ def _placed(config: Json, path: tuple[str, ...], value: object) -> dict[str, obj
 
 
 def _listed(
-    scales: Scales, plain: Collection[str], linear: Collection[str]
+    scales: Scales, plain: Collection[str], linear: Callable[[], Collection[str]]
 ) -> Iterator[tuple[str, list[str]]]:
     """The lists of modules that stay plain, by their names in the quantization_config: full names,
     as vLLM 0.33 compares them."""
@@ -252,7 +253,7 @@ def _listed(
     keys = _lists(scales.settings)
     # without a list, transformers leaves out the head by itself; with one, only what it lists
     if not any(scales.settings.get(key) for key in keys) and scales.method == "fp8":
-        names |= {name.removesuffix(".weight") for name in linear if name not in scales.specs}
+        names |= {name.removesuffix(".weight") for name in linear() if name not in scales.specs}
     names |= {name.replace(".language_model.", ".") for name in names}  # of text-only loads
     for key in keys:
         held = scales.settings.get(key)

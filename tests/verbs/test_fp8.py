@@ -10,6 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from gralora_convert.base import scales_of
+from gralora_convert.disk import Checkpoint, read_torch
 from tests import quantised
 from tests.command import run, run_ok
 from tests.quantised import FORMATS, Tensors, adapt, edit, plain_model
@@ -195,3 +197,40 @@ def test_verify_says_no(made: Any, damage: Any) -> None:
 
 def _bytes(value: torch.Tensor) -> torch.Tensor:
     return value.reshape(-1).view(torch.uint8)
+
+
+def test_verify_says_no_to_what_transformers_saves_of_a_dequantised_model(tmp_path: Path) -> None:
+    """Codes again, under plain names, without a quantization_config (transformers 5.23)."""
+    from peft import PeftModel
+
+    plain = quantised.write(tmp_path / "base", "fp8 blocks")
+    adapt(plain_model(tmp_path / "base", plain), tmp_path / "adapter", TARGETS)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    merge = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    merge.save_pretrained(tmp_path / "out")
+    outcome = run(
+        "verify", tmp_path / "adapter", "--base", tmp_path / "base", "--merged", tmp_path / "out"
+    )
+    assert outcome.status == 1
+    assert "no quantization_config says how they are read" in outcome.stdout
+
+
+GOLDEN = Path(__file__).parents[2] / "fixtures" / "llmcompressor-0.14.0.1"
+
+
+@pytest.mark.parametrize("name", ["channel", "block"])
+def test_golden_bases_of_llm_compressor(name: str, tmp_path: Path) -> None:
+    """Decoded as compressed-tensors does, difference 0; merged, the recorded logits."""
+    folder = GOLDEN / name
+    wanted = load_file(folder / "outputs.safetensors")
+    specs = scales_of(Checkpoint.open(folder / "base")).specs
+    assert len(specs) == 7
+    for tensor, spec in specs.items():
+        assert torch.equal(read_torch(spec), wanted[tensor]), tensor
+    arguments = [folder / "adapter", "--base", folder / "base"]
+    run_ok("merge", *arguments, "-o", tmp_path / "out", "--dtype", "float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(model(IDS).logits, wanted["adapted"], rtol=0, atol=1e-4)
+    assert float((wanted["adapted"] - wanted["base"]).abs().max()) > 0.01
+    run_ok("merge", *arguments, "-o", tmp_path / "mixed")
+    run_ok("verify", *arguments, "--merged", tmp_path / "mixed", "--level", "model")

@@ -102,7 +102,7 @@ def _merged(audit: _Audit, output: str, entry: Merged) -> Iterator[Row]:
         yield Row(output, module, WRONG, why)
         return
     if after.shape != before.shape or after.dtype not in FLOATING:
-        what = f"is {after.dtype} {after.shape}, {before.shape} was needed"
+        what = f"is {after.dtype} {after.shape}, {entry.dtype} {before.shape} was needed"
         yield Row(output, module, WRONG, what)
         return
     comparison = Comparison(
