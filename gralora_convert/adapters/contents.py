@@ -5,7 +5,9 @@ Names, shapes and dtypes only; no values.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import TypeVar
 
 from gralora_convert.adapters import shapes
@@ -29,6 +31,7 @@ _OUTPUT_EMBEDDINGS = re.compile(
 _LONGEST_KEY = 1000  # characters; PEFT's have below 200
 # Frozen layers that PEFT saves whole when they are targets (0.21.2, utils/constants.py)
 _SAVED_TARGETS = ("embed_tokens", "lm_head")
+_PIPELINE = re.compile(r"0\.(auto_)?model\.")
 # Tensors of LoRA variants that their forward pass uses in training only (tuners/lora/variants.py)
 _TRAINING_ONLY = {
     "lora_monteclora_sampler": "the sampler of MonteCLoRA",
@@ -57,7 +60,7 @@ class Places:
         self.ignored: dict[str, str] = {}
         self.unsupported: dict[str, None] = {}
         self._said: set[str] = set()
-        keys = [parse_key(name) for name in file.tensors if len(name) <= _LONGEST_KEY]
+        keys = [self._inner(parse_key(name)) for name in file.tensors if len(name) <= _LONGEST_KEY]
         for name in file.tensors.keys() - {key.key for key in keys}:
             self._say(error("tensor-unclaimed", name, f"is a name of {len(name)} characters"))
         self._read_ahead(keys)
@@ -65,6 +68,20 @@ class Places:
         for key in keys:
             self._place(key, file.tensors[key.key])
         self._check()
+
+    def _inner(self, key: Key) -> Key:
+        """A key of an adapter on a pipeline of sentence-transformers (6.2: the model is its step
+        0, under one of two names) as one on the model itself."""
+        mapping = self.values.get("auto_mapping")
+        library = mapping.get("parent_library") if isinstance(mapping, Mapping) else None
+        found = _PIPELINE.match(key.name)
+        if not found or not str(library).startswith("sentence_transformers."):
+            return key
+        self._say(note(
+            "key-pipeline-prefix", key.key,
+            f"is of a pipeline of sentence-transformers: names are read without {found[0]!r}",
+        ), once=True)  # fmt: skip
+        return replace(key, name=key.name.removeprefix(found[0]))
 
     def _read_ahead(self, keys: Sequence[Key]) -> None:
         """What the place of one key needs to know about the others."""
@@ -312,6 +329,17 @@ def _has_other_targets(config: GraloraConfig | LoraConfig) -> bool:
     return isinstance(config, LoraConfig) and bool(config.extra.get("target_parameters"))
 
 
+def _is_compiled_layer(key: Key) -> bool:
+    """Whether its only wrappers are those of layers that were compiled one by one."""
+    words = key.key.split(".")
+    before = [one for one, word in pairwise(words) if word == "_orig_mod"]
+    return (
+        key.wrappers == ("_orig_mod",)
+        and words[0] != "_orig_mod"
+        and all(map(str.isdecimal, before))
+    )
+
+
 def _spelling_findings(keys: Sequence[Key]) -> Iterator[Finding]:
     """Spellings that PEFT would not load; they are read here all the same, to be named."""
     bare = [key for key in keys if not key.prefixed]
@@ -323,7 +351,15 @@ def _spelling_findings(keys: Sequence[Key]) -> Iterator[Finding]:
             "Rename them, or save with PeftModel.save_pretrained.",
         )  # fmt: skip
     wrapped = [key for key in keys if key.wrappers]
-    if wrapped:
+    if wrapped and all(map(_is_compiled_layer, wrapped)):
+        # a model that is compiled in the same way loads them
+        yield warning(
+            "key-wrapper-prefix", wrapped[0].key,
+            f"{len(wrapped)} of {len(keys)} keys name layers that are compiled one by one; they "
+            "are read without _orig_mod",
+            "Save the model that was not compiled, if others are to load it.",
+        )  # fmt: skip
+    elif wrapped:
         yield error(
             "key-wrapper-prefix", wrapped[0].key,
             f"{len(wrapped)} of {len(keys)} keys hold {', '.join(wrapped[0].wrappers)} of a "
