@@ -114,6 +114,15 @@ class Architecture(Names):
             return []
         return self.blueprint.lacking(set(map(self.today, given)))
 
+    def misnamed(self) -> tuple[list[str], list[str]]:
+        """Parameters of the base's own class that no tensor is loaded into, and tensors that are
+        loaded into none, where there are both; of a model that was built already."""
+        found = vars(self).get("blueprint")
+        if found is None or type(found.model).__name__ not in self.base.architectures:
+            return [], []
+        lacking, strays = found.lacking(()), found.strays
+        return (lacking, strays) if lacking and strays else ([], [])
+
     # kinds ----------------------------------------------------------------------------------------
 
     def is_transposed(

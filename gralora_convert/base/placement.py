@@ -148,6 +148,7 @@ class _Placer:
             ))  # fmt: skip
         for module in self.adapter.modules:
             self._place_module(module)
+        self._check_base()
         if self.targets or not self.findings:  # else nothing fits, and the modules say so
             self._check_targets()
             self._check_orientation()
@@ -195,6 +196,19 @@ class _Placer:
 
     def _say(self, finding: Finding) -> None:
         self.findings.append(finding)
+
+    def _check_base(self) -> None:
+        """Other names than its class has: that a loader fills at random, adapter or not."""
+        lacking, strays = self.architecture.misnamed()
+        if lacking and self.method is None:
+            self._say(warning(
+                "base-misnamed", self.base.path,
+                f"has no tensor for {lacking[0]} ({len(lacking)} parameters in all), and "
+                f"{strays[0]} is no parameter ({len(strays)} tensors in all): loaders draw the "
+                "former at random",
+                "Was it renamed, or saved by another release? Load and save it with the release "
+                "that made it.",
+            ))  # fmt: skip
 
     def _check_head_class(self) -> None:
         """The class of the merged model reads settings that the base's own may not read."""

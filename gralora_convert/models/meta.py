@@ -9,6 +9,7 @@ values move, every row is followed through the conversion.
 
 import contextlib
 import copy
+import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -207,6 +208,19 @@ class Blueprint:
             name
             for name, _ in self.model.named_parameters()
             if known.isdisjoint(self.sharing(name))
+        ]
+
+    @cached_property
+    def strays(self) -> list[str]:
+        """Tensors on disk that are no parameter or buffer of the model, and that it does not say
+        to ignore."""
+        patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        return [
+            key
+            for key in self.base.tensors
+            if self.loaded_name(key)[0] not in self.state
+            and not any(re.search(pattern, key) for pattern in patterns)
+            and "rotary_emb.inv_freq" not in key
         ]
 
     @cached_property

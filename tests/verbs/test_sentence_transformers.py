@@ -58,3 +58,24 @@ def test_a_merge_loads_where_the_adapters_folder_does_not(base: Path, tmp_path: 
     assert [type(step) for step in merged] == [Transformer, Pooling]
     assert np.abs(trained - plain).max() > 0.01
     np.testing.assert_allclose(found, trained, atol=1e-5)
+
+
+def test_an_adapter_that_was_put_on_the_pipeline_itself(base: Path, tmp_path: Path) -> None:
+    """PEFT's names begin with the model's step then: `0.model.encoder...`."""
+    torch.manual_seed(1)
+    config = peft.GraloraConfig(r=4, target_modules="all-linear", init_weights=False)
+    model = pipeline(base)
+    plain = model.encode(SENTENCES)
+    adapted = peft.get_peft_model(model, config)
+    trained = model.encode(SENTENCES)
+    assert np.abs(trained - plain).max() > 0.01
+    adapted.save_pretrained(tmp_path / "adapter")
+    arguments = [tmp_path / "adapter", "--base", base]
+    assert "key-pipeline-prefix" in run_ok("validate", *arguments).stdout
+    run_ok("merge", *arguments, "-o", tmp_path / "merged")
+    np.testing.assert_allclose(pipeline(tmp_path / "merged").encode(SENTENCES), trained, atol=1e-5)
+    run_ok("verify", *arguments, "--merged", tmp_path / "merged")
+    run_ok("convert", *arguments, "--to", "lora", "-o", tmp_path / "lora")
+    reference = pipeline(base)
+    reference.load_adapter(str(tmp_path / "lora"))
+    np.testing.assert_allclose(reference.encode(SENTENCES), trained, atol=1e-5)

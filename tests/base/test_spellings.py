@@ -1,0 +1,126 @@
+"""Names that tools put in an adapter's way, pairs of models, and bases under other names."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import GraloraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from tests.command import run_ok
+
+IDS = torch.tensor([[1, 2, 3, 4]])
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2}  # fmt: skip
+
+
+def trained(model: Any, folder: Path, targets: list[str] | str, **more: Any) -> Any:
+    adapted = get_peft_model(model, GraloraConfig(r=4, gralora_k=2, target_modules=targets, **more))
+    torch.manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter) * 0.3
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+# compiled layers ----------------------------------------------------------------------------------
+
+
+def llama(folder: Path) -> Any:
+    torch.manual_seed(0)
+    sizes = TINY | {"num_hidden_layers": 11, "vocab_size": 32}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(folder)
+    return transformers.LlamaForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_layers_that_were_compiled_one_by_one(saved: list[str] | None, tmp_path: Path) -> None:
+    model = llama(tmp_path / "base")
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(layer, backend="eager")
+    adapted = trained(model, tmp_path / "adapter", ["q_proj"], modules_to_save=saved)
+    wanted = adapted(IDS).logits
+    keys = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert any("layers.10._orig_mod." in key for key in keys)
+    arguments = [tmp_path / "adapter", "--base", tmp_path / "base"]
+    assert "warning[key-wrapper-prefix]" in run_ok("validate", *arguments).stdout
+    run_ok("merge", *arguments, "-o", tmp_path / "out")
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged(IDS).logits, wanted, rtol=0, atol=1e-4)
+    run_ok("verify", *arguments, "--merged", tmp_path / "out")
+
+
+# pairs of models ----------------------------------------------------------------------------------
+
+
+def gpt2() -> Any:
+    return transformers.GPT2Config(
+        vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_inner=16, n_positions=32,
+        add_cross_attention=True, is_decoder=True,
+    )  # fmt: skip
+
+
+def with_vit() -> Any:
+    vit = transformers.ViTConfig(**TINY, image_size=8, patch_size=4)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, gpt2())
+    return transformers.VisionEncoderDecoderModel(config)
+
+
+def with_bert() -> Any:
+    bert = transformers.BertConfig(**TINY, vocab_size=32, max_position_embeddings=32)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, gpt2())
+    return transformers.EncoderDecoderModel(config)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["c_attn", "c_proj"]])
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [
+        (with_vit, {"pixel_values": torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)}),
+        (with_bert, {"input_ids": IDS}),
+    ],
+)
+def test_each_half_of_a_pair_has_its_own_kind_of_layer(
+    build: Callable[[], Any], inputs: dict[str, Any], targets: Any, tmp_path: Path
+) -> None:
+    """nn.Linear in the encoder, Conv1D in the decoder, all of them square."""
+    torch.manual_seed(0)
+    model = build()
+    model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    fed = inputs | {"decoder_input_ids": IDS}
+    wanted = trained(model, tmp_path / "adapter", targets)(**fed).logits
+    run_ok("merge", tmp_path / "adapter", "--base", tmp_path / "base", "-o", tmp_path / "out")
+    merged = type(model).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(merged(**fed).logits, wanted, rtol=0, atol=1e-5)
+
+
+# a base under other names -------------------------------------------------------------------------
+
+
+def test_a_base_that_its_own_class_loads_in_part_is_told(tmp_path: Path) -> None:
+    """A tensor under a name of nobody's: transformers draws the parameter at random."""
+    sizes = TINY | {"num_hidden_layers": 1, "vocab_size": 32, "num_experts": 2}
+    torch.manual_seed(0)
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+        **sizes, moe_intermediate_size=8, num_key_value_heads=1, head_dim=8, num_experts_per_tok=1,
+    ))  # fmt: skip
+    model.save_pretrained(tmp_path / "base")
+    trained(model, tmp_path / "adapter", ["q_proj"], task_type="CAUSAL_LM")
+    arguments = [tmp_path / "adapter", "--base", tmp_path / "base"]
+    assert "base-misnamed" not in run_ok("validate", *arguments).stdout
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.norm_before.weight"] = tensors.pop(
+        "model.layers.0.input_layernorm.weight"
+    )
+    save_file(tensors, file, metadata={"format": "pt"})
+    told = run_ok("validate", *arguments).stdout
+    assert "warning[base-misnamed]" in told
+    assert "model.layers.0.input_layernorm.weight" in told
+    assert "model.layers.0.norm_before.weight is no parameter" in told
