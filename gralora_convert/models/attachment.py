@@ -37,7 +37,7 @@ from gralora_convert.models.layer import (
     require_name,
 )
 from gralora_convert.models.meta import linear_modules
-from gralora_convert.output import config_of, folder_of
+from gralora_convert.output import New, adapter_plan
 
 # On a value that an attached adapter brought: the adapter's name.
 _MARK = "_gralora_convert_adapter"
@@ -219,12 +219,36 @@ class Attachment:
         """
         deltas = self.deltas()
         config = self.config or self._implied_config(deltas)
-        folder_of(config, deltas, self.replaced).write(folder, overwrite=overwrite)
+        if isinstance(config, LoraConfig) and config.extra.get("use_bdlora"):
+            raise UnsupportedError(
+                "a BD-LoRA stores blocks of its factors, and is not written here"
+            )
+        modules = {name: New(delta) for name, delta in deltas.items()}
+        values = {path: New(value) for path, value in self.replaced.items()}
+        adapter_plan("save", modules, values, config, dict).write(folder, overwrite=overwrite)
 
     def _implied_config(self, deltas: Mapping[str, Gralora | Lora]) -> GraloraConfig:
-        rates = [slot.branch.rate for slot in self._slots]
-        across = [not isinstance(bare(layer), nn.Linear) for layer in self.layers.values()]
-        return config_of(deltas, dropout=max(rates), fan_in_fan_out=any(across))
+        """The config that deltas alone imply."""
+        shapes = {
+            (d.r, d.k, d.hybrid_r, d.scaling) if isinstance(d, Gralora) else None
+            for d in deltas.values()
+        }
+        first = next(iter(shapes))
+        if len(shapes) > 1 or first is None:
+            raise MisuseError(
+                "the deltas are not GraLoRAs of one r, k, hybrid_r and scaling, which a config "
+                "needs",
+                hint="Attach an adapter from disk, or save its parts with torch.",
+            )
+        r, k, hybrid_r, scaling = first
+        return GraloraConfig(
+            r=r, gralora_k=k, hybrid_r=hybrid_r, alpha=scaling * (r + hybrid_r),
+            target_modules=list(deltas),
+            gralora_dropout=max(slot.branch.rate for slot in self._slots),
+            fan_in_fan_out=any(
+                not isinstance(bare(layer), nn.Linear) for layer in self.layers.values()
+            ),
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

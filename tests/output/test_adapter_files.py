@@ -15,13 +15,11 @@ from gralora_convert.delta.fit import to_gralora, to_lora
 from gralora_convert.delta.forms import Dense, Gralora, Lora
 from gralora_convert.delta.resizing import Shape, require_same
 from gralora_convert.errors import CheckFailedError
-from gralora_convert.output.adapter_files import Workshop
+from gralora_convert.output.adapter_files import New, Workshop
 from gralora_convert.output.plan import Plan
 from gralora_convert.output.writing import OutputFile
 from gralora_convert.verbs.serving import refusals, serving_notes
 from tests.builders import random_delta
-
-SHAPE = Shape("lora", 1, 2, 0, 1.0)
 
 
 class Factory:
@@ -46,11 +44,11 @@ class Factory:
 
 
 def plan(numbers: list[int], factory: Factory) -> Plan:
-    workshop = Workshop()
+    workshop, outline = Workshop(), Shape("lora", 1, 2, 0, 1.0).outline(6, 4, torch.float32)
     parts = [
         part
         for n in numbers
-        for part in workshop.parts(f"m{n}", (6, 4), SHAPE, "F32", partial(factory.make, n), 64)
+        for part in workshop.parts(f"m{n}", New(outline, partial(factory.make, n), 64))
     ]
     return Plan("convert", (OutputFile("adapter_model.safetensors", tuple(parts)),), dict)
 
