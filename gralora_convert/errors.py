@@ -182,9 +182,14 @@ class Finding:
         for name in ("where", "message", "hint"):
             object.__setattr__(self, name, printable(getattr(self, name)))
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """Where, what, and what to do."""
         place = f"{self.where}: " if self.where else ""
-        return f"{self.severity}[{self.code}]: {sentences(f'{place}{self.message}', self.hint)}"
+        return sentences(f"{place}{self.message}", self.hint)
+
+    def __str__(self) -> str:
+        return f"{self.severity}[{self.code}]: {self.text}"
 
     def as_json(self) -> dict[str, str]:
         return {
@@ -274,6 +279,4 @@ def _annotation(finding: Finding, file: str) -> str:
 
     title = escape(finding.code, ":,")
     named = f"file={escape(printable(file), ':,')}," if file else ""
-    place = f"{finding.where}: " if finding.where else ""
-    message = sentences(f"{place}{finding.message}", finding.hint)
-    return f"::{_ANNOTATION[finding.severity]} {named}title={title}::{escape(message)}"
+    return f"::{_ANNOTATION[finding.severity]} {named}title={title}::{escape(finding.text)}"

@@ -34,6 +34,7 @@ from gralora_convert.cli.terminal import (
     EXIT_NO,
     EXIT_REFUSED,
     Choice,
+    Line,
     bar,
     quiet_option,
     show,
@@ -46,7 +47,7 @@ from gralora_convert.version import __version__
 if TYPE_CHECKING:
     from gralora_convert.delta import Method
     from gralora_convert.errors import Finding, Report
-    from gralora_convert.verbs import Equivalence
+    from gralora_convert.verbs import Equivalence, Inspection
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -88,20 +89,20 @@ def inspect(
     if as_json:
         show_json({**found.document, **({"error": _nothing_read(nothing)} if nothing else {})})
     else:
-        show(inspection_page(found))
+        show(*inspection_page(found))
     if plot is not None and found.report.ok:
-        _plot_adapter(path, found.document, plot, base, progress)
+        _plot_adapter(path, found, plot, base, progress)
     return EXIT_REFUSED if nothing else 0 if found.report.ok else EXIT_NO
 
 
 def _plot_adapter(
     path: str,
-    document: Mapping[str, object],
+    found: "Inspection",
     plot: str,
     base: str | None,
     progress: bool | None,
 ) -> None:
-    if document["kind"] not in ("gralora", "hybrid", "lora"):
+    if found.document["kind"] not in ("gralora", "hybrid", "lora"):
         raise MisuseError(
             "--plot draws one adapter, which this is not", where=path,
             hint="`verify --plot` draws a merge.",
@@ -171,7 +172,7 @@ def _print_reports(reports: Mapping[str, "Report"], style: str) -> None:
         case _:
             for adapter, report in reports.items():
                 if report.findings:
-                    show(report.as_text())
+                    show(*map(Line.of, report.findings))
                 errors = len(report.errors)
                 verdict = f"{errors} error(s)" if errors else "valid"
                 show(f"{printable(adapter)}: {verdict}")
@@ -451,4 +452,4 @@ def _print_equivalence(found: "Equivalence", plot: str | None, as_json: bool) ->
     if as_json:
         show_json(found.as_json())
     else:
-        show(found.as_text())
+        show(*found.as_text().split("\n"))

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from gralora_convert.cli.terminal import Choice, bar, quiet_option, show, show_json, show_notes
+from gralora_convert.cli.terminal import (
+    Choice,
+    Line,
+    bar,
+    quiet_option,
+    show,
+    show_json,
+    show_notes,
+)
 from gralora_convert.errors import MisuseError, printable
 
 if TYPE_CHECKING:
@@ -118,7 +126,7 @@ class Run:
     def carry_out(
         self,
         plan: "Plan",
-        summary: Callable[[Mapping[str, object], str], str],
+        summary: Callable[[Mapping[str, object], str], Sequence[str]],
         *,
         resume: bool = False,
         digests: bool | None = None,
@@ -152,10 +160,11 @@ class Run:
             if self.as_json:
                 show_json(receipt, as_written=True)
             else:
-                show(summary(receipt, printable(self.output)))
+                show(*summary(receipt, printable(self.output)))
         except KeyboardInterrupt:  # nobody may be reading, so nothing more goes there
             place = printable(self.output)
-            show(f"error: {place}: is complete, but telling so was interrupted.", err=True)
+            told = f"{place}: is complete, but telling so was interrupted."
+            show(Line(told, severity="error"), err=True)
             return EXIT_UNTOLD
         return 0
 
@@ -178,7 +187,7 @@ class Run:
             f"{document['free_disk']:,} bytes free on the disk. Nothing was written."
         )
         for note in plan.notes:
-            show(f"note: {note}")
+            show(Line(note, severity="note"))
 
 
 writing_options = _gathered(

@@ -121,7 +121,7 @@ def test_the_flags_fit_the_rank(rank: int, vllm: int | None) -> None:
         "to": "lora", "r": rank, "k": 1, "hybrid_r": 0, "error": 0.0, "modules": [],
         "serving": refusals(rank, ["mlp.gate_proj"], extras=False),
     }  # fmt: skip
-    text = adapter_summary(receipt, "OUT")
+    text = "\n".join(adapter_summary(receipt, "OUT"))
     assert f"sglang.launch_server --model-path MODEL --enable-lora --max-lora-rank {rank} " in text
     assert ("vllm" in text) is (vllm is not None)
     assert ("not by vLLM, which takes ranks up to 512" in text) is (vllm is None)
