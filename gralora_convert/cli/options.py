@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
 
 import click
 
@@ -41,12 +41,13 @@ def _gathered(
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Several options as one decorator; the command gets their values as one `into`, the argument
     `name`. Those that are no field of it stay arguments."""
-    names = [field.name for field in fields(into)]  # type: ignore[arg-type]
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(command)
         def gathering(**given: object) -> int:
-            value = into(**{field: given.pop(field) for field in names if field in given})
+            value = into(
+                **{field: given.pop(field) for field in into.__annotations__ if field in given}
+            )
             return command(**given, **{name: value})
 
         return _options(*options)(gathering)
@@ -206,8 +207,7 @@ writing_options = _gathered(
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(TypedDict):
     """The shape of the adapter that is asked for."""
 
     to: "Kind"
