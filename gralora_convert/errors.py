@@ -6,7 +6,7 @@ A message reads *where: what was found, what was needed. What to do.* Programmin
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 _NOT_LOADED = (
@@ -63,9 +63,15 @@ class ConvertError(Exception):
 
 
 class UnreadableError(ConvertError):
-    """A file is missing, or is not what it claims to be."""
+    """A file is missing, or is not what it claims to be; `reason` is one word for why."""
 
     kind = "unreadable"
+
+    def __init__(
+        self, message: str, *, where: object = "", hint: str = "", reason: str = "unreadable"
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.reason = reason
 
 
 class UnsupportedError(ConvertError):
@@ -192,13 +198,7 @@ class Finding:
         return f"{self.severity}[{self.code}]: {self.text}"
 
     def as_json(self) -> dict[str, str]:
-        return {
-            "code": self.code,
-            "severity": self.severity,
-            "where": self.where,
-            "message": self.message,
-            "hint": self.hint,
-        }
+        return asdict(self)
 
 
 def error(code: str, where: object, message: str, hint: str = "") -> Finding:

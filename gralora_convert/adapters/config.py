@@ -23,7 +23,7 @@ from gralora_convert.adapters.rules import (
     unknown_findings,
     unsupported_features,
 )
-from gralora_convert.disk import JsonError, is_there, load_json, parse_name
+from gralora_convert.disk import is_there, load_json, parse_name
 from gralora_convert.errors import (
     Finding,
     InvalidAdapterError,
@@ -299,8 +299,7 @@ def read_config(folder: Path) -> ConfigFile:
     try:
         values = load_json(path)
     except UnreadableError as problem:
-        reason = problem.reason if isinstance(problem, JsonError) else "unreadable"
-        found = error(f"config-{reason}", path, problem.message, problem.hint)
+        found = error(f"config-{problem.reason}", path, problem.message, problem.hint)
         return ConfigFile({}, None, (found,))
     return parse_config(values, CONFIG_NAME)
 

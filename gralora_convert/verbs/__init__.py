@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     )
     from gralora_convert.verbs.merging import merge
     from gralora_convert.verbs.serving import SERVED_RANKS, served_rank
-    from gralora_convert.verbs.spectra import Anatomy, Part, dissect
+    from gralora_convert.verbs.spectra import Anatomy, Spectrum, dissect
     from gralora_convert.verbs.validation import validate
     from gralora_convert.verbs.verification.verdict import Equivalence, verify
 
 __all__ = [
     "SERVED_RANKS", "AdapterFacts", "Anatomy", "CheckpointFacts", "Equivalence", "Inspection",
-    "Part", "SoundFacts", "convert", "dissect", "extract", "inspect", "merge", "served_rank",
+    "SoundFacts", "Spectrum", "convert", "dissect", "extract", "inspect", "merge", "served_rank",
     "validate", "verify",
 ]  # fmt: skip
 
@@ -32,7 +32,7 @@ __getattr__ = opened(__name__, {
     "inspection": "AdapterFacts CheckpointFacts Inspection SoundFacts inspect",
     "merging": "merge",
     "serving": "SERVED_RANKS served_rank",
-    "spectra": "Anatomy Part dissect",
+    "spectra": "Anatomy Spectrum dissect",
     "validation": "validate",
     "verification.verdict": "Equivalence verify",
 })  # fmt: skip
