@@ -13,6 +13,7 @@ _NOT_LOADED = (
     "failed to map segment", "annot allocate memory", "cannot map zero-fill pages",
     "cannot create shared object descriptor",
 )  # fmt: skip
+MOST_COMPARED = 2000  # names, for one that is not there
 LONGEST = 1000  # characters of one part of a message: a hostile file may hold names of megabytes
 
 
@@ -46,6 +47,21 @@ def is_number(value: object) -> bool:
 def sentences(*parts: str) -> str:
     """The parts, each closed by a full stop unless it ends a sentence itself."""
     return " ".join(p if p.endswith((".", "?", "!", ":")) else f"{p}." for p in parts if p)
+
+
+def nearest(name: str, names: Sequence[str], count: int = 1, least: float = 0.6) -> list[str]:
+    """The names most like `name`, for a message, if any is at least so like it. Of thousands, which
+    would take seconds, only those with its last word are compared.
+
+    >>> nearest("q_prj", ["q_proj", "down_proj"])
+    ['q_proj']
+    """
+    import difflib
+
+    if len(names) > MOST_COMPARED:
+        leaf = name.rpartition(".")[2]
+        names = [n for n in names if n.rpartition(".")[2] == leaf][:MOST_COMPARED]
+    return difflib.get_close_matches(name, names, count, least)
 
 
 class ConvertError(Exception):

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from gralora_convert.cli.spelling import spelled, spelled_json
-from gralora_convert.errors import Finding
+from gralora_convert.errors import Finding, nearest
 
 COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 _QUIET = "gralora_convert.quiet"
@@ -132,9 +132,7 @@ class Choice(click.Choice[str]):
     """One of a few words; a misspelt one is told the nearest."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        import difflib
-
-        close = difflib.get_close_matches(str(value), [str(c) for c in self.choices], 1)
+        close = nearest(str(value), [str(choice) for choice in self.choices])
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return f"{super().get_invalid_choice_message(value, ctx)}{hint}"
 

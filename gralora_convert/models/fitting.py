@@ -3,7 +3,6 @@
 Each function that looks yields what is wrong; `Slot` and `Replacement` are what goes where.
 """
 
-import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from gralora_convert.adapters import (
     target_findings,
 )
 from gralora_convert.delta import Delta
-from gralora_convert.errors import Finding, Report, error
+from gralora_convert.errors import Finding, Report, error, nearest
 from gralora_convert.models.layer import Branch, GraloraLinear, bare, branch_of, misfits
 from gralora_convert.models.meta import linear_modules
 
@@ -186,8 +185,7 @@ def _same_place(slots: Sequence[Slot], slot: Slot) -> Iterator[Finding]:
 def _nearest(tree: Mapping[str, nn.Module], module: str) -> str:
     leaf = module.rpartition(".")[2]
     same = [name for name in tree if name.rpartition(".")[2] == leaf]
-    cutoff = 0.0 if same else 0.6
-    close = difflib.get_close_matches(module, same or list(tree), n=1, cutoff=cutoff)
+    close = nearest(module, same or list(tree), least=0.0 if same else 0.6)
     return f"The nearest name in the model is {close[0]}. " if close else ""
 
 
