@@ -6,13 +6,14 @@ A message reads *where: what was found, what was needed. What to do.* Programmin
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 _NOT_LOADED = (
     "failed to map segment", "annot allocate memory", "cannot map zero-fill pages",
     "cannot create shared object descriptor",
 )  # fmt: skip
+MOST_COMPARED = 2000  # names, for one that is not there
 LONGEST = 1000  # characters of one part of a message: a hostile file may hold names of megabytes
 
 
@@ -48,6 +49,21 @@ def sentences(*parts: str) -> str:
     return " ".join(p if p.endswith((".", "?", "!", ":")) else f"{p}." for p in parts if p)
 
 
+def nearest(name: str, names: Sequence[str], count: int = 1, least: float = 0.6) -> list[str]:
+    """The names most like `name`, for a message, if any is at least so like it. Of thousands, which
+    would take seconds, only those with its last word are compared.
+
+    >>> nearest("q_prj", ["q_proj", "down_proj"])
+    ['q_proj']
+    """
+    import difflib
+
+    if len(names) > MOST_COMPARED:
+        leaf = name.rpartition(".")[2]
+        names = [n for n in names if n.rpartition(".")[2] == leaf][:MOST_COMPARED]
+    return difflib.get_close_matches(name, names, count, least)
+
+
 class ConvertError(Exception):
     """A refusal: `message` says what was found and needed, `hint` what to do, `where` the place."""
 
@@ -63,9 +79,15 @@ class ConvertError(Exception):
 
 
 class UnreadableError(ConvertError):
-    """A file is missing, or is not what it claims to be."""
+    """A file is missing, or is not what it claims to be; `reason` is one word for why."""
 
     kind = "unreadable"
+
+    def __init__(
+        self, message: str, *, where: object = "", hint: str = "", reason: str = "unreadable"
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.reason = reason
 
 
 class UnsupportedError(ConvertError):
@@ -182,18 +204,17 @@ class Finding:
         for name in ("where", "message", "hint"):
             object.__setattr__(self, name, printable(getattr(self, name)))
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """Where, what, and what to do."""
         place = f"{self.where}: " if self.where else ""
-        return f"{self.severity}[{self.code}]: {sentences(f'{place}{self.message}', self.hint)}"
+        return sentences(f"{place}{self.message}", self.hint)
+
+    def __str__(self) -> str:
+        return f"{self.severity}[{self.code}]: {self.text}"
 
     def as_json(self) -> dict[str, str]:
-        return {
-            "code": self.code,
-            "severity": self.severity,
-            "where": self.where,
-            "message": self.message,
-            "hint": self.hint,
-        }
+        return asdict(self)
 
 
 def error(code: str, where: object, message: str, hint: str = "") -> Finding:
@@ -274,6 +295,4 @@ def _annotation(finding: Finding, file: str) -> str:
 
     title = escape(finding.code, ":,")
     named = f"file={escape(printable(file), ':,')}," if file else ""
-    place = f"{finding.where}: " if finding.where else ""
-    message = sentences(f"{place}{finding.message}", finding.hint)
-    return f"::{_ANNOTATION[finding.severity]} {named}title={title}::{escape(message)}"
+    return f"::{_ANNOTATION[finding.severity]} {named}title={title}::{escape(finding.text)}"

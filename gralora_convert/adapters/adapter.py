@@ -24,9 +24,7 @@ from gralora_convert.adapters.rules import LARGEST_FLOAT32, way_out
 from gralora_convert.adapters.shapes import lora_shapes
 from gralora_convert.disk import (
     FLOATING,
-    JsonError,
     TensorFile,
-    TensorFileError,
     TensorSpec,
     fetch,
     is_file,
@@ -372,9 +370,8 @@ def _read_weights(folder: Path, findings: list[Finding]) -> TensorFile | None:
     path = folder / present[0]
     try:
         file = read_tensor_file(path)
-    except (TensorFileError, JsonError, UnreadableError) as problem:
-        reason = problem.reason if isinstance(problem, TensorFileError) else ""
-        code = _REASONS.get(reason, "weights-unreadable")
+    except UnreadableError as problem:
+        code = _REASONS.get(problem.reason, "weights-unreadable")
         findings.append(error(code, path.name, problem.message, problem.hint))
         return None
     if file.pickled:

@@ -11,20 +11,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from gralora_convert.adapters.patterns import Patterns
 from gralora_convert.adapters.rules import (
+    FINDINGS_OF,
     PEFT_VERSION,
-    gralora_findings,
     header_findings,
-    lora_findings,
     method_findings,
     missing_findings,
     unknown_findings,
     unsupported_features,
 )
-from gralora_convert.disk import JsonError, is_there, load_json, parse_name
+from gralora_convert.disk import is_there, load_json, parse_name
 from gralora_convert.errors import (
     Finding,
     InvalidAdapterError,
@@ -40,16 +39,33 @@ Json = Mapping[str, object]
 V = TypeVar("V", int, float)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Configured:
-    """What both configs share: reading, writing, and unknown fields that survive."""
+    """What both configs share: fields of all methods, reading, writing, unknown fields survive."""
 
     METHOD: ClassVar[str]  # its `peft_type`
+
+    peft_type: str = ""
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: Mapping[str, object] | None = None
+    peft_version: str | None = PEFT_VERSION
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        Report.of(self._own_findings()).require_ok(where)
+        self._normalise()
+        values = self.to_dict()
+        findings = [*header_findings(values, where), *FINDINGS_OF[self.METHOD](values, where)]
+        Report.of(findings).require_ok(where)
 
     @classmethod
     def field_names(cls) -> frozenset[str]:
         """The names of all fields that are known, as the file spells them."""
-        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        return frozenset(names - {"extra"})
+        return frozenset(f.name for f in dataclasses.fields(cls)) - {"extra"}
 
     def _values(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self.field_names()}
@@ -58,25 +74,26 @@ class _Configured:
         """What must hold of both configs. `peft_type` is a field because PEFT's class takes it."""
         where = type(self).__name__
         yield from method_findings(self._values(), where)
-        found = getattr(self, "peft_type", None)
+        found, extra = self.peft_type, self.extra
         if found in ("GRALORA", "LORA") and found != self.METHOD:
             yield error("peft-type-mismatch", where, f"peft_type is {found}, not {self.METHOD}")
-        extra = getattr(self, "extra", None)
         if not isinstance(extra, Mapping) or not all(isinstance(name, str) for name in extra):
             yield error("config-value-type", where, f"extra is {extra!r}, an object was needed")
 
     def _normalise(self) -> None:
-        """Sets and tuples become what JSON has; the targets are a set to PEFT, here sorted."""
+        """Sets and tuples become what JSON has; the targets are a set to PEFT, here sorted. Old
+        releases write null for no patterns."""
         for name, value in self._values().items():
-            if isinstance(value, set | frozenset | tuple | list):
+            if value is None and name in ("rank_pattern", "alpha_pattern"):
+                object.__setattr__(self, name, {})
+            elif isinstance(value, set | frozenset | tuple | list):
                 named = name == "target_modules" and all(isinstance(v, str) for v in value)
                 plain = sorted(set(value)) if named else list(value)
                 object.__setattr__(self, name, plain)
 
     def to_dict(self) -> dict[str, object]:
         """The fields as PEFT writes them; unknown ones are kept."""
-        extra: Json = getattr(self, "extra", {})
-        return dict(extra) | self._values()
+        return dict(self.extra) | self._values()
 
     def to_json(self) -> bytes:
         """The bytes of `adapter_config.json`, the same on every run.
@@ -109,9 +126,9 @@ class _Configured:
         if cls.METHOD == "GRALORA" and _is_authors(values):
             values = _from_authors(values)
         names = cls.field_names()
-        known = {name: value for name, value in values.items() if name in names}
+        known: dict[str, Any] = {name: value for name, value in values.items() if name in names}
         extra = {name: value for name, value in values.items() if name not in names}
-        return cls(**{"peft_version": None} | known, extra=extra)  # type: ignore[call-arg]
+        return cls(**{"peft_version": None} | known, extra=extra)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -162,22 +179,8 @@ class GraloraConfig(_Configured):
     layers_to_transform: Sequence[int] | int | None = None
     layers_pattern: Sequence[str] | str | None = None
     peft_type: str = field(default="GRALORA", kw_only=True)
-    task_type: str | None = field(default=None, kw_only=True)
-    base_model_name_or_path: str | None = field(default=None, kw_only=True)
-    revision: str | None = field(default=None, kw_only=True)
-    inference_mode: bool = field(default=False, kw_only=True)
-    auto_mapping: Mapping[str, object] | None = field(default=None, kw_only=True)
-    peft_version: str | None = field(default=PEFT_VERSION, kw_only=True)
-    extra: Mapping[str, object] = field(default_factory=dict, kw_only=True)
 
     METHOD: ClassVar[str] = "GRALORA"
-
-    def __post_init__(self) -> None:
-        Report.of(self._own_findings()).require_ok(type(self).__name__)
-        self._normalise()
-        values, where = self._values(), "GraloraConfig"
-        findings = [*header_findings(values, where), *gralora_findings(values, where)]
-        Report.of(findings).require_ok(where)
 
     @property
     def scaling(self) -> float:
@@ -213,25 +216,8 @@ class LoraConfig(_Configured):
     use_dora: bool = False
     lora_bias: bool = False
     peft_type: str = field(default="LORA", kw_only=True)
-    task_type: str | None = field(default=None, kw_only=True)
-    base_model_name_or_path: str | None = field(default=None, kw_only=True)
-    revision: str | None = field(default=None, kw_only=True)
-    inference_mode: bool = field(default=False, kw_only=True)
-    auto_mapping: Mapping[str, object] | None = field(default=None, kw_only=True)
-    peft_version: str | None = field(default=PEFT_VERSION, kw_only=True)
-    extra: Mapping[str, object] = field(default_factory=dict, kw_only=True)
 
     METHOD: ClassVar[str] = "LORA"
-
-    def __post_init__(self) -> None:
-        Report.of(self._own_findings()).require_ok(type(self).__name__)
-        self._normalise()
-        for name in ("rank_pattern", "alpha_pattern"):  # old releases write null
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, {})
-        values, where = dict(self.extra) | self._values(), "LoraConfig"
-        findings = [*header_findings(values, where), *lora_findings(values, where)]
-        Report.of(findings).require_ok(where)
 
     @property
     def exclude_modules(self) -> Sequence[str] | str | None:
@@ -313,8 +299,7 @@ def read_config(folder: Path) -> ConfigFile:
     try:
         values = load_json(path)
     except UnreadableError as problem:
-        reason = problem.reason if isinstance(problem, JsonError) else "unreadable"
-        found = error(f"config-{reason}", path, problem.message, problem.hint)
+        found = error(f"config-{problem.reason}", path, problem.message, problem.hint)
         return ConfigFile({}, None, (found,))
     return parse_config(values, CONFIG_NAME)
 
@@ -348,20 +333,17 @@ def parse_config(values: Json, where: str) -> ConfigFile:
     findings = [*header_findings(values, where), *method_findings(values, where)]
     if any(finding.code == "peft-type-unsupported" for finding in findings):
         return ConfigFile(values, None, tuple(findings))
+    cls = LoraConfig if values.get("peft_type") == "LORA" else GraloraConfig
     dialect: Literal["peft", "authors"] = "peft"
-    cls: type[GraloraConfig] | type[LoraConfig] = GraloraConfig
-    if values.get("peft_type") == "LORA":
-        cls = LoraConfig
-        findings += lora_findings(values, where)
-    else:
-        if _is_authors(values):
-            dialect, values = "authors", _from_authors(values)
-            findings.append(note(
-                "fork-config", where,
-                f"written by the original authors' code: read as r={values['r']!r}, "
-                f"alpha={values['alpha']!r}; PEFT would misread it",
-            ))  # fmt: skip
-        findings += gralora_findings(values, where)
+    if cls is GraloraConfig and _is_authors(values):
+        dialect, values = "authors", _from_authors(values)
+        findings.append(note(
+            "fork-config", where,
+            f"written by the original authors' code: read as r={values['r']!r}, "
+            f"alpha={values['alpha']!r}; PEFT would misread it",
+        ))  # fmt: skip
+    findings += FINDINGS_OF[cls.METHOD](values, where)
+    if cls is GraloraConfig:
         findings += unknown_findings(values, cls.field_names(), where)
     findings += missing_findings(values, where)
     report = Report.of(findings)

@@ -262,10 +262,8 @@ class Places:
         if self.is_lora:
             config = self.config if isinstance(self.config, LoraConfig) else None
             yield from shapes.lora_findings(self.roles, config)
-            return
-        sizes = shapes.Sizes.of(self.values) if self.values else None
-        if sizes is not None:
-            yield from shapes.gralora_findings(self.roles, sizes)
+        elif self.values:
+            yield from shapes.gralora_findings(self.roles, self.values)
 
     def _check_features(self, config: LoraConfig) -> None:
         for feature in config.unsupported_features():

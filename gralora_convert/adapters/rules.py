@@ -7,6 +7,8 @@ Constructors raise with all findings, validation gathers them. Types, ranges and
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
+from types import GenericAlias, NoneType
+from typing import TypeGuard, get_args
 
 from gralora_convert.adapters.patterns import require_pattern
 from gralora_convert.errors import Finding, UnsupportedError, error, note, warning
@@ -66,50 +68,32 @@ _WAYS_OUT: Mapping[str, str] = {
 }
 
 
-def _is_int(value: object) -> bool:
-    return type(value) is int
+def _is(value: object, kind: object) -> bool:
+    """Whether a value is of a kind: a type, or a list of one. A bool is no number."""
+    if isinstance(value, list | tuple):
+        return isinstance(kind, GenericAlias) and all(_is(v, get_args(kind)[0]) for v in value)
+    if kind is str or kind is Mapping:
+        return isinstance(value, kind)
+    return type(value) is kind
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return type(value) in (int, float)
 
 
-def _is_bool(value: object) -> bool:
-    return type(value) is bool
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
-
-
-def _is_ints(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(map(_is_int, value))
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _or_none(*checks: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or any(check(value) for check in checks)
-
-
-_Rule = tuple[Callable[[object], bool], str]
-_INT: _Rule = (_is_int, "a whole number")
-_BOOL: _Rule = (_is_bool, "true or false")
-_NUMBER: _Rule = (_is_number, "a number")
-_TEXT: _Rule = (_or_none(_is_text), "a text or null")
-_MAP: _Rule = (_or_none(_is_object), "an object or null")
+_Rule = tuple[tuple[object, ...], str]
+_INT: _Rule = ((int,), "a whole number")
+_BOOL: _Rule = ((bool,), "true or false")
+_NUMBER: _Rule = ((int, float), "a number")
+_TEXT: _Rule = ((str, NoneType), "a text or null")
+_MAP: _Rule = ((Mapping, NoneType), "an object or null")
+_NAMES = (str, list[str], NoneType)
 _COMMON: Mapping[str, _Rule] = {
-    "target_modules": (_or_none(_is_text, _is_names), "a list of names, a regex or null"),
-    "layers_to_transform": (_or_none(_is_int, _is_ints), "a layer number, a list or null"),
-    "layers_pattern": (_or_none(_is_text, _is_names), "a name, a list of names or null"),
-    "modules_to_save": (_or_none(_is_names), "a list of names or null"),
-    "bias": (_is_text, "a text"), "fan_in_fan_out": _BOOL, "inference_mode": _BOOL,
+    "target_modules": (_NAMES, "a list of names, a regex or null"),
+    "layers_to_transform": ((int, list[int], NoneType), "a layer number, a list or null"),
+    "layers_pattern": (_NAMES, "a name, a list of names or null"),
+    "modules_to_save": ((list[str], NoneType), "a list of names or null"),
+    "bias": ((str,), "a text"), "fan_in_fan_out": _BOOL, "inference_mode": _BOOL,
     "base_model_name_or_path": _TEXT, "revision": _TEXT, "peft_version": _TEXT,
     "task_type": _TEXT, "auto_mapping": _MAP,
 }  # fmt: skip
@@ -120,8 +104,8 @@ _GRALORA: Mapping[str, _Rule] = {
 _LORA: Mapping[str, _Rule] = {
     "r": _INT, "lora_alpha": _NUMBER, "lora_dropout": _NUMBER, "use_rslora": _BOOL,
     "use_dora": _BOOL, "lora_bias": _BOOL, "rank_pattern": _MAP, "alpha_pattern": _MAP,
-    "init_lora_weights": (_or_none(_is_bool, _is_text), "true, false or a name"),
-    "exclude_modules": (_or_none(_is_text, _is_names), "a list of names, a regex or null"),
+    "init_lora_weights": ((bool, str, NoneType), "true, false or a name"),
+    "exclude_modules": (_NAMES, "a list of names, a regex or null"),
     **_COMMON,
 }  # fmt: skip
 
@@ -178,14 +162,19 @@ def lora_findings(values: Json, where: str) -> Iterator[Finding]:
     yield from _target_findings(values, where)
 
 
+FINDINGS_OF: Mapping[str, Callable[[Json, str], Iterator[Finding]]] = {
+    "GRALORA": gralora_findings, "LORA": lora_findings,
+}  # fmt: skip
+
+
 def _type_findings(values: Json, rules: Mapping[str, _Rule], where: str) -> Iterator[Finding]:
-    for name, (check, needed) in rules.items():
+    for name, (kinds, needed) in rules.items():
         if name not in values:
             continue
         value = values[name]
         if isinstance(value, float) and not math.isfinite(value):
             yield error("config-non-finite", where, f"{name} is {value}, {needed} was needed")
-        elif not check(value):
+        elif not any(_is(value, kind) for kind in kinds):
             hint = "A single module is written as a list." if name == "modules_to_save" else ""
             found = f"{name} is {value!r}, {needed} was needed"
             yield error("config-value-type", where, found, hint)
@@ -210,7 +199,7 @@ def alpha_findings(name: str, alpha: object, where: str) -> Iterator[Finding]:
 
 def _dropout_findings(name: str, values: Json, where: str) -> Iterator[Finding]:
     dropout = values.get(name, 0.0)
-    if not _is_number(dropout) or not isinstance(dropout, int | float) or dropout != dropout:
+    if not _is_number(dropout) or dropout != dropout:
         return
     if not 0 <= dropout <= 1:
         yield error("config-value-range", where, f"{name} is {dropout}, 0 to 1 was needed")
@@ -236,7 +225,7 @@ def _target_findings(values: Json, where: str) -> Iterator[Finding]:
                 "layers-to-transform-ignored", where,
                 "layers_to_transform has no effect beside a regex in target_modules",
             )  # fmt: skip
-    if isinstance(targets, list) and _is_names(targets) and len(set(targets)) < len(targets):
+    if isinstance(targets, list) and _is(targets, list[str]) and len(set(targets)) < len(targets):
         yield note("target-duplicate", where, "target_modules names a module twice")
 
 
@@ -364,7 +353,7 @@ def _is_bd(value: object) -> bool:
     if not isinstance(value, Mapping) or type(value.get("nblocks")) is not int:
         return False
     named = (value.get(f"target_modules_bd_{side}") or () for side in "ab")
-    return value["nblocks"] >= 1 and all(map(_is_names, named))
+    return value["nblocks"] >= 1 and all(_is(names, list[str]) for names in named)
 
 
 def way_out(feature: str) -> str:

@@ -8,7 +8,6 @@ After PEFT 0.21.2, tuners/gralora/layer.py and tuners/lora/layer.py.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 from gralora_convert.adapters.config import CONFIG_NAME, LoraConfig
 from gralora_convert.adapters.keys import Method, Role, key_of
@@ -19,44 +18,32 @@ from gralora_convert.errors import Finding, error, note, warning
 Roles = Mapping[Role, TensorSpec]
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """r, k and hybrid_r of a config."""
-
-    r: int
-    k: int
-    hybrid_r: int
-
-    @classmethod
-    def of(cls, values: Mapping[str, object]) -> "Sizes | None":
-        """Those of a GraLoRA config's fields, absent ones as PEFT takes them; None when one is no
-        whole number."""
-        r, k, h = values.get("r", 32), values.get("gralora_k", 2), values.get("hybrid_r", 0)
-        if type(r) is int and type(k) is int and type(h) is int:
-            return cls(r, k, h)
-        return None
-
-
-def gralora_findings(modules: Mapping[str, Roles], sizes: Sizes) -> Iterator[Finding]:
-    """What is wrong with the shapes of GraLoRA modules."""
+def gralora_findings(
+    modules: Mapping[str, Roles], config: Mapping[str, object]
+) -> Iterator[Finding]:
+    """What is wrong with the shapes of GraLoRA modules; `config` are the fields of one, absent ones
+    as PEFT takes them."""
+    r, k, h = config.get("r", 32), config.get("gralora_k", 2), config.get("hybrid_r", 0)
+    if type(r) is not int or type(k) is not int or type(h) is not int:
+        return
     has_general = any(roles.keys() & {"general_A", "general_B"} for roles in modules.values())
-    if sizes.hybrid_r > 0 and modules and not has_general:
+    if h > 0 and modules and not has_general:
         yield error(
-            "hybrid-rank-mismatch", CONFIG_NAME, f"hybrid_r is {sizes.hybrid_r}, but no module has "
+            "hybrid-rank-mismatch", CONFIG_NAME, f"hybrid_r is {h}, but no module has "
             "gralora_A_general and gralora_B_general",
         )  # fmt: skip
     # a transposed module stands out among others; if none has the config's r, the config is wrong
-    has_rank = any("A" in x and x["A"].shape[2:] == (sizes.r,) for x in modules.values())
+    has_rank = any("A" in x and x["A"].shape[2:] == (r,) for x in modules.values())
     for module, roles in modules.items():
         if any(not spec.nbytes for spec in roles.values()):
             yield _empty(module)
             continue
         needed: tuple[Role, ...] = ("A", "B")
-        if roles.keys() & {"general_A", "general_B"} or (has_general and sizes.hybrid_r > 0):
+        if roles.keys() & {"general_A", "general_B"} or (has_general and h > 0):
             needed = ("A", "B", "general_A", "general_B")
         yield from _missing(module, roles, needed, "gralora")
-        yield from _block_findings(module, roles, sizes, has_rank)
-        yield from _general_findings(module, roles, sizes.hybrid_r)
+        yield from _block_findings(module, roles, r, k, has_rank)
+        yield from _general_findings(module, roles, h)
 
 
 def _empty(name: str) -> Finding:
@@ -77,10 +64,9 @@ def _missing(
             )  # fmt: skip
 
 
-def _block_findings(module: str, roles: Roles, sizes: Sizes, has_rank: bool) -> Iterator[Finding]:
+def _block_findings(module: str, roles: Roles, r: int, k: int, has_rank: bool) -> Iterator[Finding]:
     if "A" not in roles or "B" not in roles:
         return
-    r, k = sizes.r, sizes.k
     a, b = roles["A"].shape, roles["B"].shape
     found = f"gralora_A {a}, gralora_B {b}"
     agree = len(a) == len(b) == 3 and a[0] == b[0] and a[2] == b[1]

@@ -1,46 +1,14 @@
 """Which modules a config selects, by PEFT's own rules.
 
 After PEFT 0.21.2, tuners/tuners_utils.py, check_target_module_exists, and utils/other.py,
-match_target_against_key; the default mapping after utils/constants.py (0.21.2).
+match_target_against_key.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
 
 from gralora_convert.adapters.patterns import Patterns
 
-if TYPE_CHECKING:
-    pass
-
-_Q_V = ("q_proj", "v_proj")
-_QKV = ("query_key_value",)
-_BERT = ("query", "value")
-DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
-    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
-    **dict.fromkeys(
-        (
-            "bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm",
-            "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3",
-        ),
-        _Q_V,
-    ),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
-    **dict.fromkeys(
-        ("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), _QKV
-    ),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), _BERT),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "deberta": ("in_proj",),
-    "mpt": ("Wqkv",),
-    "btlm": ("c_proj", "c_attn"),
-    "codegen": ("qkv_proj",),
-    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
-    "blip-2": ("q", "v", "q_proj", "v_proj"),
-    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "rwkv": ("key", "value", "receptance", "output"),
-    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-}  # fmt: skip
 # Releases that find the layer number in a name differently; the newest first.
 Rule = Literal["0.21", "0.20", "0.19"]
 RULES: tuple[Rule, ...] = ("0.21", "0.20", "0.19")
@@ -93,17 +61,12 @@ def rule_of(
     return next((r for r in RULES if set(select(config, names, rule=r)) == wanted), None)
 
 
-def default_targets(model_type: str | None) -> Sequence[str] | str | None:
-    """What PEFT adapts in a model of this type when `target_modules` is None."""
-    return DEFAULT_TARGETS.get(model_type or "")
-
-
 def _ends_in(names: set[str], module: str) -> bool:
     words = module.split(".")
     return any(".".join(words[i:]) in names for i in range(1, len(words)))
 
 
-def _in_layers(config: Selection, module: str, rule: Rule, patterns: "Patterns") -> bool:
+def _in_layers(config: Selection, module: str, rule: Rule, patterns: Patterns) -> bool:
     layers = config.layers_to_transform
     if layers is None or layers == []:
         return True

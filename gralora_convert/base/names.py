@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 from gralora_convert.base.quantisation import nested
 from gralora_convert.base.source_text import SourceText
 from gralora_convert.disk import FLOATING, Checkpoint, Rows
-from gralora_convert.errors import Finding, error
+from gralora_convert.errors import Finding, error, nearest
 
 if TYPE_CHECKING:
     from gralora_convert.models import Blueprint
 
-_MOST_COMPARED = 2_000  # names, for near misses
 _EMBEDDING = re.compile(
     r"(.*\.)?(embed_tokens|\w*embeddings?|embed_in|wte|wpe|shared|tok_embeddings)"
 )
@@ -420,12 +419,7 @@ def _adder(prefix: str, base: Checkpoint) -> Callable[[str], str]:
 
 def near_misses(name: str, names: Sequence[str]) -> str:
     """The names most like `name`, for a message; '' when none is."""
-    import difflib
-
-    if len(names) > _MOST_COMPARED:  # that would take seconds for each name
-        leaf = name.rpartition(".")[2]
-        names = [n for n in names if n.rpartition(".")[2] == leaf][:_MOST_COMPARED]
-    found = difflib.get_close_matches(name, names, 3, 0.6)
+    found = nearest(name, names, 3)
     return f"Near misses: {', '.join(found)}." if found else ""
 
 

@@ -4,9 +4,7 @@ stdout is the result, stderr is progress and notes. Exit status: 0 done / yes, 1
 2 refused or misused, 70 a bug, 130 interrupted.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -29,7 +27,6 @@ from gralora_convert.cli.options import (
     weight_option,
     writing_options,
 )
-from gralora_convert.cli.spelling import spelled
 from gralora_convert.cli.terminal import (
     EXIT_NO,
     EXIT_REFUSED,
@@ -40,13 +37,12 @@ from gralora_convert.cli.terminal import (
     show_json,
     show_notes,
 )
-from gralora_convert.errors import MisuseError, printable
+from gralora_convert.errors import MisuseError
 from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
     from gralora_convert.delta import Method
-    from gralora_convert.errors import Finding, Report
-    from gralora_convert.verbs import Equivalence
+    from gralora_convert.verbs import Equivalence, Inspection
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -77,6 +73,7 @@ def inspect(
     Exits 0 when it could be told, 1 when it is an adapter with errors, 2 when it is neither.
     """
     from gralora_convert.cli.pages import inspection_page
+    from gralora_convert.cli.reports import refusal, status_of
     from gralora_convert.verbs import inspect
 
     if plot is not None:
@@ -84,24 +81,23 @@ def inspect(
 
         require_drawable(plot)
     found = inspect(path)
-    nothing = _nothing_to_read(found.report)
     if as_json:
-        show_json({**found.document, **({"error": _nothing_read(nothing)} if nothing else {})})
+        show_json(found.document | refusal(found.report))
     else:
-        show(inspection_page(found))
+        show(*inspection_page(found))
     if plot is not None and found.report.ok:
-        _plot_adapter(path, found.document, plot, base, progress)
-    return EXIT_REFUSED if nothing else 0 if found.report.ok else EXIT_NO
+        _plot_adapter(path, found, plot, base, progress)
+    return status_of(found.report)
 
 
 def _plot_adapter(
     path: str,
-    document: Mapping[str, object],
+    found: "Inspection",
     plot: str,
     base: str | None,
     progress: bool | None,
 ) -> None:
-    if document["kind"] not in ("gralora", "hybrid", "lora"):
+    if found.document["kind"] not in ("gralora", "hybrid", "lora"):
         raise MisuseError(
             "--plot draws one adapter, which this is not", where=path,
             hint="`verify --plot` draws a merge.",
@@ -142,76 +138,13 @@ def validate(
 
     Exits 0 when it is valid, 1 when it has errors, 2 when there is nothing to read.
     """
+    from gralora_convert.cli.reports import folders, show_reports, status_of
     from gralora_convert.verbs import validate
 
     arguments = said.as_arguments()
-    reports = {adapter: validate(adapter, base, **arguments) for adapter in _folders(adapters)}
-    _print_reports(reports, "json" if as_json else style)
-    return max(
-        EXIT_REFUSED if _nothing_to_read(report) else 0 if report.ok else EXIT_NO
-        for report in reports.values()
-    )
-
-
-def _print_reports(reports: Mapping[str, "Report"], style: str) -> None:
-    from gralora_convert.adapters import together
-    from gralora_convert.errors import Report
-
-    if style != "json":  # which has all of them one by one
-        reports = {name: Report(tuple(together(r.findings))) for name, r in reports.items()}
-    match style:
-        case "json":
-            documents = {adapter: _report_json(report) for adapter, report in reports.items()}
-            everything = {"ok": all(r.ok for r in reports.values()), "adapters": documents}
-            show_json(everything if len(documents) > 1 else next(iter(documents.values())))
-        case "github":
-            for adapter, report in reports.items():
-                if report.findings:
-                    click.echo(spelled(report.as_annotations(partial(_file_of, Path(adapter)))))
-        case _:
-            for adapter, report in reports.items():
-                if report.findings:
-                    show(report.as_text())
-                errors = len(report.errors)
-                verdict = f"{errors} error(s)" if errors else "valid"
-                show(f"{printable(adapter)}: {verdict}")
-
-
-def _file_of(adapter: Path, finding: "Finding") -> str:
-    """The file that a finding is about: the one that it names, the config, or the weights."""
-    from gralora_convert.adapters import CONFIG_NAME, WEIGHTS
-
-    if not adapter.is_dir():
-        return ""
-    named = finding.where.rpartition("/")[2]
-    held = [name for name in (named, *WEIGHTS, CONFIG_NAME) if name and (adapter / name).is_file()]
-    return str(adapter / held[0]) if held else str(adapter)
-
-
-def _folders(names: Sequence[str]) -> list[str]:
-    """Each adapter once, where several were given by their files (as pre-commit does)."""
-    if len(names) == 1:
-        return list(names)
-    from gralora_convert.disk import is_file
-
-    return list(dict.fromkeys(str(Path(n).parent) if is_file(n) else n for n in names))
-
-
-def _report_json(report: "Report") -> dict[str, object]:
-    nothing = _nothing_to_read(report)
-    return report.as_json() | ({"error": _nothing_read(nothing)} if nothing else {})
-
-
-def _nothing_to_read(report: "Report") -> "Finding | None":
-    """The finding that says that a folder holds no adapter."""
-    missing = ("config-missing", "weights-missing")
-    return next((finding for finding in report.errors if finding.code in missing), None)
-
-
-def _nothing_read(finding: "Finding") -> dict[str, str]:
-    """The refusal that goes with a folder in which there is no adapter to read."""
-    fields = {"message": finding.message, "where": finding.where, "hint": finding.hint}
-    return {"kind": "unreadable", **fields}
+    reports = {adapter: validate(adapter, base, **arguments) for adapter in folders(adapters)}
+    show_reports(reports, "json" if as_json else style)
+    return max(map(status_of, reports.values()))
 
 
 @commands.command(
@@ -308,13 +241,8 @@ def convert(
 
     plan = convert(
         adapter,
-        to=wanted.to,
+        **wanted,
         base=base,
-        k=wanted.k,
-        r=wanted.r,
-        hybrid_r=wanted.hybrid_r,
-        alpha=wanted.alpha,
-        max_error=wanted.max_error,
         allow_inexact=allow_inexact,
         dtype=run.dtype,
         device=run.device,
@@ -356,12 +284,7 @@ def extract(
     plan = extract(
         base=base,
         tuned=tuned,
-        to=wanted.to,
-        k=wanted.k,
-        r=wanted.r,
-        hybrid_r=wanted.hybrid_r,
-        alpha=wanted.alpha,
-        max_error=wanted.max_error,
+        **wanted,
         include=include,
         exclude=exclude,
         svd=svd,
@@ -451,4 +374,4 @@ def _print_equivalence(found: "Equivalence", plot: str | None, as_json: bool) ->
     if as_json:
         show_json(found.as_json())
     else:
-        show(found.as_text())
+        show(*found.as_text().split("\n"))

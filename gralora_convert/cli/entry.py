@@ -16,6 +16,7 @@ from gralora_convert.cli.terminal import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
+    Line,
     open_streams,
     show,
     show_json,
@@ -116,4 +117,4 @@ def _refuse(error: Exception, *, as_json: bool) -> None:
         if as_json:
             show_json({"error": fields})
         else:
-            show(f"error: {line}", err=True)
+            show(Line(line, severity="error"), err=True)

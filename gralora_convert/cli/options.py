@@ -2,13 +2,21 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
 
 import click
 
-from gralora_convert.cli.terminal import Choice, bar, quiet_option, show, show_json, show_notes
+from gralora_convert.cli.terminal import (
+    Choice,
+    Line,
+    bar,
+    quiet_option,
+    show,
+    show_json,
+    show_notes,
+)
 from gralora_convert.errors import MisuseError, printable
 
 if TYPE_CHECKING:
@@ -33,12 +41,13 @@ def _gathered(
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Several options as one decorator; the command gets their values as one `into`, the argument
     `name`. Those that are no field of it stay arguments."""
-    names = [field.name for field in fields(into)]  # type: ignore[arg-type]
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(command)
         def gathering(**given: object) -> int:
-            value = into(**{field: given.pop(field) for field in names if field in given})
+            value = into(
+                **{field: given.pop(field) for field in into.__annotations__ if field in given}
+            )
             return command(**given, **{name: value})
 
         return _options(*options)(gathering)
@@ -118,7 +127,7 @@ class Run:
     def carry_out(
         self,
         plan: "Plan",
-        summary: Callable[[Mapping[str, object], str], str],
+        summary: Callable[[Mapping[str, object], str], Sequence[str]],
         *,
         resume: bool = False,
         digests: bool | None = None,
@@ -152,10 +161,11 @@ class Run:
             if self.as_json:
                 show_json(receipt, as_written=True)
             else:
-                show(summary(receipt, printable(self.output)))
+                show(*summary(receipt, printable(self.output)))
         except KeyboardInterrupt:  # nobody may be reading, so nothing more goes there
             place = printable(self.output)
-            show(f"error: {place}: is complete, but telling so was interrupted.", err=True)
+            told = f"{place}: is complete, but telling so was interrupted."
+            show(Line(told, severity="error"), err=True)
             return EXIT_UNTOLD
         return 0
 
@@ -178,7 +188,7 @@ class Run:
             f"{document['free_disk']:,} bytes free on the disk. Nothing was written."
         )
         for note in plan.notes:
-            show(f"note: {note}")
+            show(Line(note, severity="note"))
 
 
 writing_options = _gathered(
@@ -197,8 +207,7 @@ writing_options = _gathered(
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(TypedDict):
     """The shape of the adapter that is asked for."""
 
     to: "Kind"

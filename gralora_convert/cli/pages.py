@@ -5,13 +5,21 @@ Every line is made printable, so that no name in a hostile file breaks out of it
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gralora_convert.adapters import NAMES, Group
+from gralora_convert.cli.terminal import Line
 from gralora_convert.disk import cached, is_there
 from gralora_convert.errors import printable
-from gralora_convert.verbs import SERVED_RANKS, served_rank
+from gralora_convert.verbs import (
+    SERVED_RANKS,
+    AdapterFacts,
+    CheckpointFacts,
+    SoundFacts,
+    served_rank,
+)
 
 if TYPE_CHECKING:
     from gralora_convert.verbs import Inspection
@@ -21,81 +29,74 @@ LONGEST = 40  # lines of one list on a page
 EXACT = 1e-6  # as in delta/resizing.py: relative errors below it are those of float32 factors
 
 
-def inspection_page(found: "Inspection") -> str:
+def inspection_page(found: "Inspection") -> list[Line]:
     """What was found, for people."""
-    if found.inner:
-        return _adapters_page(found)
-    return _checkpoint_page(found) if found.document["kind"] == "dense" else _adapter_page(found)
+    match found.facts:
+        case CheckpointFacts() as facts:
+            return _checkpoint_page(found, facts)
+        case AdapterFacts() as facts:
+            return _adapter_page(found, facts)
+        case None:
+            return _adapters_page(found)
 
 
-def _adapter_page(found: "Inspection") -> str:
+def _adapter_page(found: "Inspection", facts: AdapterFacts) -> list[Line]:
     """What an adapter is, how it is served, whether it is sound, what can be done with it."""
-    name, facts, report = found.name, found.document, found.report
-    sound = report.ok
+    report, whole = found.report, facts if isinstance(facts, SoundFacts) else None
     verdict = (
         "no errors in config, names and shapes; `validate` reads the values, too"
-        if sound
+        if report.ok
         else f"{len(report.errors)} error(s); what follows from them is not told above"
     )
-    findings = _shortened([str(finding) for finding in report.findings])
+    findings = _shortened([Line.of(finding) for finding in report.findings])
     fields = [
-        ("base", _base(facts["base_model"])),
+        ("base", _base(facts.base_model)),
         ("shape", _shape(facts)),
-        ("as a LoRA", _serving(facts)),
+        ("as a LoRA", _serving(whole) if whole else ""),
         ("size", _size(facts)),
-        ("also", ", ".join(_names(facts.get("also")))),
+        ("also", ", ".join(whole.also) if whole else ""),
         ("made by", _provenance(found.receipt)),
-        ("modules" if sound else "tensors", _table(found.groups)),
+        ("modules" if report.ok else "tensors", _table(found.groups)),
         ("health", [verdict, *findings]),
-        ("next", _next_of_adapter(name, facts, sound)),
+        ("next", _next_of_adapter(found.name, whole if report.ok else None)),
     ]
-    return _page(f"{name}: {_kind(facts)}", fields)
+    return _page(f"{found.name}: {_kind(facts)}", fields)
 
 
-def _adapters_page(found: "Inspection") -> str:
+def _adapters_page(found: "Inspection") -> list[Line]:
     """Several adapters in sub-folders, a line each."""
     rows = [
-        (folder, _kind(inner.document) + f", {_short_shape(inner.document)}"
+        (folder, f"{_kind(inner.facts)}, {_short_shape(inner.facts)}"
          + ("" if inner.report.ok else f", {len(inner.report.errors)} error(s)"))
-        for folder, inner in found.inner.items()
+        for folder, inner in found.inner.items() if isinstance(inner.facts, AdapterFacts)
     ]  # fmt: skip
     first = shlex.quote(str(Path(found.name) / next(iter(found.inner))))
     title = f"{found.name}: {len(found.inner)} adapter(s) in sub-folders"
-    return _page(title, [*rows, ("next", f"gralora-convert inspect {first}")])
+    return _page(title, [*rows, ("next", [_command(f"inspect {first}")])])
 
 
-def _checkpoint_page(found: "Inspection") -> str:
+def _checkpoint_page(found: "Inspection", facts: CheckpointFacts) -> list[Line]:
     """What a dense checkpoint is and where it comes from."""
-    name, facts, receipt = found.name, found.document, found.receipt
-    method = facts["quantisation"]
-    architectures = ", ".join(_names(facts["architectures"]))
-    files = _names(facts["files"])
-    numbers = [
-        f"{value:,} {word}"
-        for key, word in (
-            ("layers", "layers"), ("hidden_size", "wide"), ("vocabulary", "tokens"),
-        )
-        if isinstance(value := facts[key], int)
-    ]  # fmt: skip
-    dtypes = facts["dtype"]
-    assert isinstance(dtypes, Mapping)
+    method, files = facts.quantisation, facts.files
+    sizes = ((facts.layers, "layers"), (facts.hidden_size, "wide"), (facts.vocabulary, "tokens"))
+    numbers = ", ".join(f"{size:,} {word}" for size, word in sizes if size is not None)
     fields = [
-        ("model", "; ".join(filter(None, [str(facts["model_type"] or ""), ", ".join(numbers)]))),
-        ("size", f"{facts['tensors']} tensors, {facts['parameters']:,} parameters, "
-                 + ", ".join(f"{count} x {dtype}" for dtype, count in dtypes.items())
-                 + f", {_bytes(facts['bytes'])}"),
+        ("model", "; ".join(filter(None, [facts.model_type, numbers]))),
+        ("size", f"{facts.tensors} tensors, {facts.parameters:,} parameters, "
+                 + ", ".join(f"{count} x {dtype}" for dtype, count in facts.dtype.items())
+                 + f", {_bytes(facts.bytes)}"),
         ("files", files[0] + (f" ... {files[-1]} ({len(files)} files)" if files[1:] else "")),
-        ("ties", "the output head is the input embedding" if facts["tied"] else "none"),
-        ("quantised", f"{method}: {_merges(facts['fp8_weights'])}" if method else "no"),
-        ("made by", _provenance(receipt)),
+        ("ties", "the output head is the input embedding" if facts.tied else "none"),
+        ("quantised", f"{method}: {_merges(facts.fp8_weights)}" if method else "no"),
+        ("made by", _provenance(found.receipt)),
         ("weights", _table(found.groups)),
-        ("next", [] if method else _next_of_checkpoint(name, receipt)),
+        ("next", [] if method else _next_of_checkpoint(found.name, found.receipt)),
     ]  # fmt: skip
-    what = architectures or "of an unknown architecture (no config.json)"
-    return _page(f"{name}: dense checkpoint, {what}", fields)
+    what = ", ".join(facts.architectures) or "of an unknown architecture (no config.json)"
+    return _page(f"{found.name}: dense checkpoint, {what}", fields)
 
 
-def _merges(codes: object) -> str:
+def _merges(codes: int) -> str:
     """What a merge does with a quantised base."""
     if codes:
         return f"a merge reads its {codes} fp8 weights, and makes plain what an adapter adds to"
@@ -105,22 +106,24 @@ def _merges(codes: object) -> str:
 # layout -------------------------------------------------------------------------------------------
 
 
-def _page(title: str, fields: Sequence[tuple[str, Sequence[str]]]) -> str:
+def _page(title: str, fields: Sequence[tuple[str, str | Sequence[str | Line]]]) -> list[Line]:
     """A title and `  name  value` lines, values with several lines set off by empty ones."""
     held = [(name, [v] if isinstance(v, str) else v) for name, v in fields if v]
     width = max([9, *(len(name) for name, _ in held)])
-    lines = [printable(title)]
+    lines = [Line(printable(title))]
     apart = True
     for name, values in held:
         if apart or len(values) > 1:
-            lines.append("")
+            lines.append(Line(""))
         apart = len(values) > 1
         for i, value in enumerate(values):
-            lines.append(f"  {'' if i else printable(name):<{width}}  {printable(value)}")
-    return "\n".join(lines)
+            line = value if isinstance(value, Line) else Line(value)
+            label = f"  {'' if i else printable(name):<{width}}  "
+            lines.append(replace(line, text=printable(line.text), label=label))
+    return lines
 
 
-def _table(groups: Sequence[Group]) -> list[str]:
+def _table(groups: Sequence[Group]) -> Sequence[str | Line]:
     """How many, of what shape, which."""
     if not groups:
         return []
@@ -132,18 +135,17 @@ def _table(groups: Sequence[Group]) -> list[str]:
     ])  # fmt: skip
 
 
-def _shortened(lines: list[str]) -> list[str]:
+def _shortened(lines: Sequence[str | Line]) -> Sequence[str | Line]:
     more = len(lines) - LONGEST
     return lines if more <= 1 else [*lines[:LONGEST], f"... and {more} more"]
 
 
-def _names(value: object) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list | tuple) else []
+def _command(arguments: str) -> Line:
+    return Line(f"gralora-convert {arguments}", is_command=True)
 
 
-def _bytes(count: object) -> str:
+def _bytes(count: int) -> str:
     """A number of bytes for people, and exactly."""
-    assert isinstance(count, int)
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
         if count >= size:
             return f"{count / size:.2f} {unit} ({count:,} bytes)"
@@ -153,14 +155,14 @@ def _bytes(count: object) -> str:
 # adapters -----------------------------------------------------------------------------------------
 
 
-def _kind(facts: Json) -> str:
-    kind, version = facts["kind"], facts["peft_version"]
+def _kind(facts: AdapterFacts) -> str:
+    kind, version = facts.kind, facts.peft_version
     if kind is None:
         return "an adapter of a method that is not read here"
     writer = f"PEFT {version}" if version else "PEFT"
-    if facts["dialect"] == "authors":
+    if facts.dialect == "authors":
         writer = "the original authors' code"
-    return f"{NAMES[str(kind)]} adapter, written by {writer}"
+    return f"{NAMES[kind]} adapter, written by {writer}"
 
 
 def _base(base: object) -> str:
@@ -171,80 +173,75 @@ def _base(base: object) -> str:
     return f"{base} ({'in the cache of the Hub' if cached(base, 'config.json') else 'not here'})"
 
 
-def _short_shape(facts: Json) -> str:
-    if facts["kind"] == "lora":
-        return f"r={facts['r']}"
-    return f"r={facts['r']} k={facts['k']} hybrid_r={facts['hybrid_r']}"
+def _short_shape(facts: AdapterFacts) -> str:
+    blocks = "" if facts.kind == "lora" else f" k={facts.k} hybrid_r={facts.hybrid_r}"
+    return f"r={facts.r}{blocks}"
 
 
-def _shape(facts: Json) -> str:
-    r, k, h, scaling = facts["r"], facts["k"], facts["hybrid_r"], facts["scaling"]
-    line = f"{_short_shape(facts)}, alpha={facts['alpha']}"
-    if isinstance(scaling, float | int):
-        line += f", scaling={scaling:g}"
-    if facts["kind"] == "lora" or not (type(r) is int and type(k) is int and k > 0 and r % k == 0):
+def _shape(facts: AdapterFacts) -> str:
+    r, k, h = facts.r, facts.k, facts.hybrid_r
+    line = f"{_short_shape(facts)}, alpha={facts.alpha}"
+    if facts.scaling is not None:
+        line += f", scaling={facts.scaling:g}"
+    if facts.kind == "lora" or not (type(r) is int and type(k) is int and k > 0 and r % k == 0):
         return line
     general = f" beside a LoRA of rank {h}" if h else ""
     return f"{line}: {k} x {k} blocks of rank {r // k}{general}"
 
 
-def _serving(facts: Json) -> str:
+def _serving(facts: SoundFacts) -> str:
     """The rank, whether a server takes it, and what servers would refuse or misread."""
-    exact = facts["exact_lora_rank"]
-    if not isinstance(exact, int):
-        return ""
-    rank = served_rank(exact)
-    line = f"{'it is one' if facts['kind'] == 'lora' else 'the same function'} at rank {exact}; "
+    exact, rank = facts.exact_lora_rank, facts.max_lora_rank
+    line = f"{'it is one' if facts.kind == 'lora' else 'the same function'} at rank {exact}; "
     if rank is None:
         line += f"above vLLM's largest ({SERVED_RANKS[-1]}): merge it, or convert with --max-error"
     else:
         line += f"vLLM serves it with --max-lora-rank {rank}"
-    odd = _names(facts["unsupported"])
-    if odd:
-        line += f"; {', '.join(odd)}: not every server reads that"
-    elif facts["biases"] or facts["saved"]:
+    if facts.unsupported:
+        line += f"; {', '.join(facts.unsupported)}: not every server reads that"
+    elif facts.biases or facts.saved:
         line += "; its biases and saved modules only live in a merged model"
     return line
 
 
-def _size(facts: Json) -> str:
-    if not facts["tensors"]:
+def _size(facts: AdapterFacts) -> str:
+    if not facts.tensors:
         return "no tensors"
     return (
-        f"{len(_names(facts['modules']))} modules, {facts['parameters']:,} parameters, "
-        f"{', '.join(_names(facts['dtype']))}, {_bytes(facts['bytes'])} in {facts['file']}"
+        f"{len(facts.modules)} modules, {facts.parameters:,} parameters, "
+        f"{', '.join(facts.dtype)}, {_bytes(facts.bytes)} in {facts.file}"
     )
 
 
-def _next_of_adapter(name: str, facts: Json, sound: bool) -> list[str]:
-    named = facts["base_model"]
+def _next_of_adapter(name: str, facts: SoundFacts | None) -> list[Line]:
     path = shlex.quote(name)
+    if facts is None:
+        return [_command(f"validate {path}")]
+    named = facts.base_model
     model = shlex.quote(named) if isinstance(named, str) and named else "MODEL"
-    if not sound:
-        return [f"gralora-convert validate {path}"]
-    lines = [f"gralora-convert validate {path} --base {model}"]
-    if facts["kind"] != "lora":
-        lines.append(f"gralora-convert convert {path} --to lora -o OUT")
-    elif not facts["beyond_factors"]:
-        lines.append(f"gralora-convert convert {path} --to hybrid -o OUT")
-    if not facts["beyond_factors"]:
-        lines.append(f"gralora-convert merge {path} --base {model} -o OUT")
+    lines = [_command(f"validate {path} --base {model}")]
+    if facts.kind != "lora":
+        lines.append(_command(f"convert {path} --to lora -o OUT"))
+    elif not facts.beyond_factors:
+        lines.append(_command(f"convert {path} --to hybrid -o OUT"))
+    if not facts.beyond_factors:
+        lines.append(_command(f"merge {path} --base {model} -o OUT"))
     return lines
 
 
 # checkpoints --------------------------------------------------------------------------------------
 
 
-def _next_of_checkpoint(name: str, receipt: Json | None) -> list[str]:
+def _next_of_checkpoint(name: str, receipt: Json | None) -> list[Line]:
     path = shlex.quote(name)
     if receipt is not None and receipt.get("command") == "merge":
         base, adapters = _inputs(receipt)
         if base and adapters:
             named = " ".join(map(shlex.quote, adapters))
-            return [f"gralora-convert verify {named} --base {shlex.quote(base)} --merged {path}"]
+            return [_command(f"verify {named} --base {shlex.quote(base)} --merged {path}")]
     return [
-        f"gralora-convert merge ADAPTER --base {path} -o OUT",
-        f"gralora-convert extract --base {path} --tuned TUNED --to gralora -o OUT",
+        _command(f"merge ADAPTER --base {path} -o OUT"),
+        _command(f"extract --base {path} --tuned TUNED --to gralora -o OUT"),
     ]
 
 
@@ -279,7 +276,7 @@ def _inputs(receipt: Json) -> tuple[str, list[str]]:
     return base, others
 
 
-def adapter_summary(receipt: Mapping[str, object], output: str) -> str:
+def adapter_summary(receipt: Mapping[str, object], output: str) -> list[str]:
     """The closing lines: what was written, what was lost, how to serve a LoRA."""
     kind, r, error = receipt["to"], receipt["r"], receipt["error"]
     modules, k, h = receipt["modules"], receipt["k"], receipt["hybrid_r"]
@@ -307,7 +304,7 @@ def adapter_summary(receipt: Mapping[str, object], output: str) -> str:
     serving = receipt.get("serving")
     if kind == "lora" and isinstance(serving, Mapping):
         lines += _serving_lines(r, output, serving)
-    return "\n".join(lines)
+    return lines
 
 
 def _serving_lines(rank: int, output: str, refusals: Mapping[str, str]) -> list[str]:
@@ -328,7 +325,7 @@ def _serving_lines(rank: int, output: str, refusals: Mapping[str, str]) -> list[
     return lines if taken else [*lines, "to serve: merge it"]
 
 
-def merge_summary(receipt: Mapping[str, object], output: str) -> str:
+def merge_summary(receipt: Mapping[str, object], output: str) -> list[str]:
     """The closing lines of a merge."""
     modules, survival = receipt["modules"], receipt["survival"]
     assert isinstance(modules, list)
@@ -354,4 +351,4 @@ def merge_summary(receipt: Mapping[str, object], output: str) -> str:
             "serve it with --dtype float32 (auto of vLLM and SGLang takes bfloat16), convert it "
             "with --outtype f32 (llama.cpp's converter takes f16)"
         )
-    return "\n".join(lines)
+    return lines

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-    from gralora_convert.verbs import Anatomy, Equivalence, Part
+    from gralora_convert.verbs import Anatomy, Equivalence, Spectrum
 
 SUFFIXES = (".png", ".svg", ".pdf")
 ENERGIES = (0.9, 0.99, 0.999)
@@ -164,7 +164,7 @@ def _without_common_start(names: Sequence[str]) -> list[str]:
 
 
 def _draw_norms(
-    axes: "Axes", table: _Table, parts: Mapping[str, "Part"], is_relative: bool
+    axes: "Axes", table: _Table, parts: Mapping[str, "Spectrum"], is_relative: bool
 ) -> None:
     def value(module: str) -> float:
         part = parts[module]
@@ -176,7 +176,7 @@ def _draw_norms(
     table.label(axes, "Size of the update" + (" against the base weight" if is_relative else ""))
 
 
-def _draw_blocks(axes: "Axes", table: _Table, parts: Mapping[str, "Part"]) -> None:
+def _draw_blocks(axes: "Axes", table: _Table, parts: Mapping[str, "Spectrum"]) -> None:
     """Each module as its k x k blocks, against the root mean square of them."""
     import numpy
 
@@ -198,7 +198,7 @@ def _draw_blocks(axes: "Axes", table: _Table, parts: Mapping[str, "Part"]) -> No
     table.label(axes, f"Blocks: each module as its {k} x {k} blocks", k)
 
 
-def _draw_spectra(axes: "Axes", table: _Table, parts: Mapping[str, "Part"]) -> None:
+def _draw_spectra(axes: "Axes", table: _Table, parts: Mapping[str, "Spectrum"]) -> None:
     """What the best LoRA of each rank leaves out, as the median over the layers."""
     import numpy
 
@@ -232,7 +232,7 @@ def _draw_spectra(axes: "Axes", table: _Table, parts: Mapping[str, "Part"]) -> N
     axes.legend(fontsize=8, loc="lower left", frameon=False)
 
 
-def _draw_ranks(axes: "Axes", table: _Table, parts: Mapping[str, "Part"], exact: int) -> None:
+def _draw_ranks(axes: "Axes", table: _Table, parts: Mapping[str, "Spectrum"], exact: int) -> None:
     """The rank that each kind needs: the median over its layers, and their range."""
     import numpy
 

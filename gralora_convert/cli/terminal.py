@@ -6,23 +6,21 @@ and `TERM=dumb` mean no colours on a terminal either.
 
 import io
 import os
-import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
 from gralora_convert.cli.spelling import spelled, spelled_json
-from gralora_convert.errors import Finding
+from gralora_convert.errors import Finding, nearest
 
-SEVERITIES = {"error": "red", "warning": "yellow", "note": "cyan"}
-_FINDING = re.compile(r"(?P<severity>error|warning|note)(?P<code>\[[\w-]+\])?: ")
-_FIELD = re.compile(r"  (?P<name>\S[^ ]*(?: [^ ]+)*)  +|(?P<none> {2,})")
+COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 _QUIET = "gralora_convert.quiet"
 
 
@@ -39,16 +37,64 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def show(text: str, *, err: bool = False) -> None:
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line, and what is known of it: the label before its text, the severity and code of a
+    finding, whether it is a command to type."""
+
+    text: str
+    label: str = ""
+    severity: str = ""
+    code: str = ""
+    is_command: bool = False
+
+    @classmethod
+    def of(cls, finding: Finding) -> "Line":
+        return cls(finding.text, severity=finding.severity, code=f"[{finding.code}]")
+
+    @property
+    def _head(self) -> str:
+        return f"{self.label}{self.severity}{self.code}{': ' if self.severity else ''}"
+
+    def __str__(self) -> str:
+        return self._head + self.text
+
+    def on_terminal(self, width: int, *, plain: bool) -> list[str]:
+        """In pieces of this width, those after the first set in, and in colours: severities, their
+        codes and labels dim; commands, which stay whole to be copied, bold."""
+        line = str(self)
+        start = len(line) - len(line.removeprefix(self.label).lstrip())
+        pieces = [line]
+        if len(line) > width and not self.is_command and start <= width // 2:
+            pieces = textwrap.wrap(
+                line, width, subsequent_indent=" " * (start or 2), break_long_words=False,
+                break_on_hyphens=False, drop_whitespace=True, replace_whitespace=False,
+            )  # fmt: skip
+        if plain:
+            return pieces
+        first = pieces[0]
+        if self.severity:
+            severity = click.style(self.severity, fg=COLOURS[self.severity], bold=True)
+            rest = first[len(self.label + self.severity + self.code) :]
+            first = f"{self.label}{severity}{click.style(self.code, dim=True)}{rest}"
+        elif self.is_command:
+            first = click.style(self.label, dim=True) + click.style(self.text, bold=True)
+        elif self.label.strip():
+            first = click.style(first[:start], dim=True) + first[start:]
+        return [first, *pieces[1:]]
+
+
+def show(*lines: str | Line, err: bool = False) -> None:
     """Prints lines, `spelled`; on a terminal in colours, and wrapped at its width."""
-    text, stream = spelled(text), sys.stderr if err else sys.stdout
-    if not _is_terminal(stream):
-        click.echo(text, err=err, color=False)
+    stream = sys.stderr if err else sys.stdout
+    held = [line if isinstance(line, Line) else Line(line) for line in lines]
+    held = [replace(line, text=spelled(line.text)) for line in held]
+    if not stream.isatty():
+        click.echo("\n".join(map(str, held)), err=err, color=False)
         return
     width = max(40, shutil.get_terminal_size().columns)
-    lines = [wrapped for line in text.split("\n") for wrapped in _wrapped(line, width)]
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    shown = lines if plain else [_coloured(line) for line in lines]
+    shown = [piece for line in held for piece in line.on_terminal(width, plain=plain)]
     click.echo("\n".join(shown), err=err, color=not plain)
 
 
@@ -63,7 +109,7 @@ def show_notes(lines: Iterable[str | Finding]) -> None:
     """Notes on stderr, unless `--quiet`."""
     if not is_quiet():
         for line in lines:
-            show(f"note: {line}", err=True)
+            show(Line(str(line), severity="note"), err=True)
 
 
 def is_quiet() -> bool:
@@ -86,9 +132,7 @@ class Choice(click.Choice[str]):
     """One of a few words; a misspelt one is told the nearest."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        import difflib
-
-        close = difflib.get_close_matches(str(value), [str(c) for c in self.choices], 1)
+        close = nearest(str(value), [str(choice) for choice in self.choices])
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return f"{super().get_invalid_choice_message(value, ctx)}{hint}"
 
@@ -100,7 +144,7 @@ def bar(total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
     None for `progress`: on a terminal, unless `--quiet`.
     """
     if progress is None:
-        progress = _is_terminal(sys.stderr) and not is_quiet()
+        progress = sys.stderr.isatty() and not is_quiet()
     if not progress:
         yield lambda count: None
         return
@@ -108,39 +152,6 @@ def bar(total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
 
     with tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True) as shown:
         yield lambda count: shown.update(count) and None
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    return stream.isatty()
-
-
-def _coloured(line: str) -> str:
-    """Severities in colour, their codes dim; the names of fields dim; commands to type bold."""
-    found = _FINDING.search(line)
-    if found is not None:
-        severity, code = found["severity"], found["code"] or ""
-        styled = click.style(severity, fg=SEVERITIES[severity], bold=True)
-        head, tail = line[: found.start()], line[found.end() :]
-        return f"{head}{styled}{click.style(code, dim=True)}: {tail}"
-    head, command, arguments = line.partition("gralora-convert ")
-    if command and not head.strip().removeprefix("next"):
-        return click.style(head, dim=True) + click.style(command + arguments, bold=True)
-    field = _FIELD.match(line)
-    if field is not None and field["name"]:
-        return click.style(field[0], dim=True) + line[field.end() :]
-    return line
-
-
-def _wrapped(line: str, width: int) -> Sequence[str]:
-    """The line in pieces; those after the first are set in. Commands stay whole, to be copied."""
-    field = _FIELD.match(line)
-    start = len(field[0]) if field else 2
-    if len(line) <= width or "gralora-convert " in line[: start + 16] or start > width // 2:
-        return [line]
-    return textwrap.wrap(
-        line, width, subsequent_indent=" " * start, break_long_words=False, break_on_hyphens=False,
-        drop_whitespace=True, replace_whitespace=False,
-    )  # fmt: skip
 
 
 EXIT_NO, EXIT_REFUSED, EXIT_BUG, EXIT_INTERRUPTED = 1, 2, 70, 130

@@ -215,6 +215,16 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(least) and math.isfinite(largest)
 
 
+def tensors_of(delta: Delta) -> dict[str, Tensor]:
+    """The factors that a delta has (of a dense one: its weight) by the name of the field.
+
+    >>> list(tensors_of(Lora(torch.ones(1, 2), torch.ones(3, 1), 1.0)))
+    ['A', 'B']
+    """
+    values = ((field.name, getattr(delta, field.name)) for field in fields(delta))
+    return {name: value for name, value in values if isinstance(value, Tensor)}
+
+
 @overload
 def to_device(delta: Gralora | Lora, device: str | torch.device) -> Gralora | Lora: ...
 @overload
@@ -225,9 +235,5 @@ def to_device(delta: Delta, device: str | torch.device) -> Delta:
     >>> to_device(Lora(torch.ones(1, 2), torch.ones(3, 1), 1.0), "meta").A.is_meta
     True
     """
-    tensors = {
-        field.name: value.to(device)
-        for field in fields(delta)
-        if isinstance(value := getattr(delta, field.name), Tensor)
-    }
-    return replace(delta, **tensors)  # type: ignore[arg-type]
+    moved = {name: tensor.to(device) for name, tensor in tensors_of(delta).items()}
+    return replace(delta, **moved)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """The shape of an adapter that is asked for, and what it costs to bring a delta into it."""
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,14 +17,13 @@ from gralora_convert.delta.exact import (
     with_scaling,
 )
 from gralora_convert.delta.fit import Fit, exact_rank, to_gralora, to_hybrid, to_lora
-from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora
+from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, tensors_of
 from gralora_convert.delta.forward import forward_path
 from gralora_convert.delta.svd import Method, squared_norm
 from gralora_convert.errors import CheckFailedError, MisuseError, is_number
 
 Made = TypeVar("Made", Gralora, Lora)
 Kind = Literal["gralora", "hybrid", "lora"]
-Factor = Literal["A", "B", "general_A", "general_B"]
 EXACT = 1e-6  # relative errors below it are those of float32 factors
 PROBES = 32
 
@@ -47,82 +47,84 @@ class Shape:
         alpha = self.scaling * (self.r + self.hybrid_r)
         return int(alpha) if float(alpha).is_integer() else alpha
 
-    def sizes(self, rows: int, columns: int) -> dict[Factor, tuple[int, ...]]:
-        """The shapes of a module's tensors by role, for a weight (rows, columns) = (out, in)."""
+    def outline(self, rows: int, columns: int, dtype: torch.dtype) -> Gralora | Lora:
+        """A module of weight (rows, columns) = (out, in): its shapes and dtype, no values."""
+        made = functools.partial(torch.empty, dtype=dtype, device="meta")
+        k, r, h = self.k, self.r, self.hybrid_r
         if self.kind == "lora":
-            return {"A": (self.r, columns), "B": (rows, self.r)}
-        blocks: dict[Factor, tuple[int, ...]] = {
-            "A": (self.k, columns // self.k, self.r),
-            "B": (self.k, self.r, rows // self.k),
-        }
-        if not self.hybrid_r:
-            return blocks
-        return blocks | {"general_A": (self.hybrid_r, columns), "general_B": (rows, self.hybrid_r)}
+            return Lora(made(r, columns), made(rows, r), self.scaling)
+        general = (made(h, columns), made(rows, h)) if h else (None, None)
+        return Gralora(made(k, columns // k, r), made(k, r, rows // k), self.scaling, *general)
 
     def as_json(self) -> dict[str, object]:
         return {
-            "to": self.kind,
-            "r": self.r,
-            "k": self.k,
-            "hybrid_r": self.hybrid_r,
-            "alpha": self.alpha,
-            "scaling": self.scaling,
-        }
+            "to": self.kind, "r": self.r, "k": self.k, "hybrid_r": self.hybrid_r,
+            "alpha": self.alpha, "scaling": self.scaling,
+        }  # fmt: skip
 
 
-def require_sensible(
-    to: Kind,
-    k: int | None,
-    r: int | None,
-    hybrid_r: int | None,
-    alpha: float | None,
-    max_error: float | None,
-) -> None:
-    """Raises `MisuseError` unless the numbers that ask for a shape can be meant."""
-    if to not in get_args(Kind):
-        raise MisuseError(f"the result {to!r} is none of {', '.join(get_args(Kind))}")
-    for name, value, least in (("k", k, 1), ("r", r, 1), ("hybrid_r", hybrid_r, 0)):
-        if value is not None and (type(value) is not int or value < least):
-            raise MisuseError(f"{name}={value!r} is not a whole number of at least {least}")
-    if alpha is not None and not is_number(alpha):
-        raise MisuseError(f"alpha={alpha!r} is not a finite number")
-    if max_error is None:
-        return
-    if not is_number(max_error) or not 0 < max_error < 1:
-        raise MisuseError(f"`max_error={max_error!r}` is not a number between 0 and 1")
-    if r is not None:
-        raise MisuseError("`max_error` chooses the rank and excludes `r`", hint="Give one of them.")
-    if to == "hybrid":
-        raise MisuseError(
-            "`max_error` chooses the rank of a LoRA or GraLoRA, not of a Hybrid", hint="Give `r`."
-        )
-
-
-def blocks_for(to: Kind, k: int | None, hybrid_r: int | None, default: int) -> int:
-    """k of the result, when the options go together.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is asked for of a result; None: the verb's default.
 
     Raises:
-        MisuseError: they do not.
+        MisuseError: numbers that cannot be meant.
     """
-    if to == "lora" and (k is not None or hybrid_r):
-        raise MisuseError("a LoRA has neither k nor hybrid_r", hint="Leave them out.")
-    if to == "gralora" and hybrid_r:
-        raise MisuseError("a pure GraLoRA has no hybrid_r", hint='Use `to="hybrid"`.')
-    return 1 if to == "lora" else k or default
 
+    to: Kind
+    k: int | None = None
+    r: int | None = None
+    hybrid_r: int | None = None
+    alpha: float | None = None
+    max_error: float | None = None
 
-def shape_of(to: Kind, k: int, r: int, hybrid_r: int, alpha: float | None, scaling: float) -> Shape:
-    """The shape of the result, with `alpha` in place of `scaling` where it is given.
+    def __post_init__(self) -> None:
+        if self.to not in get_args(Kind):
+            raise MisuseError(f"the result {self.to!r} is none of {', '.join(get_args(Kind))}")
+        for name, least in (("k", 1), ("r", 1), ("hybrid_r", 0)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise MisuseError(f"{name}={value!r} is not a whole number of at least {least}")
+        if self.alpha is not None and not is_number(self.alpha):
+            raise MisuseError(f"alpha={self.alpha!r} is not a finite number")
+        if self.max_error is None:
+            return
+        if not is_number(self.max_error) or not 0 < self.max_error < 1:
+            raise MisuseError(f"`max_error={self.max_error!r}` is not a number between 0 and 1")
+        if self.r is not None:
+            raise MisuseError(
+                "`max_error` chooses the rank and excludes `r`", hint="Give one of them."
+            )
+        if self.to == "hybrid":
+            raise MisuseError(
+                "`max_error` chooses the rank of a LoRA or GraLoRA, not of a Hybrid",
+                hint="Give `r`.",
+            )
 
-    Raises:
-        MisuseError: k does not divide r, or the scaling is zero or not finite.
-    """
-    if r < 1 or r % k:
-        raise MisuseError(f"r={r} is not a positive multiple of k={k}")
-    scaling = scaling if alpha is None else alpha / (r + hybrid_r)
-    if not math.isfinite(scaling) or scaling == 0:
-        raise MisuseError(f"a scaling of {scaling} cannot carry an update")
-    return Shape(to, k, r, hybrid_r, scaling)
+    def blocks(self, default: int) -> int:
+        """k of the result.
+
+        Raises:
+            MisuseError: what is asked for does not go together.
+        """
+        if self.to == "lora" and (self.k is not None or self.hybrid_r):
+            raise MisuseError("a LoRA has neither k nor hybrid_r", hint="Leave them out.")
+        if self.to == "gralora" and self.hybrid_r:
+            raise MisuseError("a pure GraLoRA has no hybrid_r", hint='Use `to="hybrid"`.')
+        return 1 if self.to == "lora" else self.k or default
+
+    def shape(self, k: int, r: int, hybrid_r: int, scaling: float) -> Shape:
+        """The shape of the result, with `alpha` in place of `scaling` where it is given.
+
+        Raises:
+            MisuseError: k does not divide r, or the scaling is zero or not finite.
+        """
+        if r < 1 or r % k:
+            raise MisuseError(f"r={r} is not a positive multiple of k={k}")
+        scaling = scaling if self.alpha is None else self.alpha / (r + hybrid_r)
+        if not math.isfinite(scaling) or scaling == 0:
+            raise MisuseError(f"a scaling of {scaling} cannot carry an update")
+        return Shape(self.to, k, r, hybrid_r, scaling)
 
 
 def require_divisible(k: int, module: str, weight: tuple[int, int], or_else: str = "") -> None:
@@ -243,31 +245,34 @@ def _exact(delta: Made) -> Fit[Made]:
     return Fit(delta, 0.0, squared_norm(delta))
 
 
-def rounded(module: str, delta: Gralora | Lora, dtype: torch.dtype) -> Gralora | Lora:
-    """The factors in the dtype that is written, on the CPU.
+def stored(
+    module: str, source: Delta, fit: Fit[Gralora] | Fit[Lora], dtype: torch.dtype, *, verify: bool
+) -> Gralora | Lora:
+    """The fit of `source` in the dtype that is written, on the CPU; `verify` runs both on probes.
 
     Raises:
-        CheckFailedError: they lose more than rounding may: float16 ends at 65504, and below 6e-5
-            it has few digits left.
+        CheckFailedError: the factors lose more than rounding may, or give other outputs.
     """
+    factors = {n: _rounded(module, t, dtype) for n, t in tensors_of(fit.delta).items()}
+    made: Gralora | Lora = replace(fit.delta, **factors)  # type: ignore[arg-type]
+    if verify:
+        require_same(module, source, made, fit.error2, dtype)
+    return made
 
-    def stored(factor: torch.Tensor) -> torch.Tensor:
-        made = factor.to("cpu", dtype)
-        if dtype == torch.float16 and factor.dtype != dtype:
-            held = factor.to("cpu").double()
-            lost = float((made.double() - held).norm())
-            if not lost <= torch.finfo(dtype).eps * float(held.norm()):
-                raise CheckFailedError(
-                    "float16 cannot hold its factors: values up to "
-                    f"{float(held.abs().max()):.3g} would lose more than by rounding",
-                    where=module, hint='Give `dtype="float32"` or `dtype="bfloat16"`.',
-                )  # fmt: skip
-        return made
 
-    if isinstance(delta, Lora):
-        return replace(delta, A=stored(delta.A), B=stored(delta.B))
-    general = (None if t is None else stored(t) for t in (delta.general_A, delta.general_B))
-    return Gralora(stored(delta.A), stored(delta.B), delta.scaling, *general)
+def _rounded(module: str, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float16 ends at 65504, and below 6e-5 it has few digits left."""
+    made = factor.to("cpu", dtype)
+    if dtype == torch.float16 and factor.dtype != dtype:
+        held = factor.to("cpu").double()
+        lost = float((made.double() - held).norm())
+        if not lost <= torch.finfo(dtype).eps * float(held.norm()):
+            raise CheckFailedError(
+                "float16 cannot hold its factors: values up to "
+                f"{float(held.abs().max()):.3g} would lose more than by rounding",
+                where=module, hint='Give `dtype="float32"` or `dtype="bfloat16"`.',
+            )  # fmt: skip
+    return made
 
 
 def require_same(

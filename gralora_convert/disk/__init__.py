@@ -25,14 +25,12 @@ from gralora_convert.disk.specs import (
     Rows,
     Scale,
     TensorFile,
-    TensorFileError,
     TensorSpec,
     nbytes_of,
     written_dtype,
 )
 from gralora_convert.disk.strictjson import (
     MAX_JSON_BYTES,
-    JsonError,
     dump_json,
     load_json,
     parse_json,
@@ -53,11 +51,11 @@ from gralora_convert.disk.tensors import (
 
 __all__ = [
     "DTYPE_BITS", "DTYPE_OF_TORCH", "FLOATING", "INFINITY", "MAX_JSON_BYTES", "RECEIPT_NAME",
-    "STEP", "WRITTEN", "Checkpoint", "JsonError", "Measure", "Rows", "Scale", "TensorFile",
-    "TensorFileError", "TensorSpec", "apply_scales", "bytes_of", "cached", "config_errors",
-    "decode", "dump_json", "encode_header", "fetch", "file_stamp", "is_file", "is_folder",
-    "is_there", "is_weights", "is_zero", "largest_magnitude", "listing", "load_json", "locate",
-    "look", "measured", "nbytes_of", "open_regular", "parse_json", "parse_name", "pread_exact",
-    "read_bytes", "read_into", "read_rows", "read_safetensors", "read_tensor_file", "read_torch",
-    "reading", "require_stamp", "same_values", "sidecars", "torch_dtype", "written_dtype",
+    "STEP", "WRITTEN", "Checkpoint", "Measure", "Rows", "Scale", "TensorFile", "TensorSpec",
+    "apply_scales", "bytes_of", "cached", "config_errors", "decode", "dump_json", "encode_header",
+    "fetch", "file_stamp", "is_file", "is_folder", "is_there", "is_weights", "is_zero",
+    "largest_magnitude", "listing", "load_json", "locate", "look", "measured", "nbytes_of",
+    "open_regular", "parse_json", "parse_name", "pread_exact", "read_bytes", "read_into",
+    "read_rows", "read_safetensors", "read_tensor_file", "read_torch", "reading", "require_stamp",
+    "same_values", "sidecars", "torch_dtype", "written_dtype",
 ]  # fmt: skip

@@ -36,12 +36,6 @@ class TensorFileError(UnreadableError):
     """Not a readable tensor file; `reason` is one of unreadable, lfs-pointer, unsafe-pickle,
     nested, legacy-pickle."""
 
-    def __init__(
-        self, message: str, *, where: object = "", hint: str = "", reason: str = "unreadable"
-    ) -> None:
-        super().__init__(message, where=where, hint=hint)
-        self.reason = reason
-
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

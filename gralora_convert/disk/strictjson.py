@@ -22,10 +22,6 @@ class JsonError(UnreadableError):
     """Not the JSON that was expected; `reason` is one of bom, not-json, duplicate-key,
     non-finite, not-object."""
 
-    def __init__(self, reason: str, message: str, *, where: object = "", hint: str = "") -> None:
-        super().__init__(message, where=where, hint=hint)
-        self.reason = reason
-
 
 def parse_json(data: bytes, *, where: object, allow_non_finite: bool = False) -> dict[str, object]:
     """The JSON object in `data`.
@@ -39,38 +35,29 @@ def parse_json(data: bytes, *, where: object, allow_non_finite: bool = False) ->
     {'r': 8}
     """
 
+    def wrong(what: str, hint: str = "", reason: str = "not-json") -> JsonError:
+        return JsonError(what, where=where, hint=hint, reason=reason)
+
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise JsonError(
-                "duplicate-key",
-                f"the key {_first_repeated(pairs)!r} stands twice in one object",
-                where=where,
-                hint="Keep one of them; which one is meant cannot be told.",
-            )
+            what = f"the key {_first_repeated(pairs)!r} stands twice in one object"
+            hint = "Keep one of them; which one is meant cannot be told."
+            raise wrong(what, hint, "duplicate-key")
         return result
 
     def number(text: str) -> float:
         value = float(text.replace("Infinity", "inf"))
         if math.isfinite(value) or allow_non_finite:
             return value
-        raise JsonError("non-finite", f"{text[:40]} is not a finite number", where=where)
+        raise wrong(f"{text[:40]} is not a finite number", reason="non-finite")
 
     def integer(text: str) -> int | float:
-        if len(text) > _INTEGER_DIGITS:
-            return number(text)
-        return int(text)
-
-    def wrong(what: str, hint: str = "") -> JsonError:
-        return JsonError("not-json", what, where=where, hint=hint)
+        return number(text) if len(text) > _INTEGER_DIGITS else int(text)
 
     if data.startswith(b"\xef\xbb\xbf"):
-        raise JsonError(
-            "bom",
-            "starts with a UTF-8 byte order mark, which JSON parsers refuse",
-            where=where,
-            hint="Save the file as UTF-8 without BOM.",
-        )
+        what = "starts with a UTF-8 byte order mark, which JSON parsers refuse"
+        raise wrong(what, "Save the file as UTF-8 without BOM.", "bom")
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -84,9 +71,8 @@ def parse_json(data: bytes, *, where: object, allow_non_finite: bool = False) ->
     except ValueError as error:
         raise wrong(f"is not valid JSON: {error}", _MAYBE_INCOMPLETE) from error
     if not isinstance(value, dict):
-        raise JsonError(
-            "not-object", f"holds a JSON {type(value).__name__}, an object was needed", where=where
-        )
+        what = f"holds a JSON {type(value).__name__}, an object was needed"
+        raise wrong(what, reason="not-object")
     if _is_deeper_than(MAX_DEPTH, value):
         raise wrong("is nested too deeply")
     if _SURROGATE.search(data) and not _is_unicode(value):

@@ -29,15 +29,10 @@ from gralora_convert.disk.strictjson import parse_json
 from gralora_convert.errors import ChangedInputError, UnreadableError, UnsupportedError
 
 if TYPE_CHECKING:
-    import numpy
     import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the cap of the official reader
 MAX_TENSORS = 250_000  # of one file; the largest public models have 100 000 in all their files
-_NUMPY_NAMES: Mapping[str, str] = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "C64": "<c8",
-}  # fmt: skip
 
 
 def read_tensor_file(path: Path) -> TensorFile:
@@ -189,26 +184,6 @@ def _gather(
         del view  # or the mapping cannot be closed
     skip = start - first * size
     buffer[:] = data[skip : skip + len(buffer)]
-
-
-def read_array(spec: TensorSpec) -> "numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.generic]]":
-    """The tensor's values in numpy, shape `spec.shape`; BF16 comes widened to float32.
-
-    Raises:
-        UnsupportedError: a dtype that numpy has not (float8 and smaller), or an absurd shape.
-    """
-    import numpy
-
-    _require_holdable(spec)
-    data = read_bytes(spec)
-    if spec.dtype == "BF16":
-        wide = numpy.frombuffer(data, "<u2").astype("<u4") << numpy.uint32(16)
-        return wide.view("<f4").reshape(spec.shape)
-    if spec.dtype not in _NUMPY_NAMES:
-        raise UnsupportedError(
-            f"tensor {spec.name!r} has dtype {spec.dtype}, which numpy cannot hold", where=spec.file
-        )
-    return numpy.frombuffer(data, _NUMPY_NAMES[spec.dtype]).reshape(spec.shape)
 
 
 def _require_holdable(spec: TensorSpec) -> None:

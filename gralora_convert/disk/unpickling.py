@@ -24,22 +24,12 @@ _DTYPES: Mapping[str, str] = {
     "torch.storage.UntypedStorage": "U8",
 }
 _WORD = 2**64
-_NAMES = frozenset(
-    {
-        "collections.OrderedDict",
-        "torch.Size",
-        "torch.Tensor",
-        "torch._tensor._rebuild_from_type_v2",
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_parameter_with_state",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_tensor_v3",
-        "torch.nn.parameter.Parameter",
-    }
-)
-
-
+_NAMES = frozenset({
+    "collections.OrderedDict", "torch.Size", "torch.Tensor", "torch.nn.parameter.Parameter",
+    "torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state", "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3",
+})  # fmt: skip
 # what torch.save writes of a DTensor (torch 2.13, _tensor.py, `_reduce_ex_internal`)
 _DISTRIBUTED = frozenset({
     "torch._utils._rebuild_wrapper_subclass", "torch.distributed.tensor.DTensor",

@@ -1,12 +1,13 @@
 """Models in memory: on the meta device, with an adapter attached, run."""
 
-from gralora_convert.models.attachment import Attachment, Parts, attach, put_on
+from gralora_convert.models.attachment import Attachment, attach, put_on
 from gralora_convert.models.building import (
     absurd_count,
     bare_shapes,
     build_problem,
     has_absurd_counts,
 )
+from gralora_convert.models.fitting import Parts
 from gralora_convert.models.foreign import quiet
 from gralora_convert.models.inputs import Inputs
 from gralora_convert.models.layer import GraloraLinear

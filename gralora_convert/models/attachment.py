@@ -4,8 +4,7 @@ An adapter says which delta belongs to which module; no file format is known her
 """
 
 import contextlib
-import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,32 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gralora_convert.adapters import (
-    PREFIX,
-    Adapter,
-    GraloraConfig,
-    LoraConfig,
-    bias_finding,
-    is_all_linear,
-    saved_findings,
-    target_findings,
-)
+from gralora_convert.adapters import Adapter, GraloraConfig, LoraConfig
 from gralora_convert.delta import Delta, Gralora, Lora
 from gralora_convert.disk import read_torch
-from gralora_convert.errors import Finding, MisuseError, Report, UnsupportedError, error
-from gralora_convert.models.layer import (
-    Branch,
-    GraloraLinear,
-    bare,
-    branch_of,
-    misfits,
-    require_name,
-)
-from gralora_convert.models.meta import linear_modules
-from gralora_convert.output import config_of, folder_of
+from gralora_convert.errors import MisuseError, UnsupportedError
+from gralora_convert.models.fitting import MARK, Parts, Replacement, Slot, fitted
+from gralora_convert.models.layer import GraloraLinear, bare, require_name
+from gralora_convert.output import New, adapter_plan
 
-# On a value that an attached adapter brought: the adapter's name.
-_MARK = "_gralora_convert_adapter"
 # After PEFT 0.21.2, tuners/lora: MiCA freezes B, BD-LoRA trains only the blocks, and VeLoRA and
 # MonteCLoRA have a forward or backward pass of their own.
 _TRAINED_OTHERWISE = {
@@ -49,60 +30,13 @@ _TRAINED_OTHERWISE = {
     "VeLoRA": ("velora", "velora_config"),
     "MonteCLoRA": ("monteclora_config",),
 }
-_TRAINED_ON = "Is this the model it was trained on?"
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """One adapted module: where it sits in the tree, and the parameters to put there."""
-
-    module: str
-    parent: nn.Module
-    leaf: str
-    branch: Branch
-
-    def install(self, name: str) -> GraloraLinear:
-        layer = self.parent._modules[self.leaf]
-        assert layer is not None
-        adapted = layer if isinstance(layer, GraloraLinear) else GraloraLinear(layer, {})
-        adapted.install(name, self.branch)
-        if adapted is not layer:
-            setattr(self.parent, self.leaf, adapted)
-        return adapted
-
-
-@dataclass(frozen=True, slots=True)
-class _Replacement:
-    """A parameter or buffer whose whole value the adapter brings (biases, modules_to_save)."""
-
-    path: str
-    owner: nn.Module
-    leaf: str
-    original: Tensor
-    value: Tensor
-
-    def install(self) -> None:
-        setattr(self.owner, self.leaf, self.value)
-
-    def is_undone(self, modules: Collection[nn.Module]) -> bool:
-        """Whether the model computes with something else: its own value is tied back, or the module
-        was replaced by one of another size."""
-        now = getattr(self.owner, self.leaf)
-        return self.owner not in modules or now is self.original or now.shape != self.value.shape
-
-    def restore(self) -> None:
-        now, original = getattr(self.owner, self.leaf), self.original
-        moved = (now.device, now.dtype) != (original.device, original.dtype)
-        if moved and not original.is_meta:
-            original.data = original.data.to(now)  # model.to(...) did not reach it
-        setattr(self.owner, self.leaf, original)
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
     """Before a model computes: refuses when a value that an adapter brought is gone."""
 
-    changes: Sequence[_Replacement]
+    changes: Sequence[Replacement]
 
     def __call__(self, model: nn.Module, arguments: object) -> None:
         modules = set(model.modules())
@@ -113,21 +47,6 @@ class _Held:
                     "after it was attached (tie_weights, resize_token_embeddings)",
                     hint="Detach the adapter, change the model, and attach it again.",
                 )
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What an adapter, or a plain mapping, brings: deltas by module, whole values by path.
-
-    `adapter` is set where the model must have all that its config selects.
-    """
-
-    where: str
-    modules: Sequence[str]
-    delta: Callable[[str], Delta]
-    values: Mapping[str, Tensor]
-    dropout: float = 0.0
-    adapter: Adapter | None = None
 
 
 class Attachment:
@@ -142,8 +61,8 @@ class Attachment:
         self,
         name: str,
         layers: Mapping[str, GraloraLinear],
-        slots: Sequence[_Slot],
-        replacements: Sequence[_Replacement],
+        slots: Sequence[Slot],
+        replacements: Sequence[Replacement],
         model: nn.Module,
         config: GraloraConfig | LoraConfig | None = None,
     ) -> None:
@@ -170,7 +89,7 @@ class Attachment:
         adapters = {id(p) for layer in layers for p in layer.adapters.parameters()}
         self._frozen = [
             p for p in self._model.parameters()
-            if p.requires_grad and id(p) not in adapters and not hasattr(p, _MARK)
+            if p.requires_grad and id(p) not in adapters and not hasattr(p, MARK)
         ]  # fmt: skip
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -179,7 +98,7 @@ class Attachment:
     def replaced(self) -> Mapping[str, Tensor]:
         return {change.path: self._now(change) for change in self._replacements}
 
-    def _now(self, change: _Replacement) -> Tensor:
+    def _now(self, change: Replacement) -> Tensor:
         """The value as the model has it: moving a model makes new buffers."""
         found = getattr(change.owner, change.leaf) if self._attached else change.value
         assert isinstance(found, Tensor)
@@ -219,12 +138,36 @@ class Attachment:
         """
         deltas = self.deltas()
         config = self.config or self._implied_config(deltas)
-        folder_of(config, deltas, self.replaced).write(folder, overwrite=overwrite)
+        if isinstance(config, LoraConfig) and config.extra.get("use_bdlora"):
+            raise UnsupportedError(
+                "a BD-LoRA stores blocks of its factors, and is not written here"
+            )
+        modules = {name: New(delta) for name, delta in deltas.items()}
+        values = {path: New(value) for path, value in self.replaced.items()}
+        adapter_plan("save", modules, values, config, dict).write(folder, overwrite=overwrite)
 
     def _implied_config(self, deltas: Mapping[str, Gralora | Lora]) -> GraloraConfig:
-        rates = [slot.branch.rate for slot in self._slots]
-        across = [not isinstance(bare(layer), nn.Linear) for layer in self.layers.values()]
-        return config_of(deltas, dropout=max(rates), fan_in_fan_out=any(across))
+        """The config that deltas alone imply."""
+        shapes = {
+            (d.r, d.k, d.hybrid_r, d.scaling) if isinstance(d, Gralora) else None
+            for d in deltas.values()
+        }
+        first = next(iter(shapes))
+        if len(shapes) > 1 or first is None:
+            raise MisuseError(
+                "the deltas are not GraLoRAs of one r, k, hybrid_r and scaling, which a config "
+                "needs",
+                hint="Attach an adapter from disk, or save its parts with torch.",
+            )
+        r, k, hybrid_r, scaling = first
+        return GraloraConfig(
+            r=r, gralora_k=k, hybrid_r=hybrid_r, alpha=scaling * (r + hybrid_r),
+            target_modules=list(deltas),
+            gralora_dropout=max(slot.branch.rate for slot in self._slots),
+            fan_in_fan_out=any(
+                not isinstance(bare(layer), nn.Linear) for layer in self.layers.values()
+            ),
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -355,23 +298,7 @@ def put_on(
     Raises:
         InvalidAdapterError, MisuseError, UnsupportedError: as `attach`.
     """
-    tree = dict(model.named_modules(remove_duplicate=False))
-    rate = source.dropout if dropout is None else dropout
-    slots: list[_Slot] = []
-    problems: list[Finding] = []
-    for module in source.modules:
-        delta = source.delta(module)
-        if found := list(_target_problems(tree, module, delta, name)):
-            problems += found
-            continue
-        branch = branch_of(tree[module], delta, dropout=rate, trainable=trainable, dtype=dtype)
-        parent, _, leaf = module.rpartition(".")
-        slot = _Slot(module, tree[parent], leaf, branch)
-        problems += _same_place(slots, slot)
-        slots.append(slot)
-    changes, others = _replacements(tree, source.values, name, trainable)
-    lacking = [] if source.adapter is None else _lacking(source.adapter, model, tree)
-    Report.of([*problems, *others, *lacking]).require_ok(source.where)
+    slots, changes = fitted(model, source, name, dropout=dropout, trainable=trainable, dtype=dtype)
     if not slots and not changes:
         raise MisuseError("there is nothing to attach: no modules", where=source.where)
     for change in changes:
@@ -414,144 +341,3 @@ def _dropout(adapter: Adapter) -> float:
             return config.gralora_dropout
         case LoraConfig() as config:
             return config.lora_dropout
-
-
-# Where it goes, and why it may not: each function yields what is wrong and changes nothing.
-
-
-def _target_problems(
-    tree: Mapping[str, nn.Module], module: str, delta: Delta, name: str
-) -> Iterator[Finding]:
-    parent, layer = tree.get(module.rpartition(".")[0]), tree.get(module)
-    if not module:
-        hint = "Wrap it instead: GraloraLinear(model, ...)."
-        yield error("module-not-in-base", "", "the model itself cannot be replaced", hint)
-    elif layer is None:
-        hint = _nearest(tree, module) + _TRAINED_ON
-        if PREFIX + module in tree:
-            hint = "This is a model of PEFT's: attach to model.get_base_model()."
-        yield error("module-not-in-base", module, "the model has no such module", hint)
-    elif isinstance(parent, nn.MultiheadAttention):
-        found = "nn.MultiheadAttention uses the weight of this layer and never calls it"
-        hint = "An adapter has no effect there, with PEFT neither; take it out of the adapter."
-        yield error("attention-out-proj", module, found, hint)
-    else:
-        if isinstance(layer, GraloraLinear):
-            layer.require_free(name)
-        yield from misfits(layer, delta, module)
-
-
-def _lacking(
-    adapter: Adapter, model: nn.Module, tree: Mapping[str, nn.Module]
-) -> Iterator[Finding]:
-    """What the model says that the adapter must hold, and does not."""
-    own = {name: bare(layer) for name, layer in model.named_modules() if not _is_inside(tree, name)}
-    yield from target_findings(
-        adapter, linear_modules(model, own, head=not is_all_linear(adapter.config))
-    )
-    parameters = {
-        f"{name}.{leaf}".removeprefix("."): value
-        for name, layer in own.items()
-        for leaf, value in layer.named_parameters(recurse=False)
-    }
-    same = {id(parameters[name]) for name in adapter.values if name in parameters}
-    written = {name for name, value in parameters.items() if id(value) in same}
-    yield from saved_findings(adapter, written, parameters)
-    biases = [name for name in parameters if name.endswith(".bias") and name not in written]
-    inner = [name for name in biases if name.removesuffix(".bias") in adapter.roles]
-    others = biases if adapter.config.bias == "all" and not adapter.biases else []
-    if found := bias_finding(adapter, inner, others):
-        yield found
-
-
-def _is_inside(tree: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether a module is a part of an adapted layer, which the adapter's names do not know."""
-    words = name.split(".")
-    above = (tree[".".join(words[:i])] for i in range(1, len(words)))
-    return any(isinstance(layer, GraloraLinear) for layer in above)
-
-
-def _same_place(slots: Sequence[_Slot], slot: _Slot) -> Iterator[Finding]:
-    for other in slots:
-        if other.parent is slot.parent and other.leaf == slot.leaf:
-            found = f"is the same layer as {other.module}, and the adapter has a delta for each"
-            yield error("shared-module", slot.module, found, "Attach one of the two.")
-
-
-def _nearest(tree: Mapping[str, nn.Module], module: str) -> str:
-    leaf = module.rpartition(".")[2]
-    same = [name for name in tree if name.rpartition(".")[2] == leaf]
-    cutoff = 0.0 if same else 0.6
-    close = difflib.get_close_matches(module, same or list(tree), n=1, cutoff=cutoff)
-    return f"The nearest name in the model is {close[0]}. " if close else ""
-
-
-def _replacements(
-    tree: Mapping[str, nn.Module], values: Mapping[str, Tensor], name: str, trainable: bool
-) -> tuple[list[_Replacement], list[Finding]]:
-    changes: list[_Replacement] = []
-    problems: list[Finding] = []
-    for path, value in values.items():
-        prefix, _, leaf = path.rpartition(".")
-        owner = bare(tree[prefix]) if prefix in tree else None
-        found = list(_value_problems(owner, path, value))
-        problems += found
-        if owner is None or found:
-            continue
-        original: Tensor = getattr(owner, leaf)
-        new = _value_like(original, value, trainable)
-        for earlier in changes:  # what was tied stays tied, if the adapter says the same of both
-            if earlier.original is original and torch.equal(earlier.value, new):
-                new = earlier.value
-        setattr(new, _MARK, name)
-        changes.append(_Replacement(path, owner, leaf, original, new))
-    return changes, problems
-
-
-def _value_like(original: Tensor, value: Tensor, trainable: bool) -> Tensor:
-    device = value.device if original.is_meta else original.device
-    new = value.to(device, original.dtype, copy=True)
-    if isinstance(original, nn.Parameter):
-        return nn.Parameter(new, requires_grad=trainable and new.is_floating_point())
-    return new
-
-
-def _value_problems(owner: nn.Module | None, path: str, value: Tensor) -> Iterator[Finding]:
-    module, _, leaf = path.rpartition(".")
-    shape, rows = tuple(value.shape), value.shape[0] if value.ndim else 1
-    if owner is None:
-        found = f"the adapter brings {leaf} {shape}, and the model has no such module"
-        hint = (
-            "If it is a trained head, load the base with it, for instance "
-            f"AutoModelForSequenceClassification.from_pretrained(..., num_labels={rows})."
-        )
-        yield error("module-not-in-base", module, found, hint)
-        return
-    current = _current(owner, leaf)
-    if current is None:
-        code = "bias-unexpected" if leaf == "bias" else "module-not-in-base"
-        found = f"the adapter brings {leaf} {shape}, and this {type(owner).__name__} has none"
-        yield error(code, module, found, _TRAINED_ON)
-    elif tuple(current.shape) != shape:
-        found = f"has shape {shape} in the adapter and {tuple(current.shape)} in the model"
-        yield error("modules-to-save-shape", path, found, _resize(owner, current, value))
-    elif hasattr(current, _MARK):
-        found = f"the attached adapter {getattr(current, _MARK)!r} replaces it already"
-        yield error("already-replaced", path, found, "Detach that adapter first.")
-
-
-def _current(owner: nn.Module, leaf: str) -> Tensor | None:
-    found = owner._parameters.get(leaf)
-    return owner._buffers.get(leaf) if found is None else found
-
-
-def _resize(owner: nn.Module, current: Tensor, value: Tensor) -> str:
-    if value.ndim == 0 or current.shape[1:] != value.shape[1:]:
-        return _TRAINED_ON
-    rows = value.shape[0]
-    if isinstance(owner, nn.Embedding):
-        return f"Call model.resize_token_embeddings({rows}) first."
-    return (
-        f"Load the model with num_labels={rows}, or, if this is the vocabulary, call "
-        f"model.resize_token_embeddings({rows}) first."
-    )

@@ -302,20 +302,12 @@ def misfits(layer: nn.Module, delta: Delta, where: str = "") -> Iterator[Finding
         message = f"is of type {type(layer).__name__}; only nn.Linear and Conv1D can be adapted"
         yield error("target-unsupported", where, message, hint)
         return
-    (n_in, n_out), (a_in, a_out) = _features(layer), _delta_features(delta)
+    if not isinstance(delta, Gralora | Lora | Dense):
+        raise TypeError(f"a delta is a Gralora or a Lora, not a {type(delta).__name__}")
+    (n_in, n_out), a_in, a_out = _features(layer), delta.in_features, delta.out_features
     if (n_in, n_out) != (a_in, a_out):
         message = f"the adapter maps {a_in} to {a_out} features, the layer {n_in} to {n_out}"
         yield error("base-shape-mismatch", where, message, hint)
-
-
-def _delta_features(delta: Delta) -> tuple[int, int]:
-    match delta:
-        case Gralora() | Lora():
-            return delta.in_features, delta.out_features
-        case Dense():
-            return delta.weight.shape[1], delta.weight.shape[0]
-        case _:
-            raise TypeError(f"a delta is a Gralora or a Lora, not a {type(delta).__name__}")
 
 
 def bare(layer: nn.Module) -> nn.Module:

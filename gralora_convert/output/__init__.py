@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from gralora_convert.doors import opened
 
 if TYPE_CHECKING:
-    from gralora_convert.output.adapter_files import Workshop, config_of, copied, folder_of
+    from gralora_convert.output.adapter_files import New, adapter_plan, config_like
     from gralora_convert.output.cards import CARD_NAME, adapter_card, merged_card
     from gralora_convert.output.plan import Plan
     from gralora_convert.output.ranks import Ranks
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     from gralora_convert.output.writing import Computed, Copied, OutputFile, Part
 
 __all__ = [
-    "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "OutputFile",
-    "Part", "PatchedTensor", "Plan", "Ranks", "Workshop", "adapter_card",
-    "adapter_receipt_findings", "checkpoint_receipt_findings", "config_of", "copied",
-    "default_jobs", "folder_of", "index_json", "index_name", "lay_out", "merged_card",
-    "one_arithmetic_thread", "taken",
+    "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "New", "OutputFile", "Part",
+    "PatchedTensor", "Plan", "Ranks", "adapter_card", "adapter_plan", "adapter_receipt_findings",
+    "checkpoint_receipt_findings", "config_like", "default_jobs", "index_json", "index_name",
+    "lay_out", "merged_card", "one_arithmetic_thread", "taken",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
-    "adapter_files": "Workshop config_of copied folder_of",
+    "adapter_files": "New adapter_plan config_like",
     "cards": "CARD_NAME adapter_card merged_card",
     "plan": "Plan",
     "ranks": "Ranks",

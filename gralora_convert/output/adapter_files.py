@@ -1,15 +1,15 @@
 """The files of a new adapter, module by module: sizes now, factors when they are written.
 
-What `convert` and `extract` share: the shape of the result, its tensors as parts of a plan, its
-config, and the lines about what was lost and how to serve it.
+What `convert`, `extract` and `Attachment.save_pretrained` write is one plan: the factors of new
+modules, then biases and saved modules, the config, and a receipt.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -18,16 +18,93 @@ from gralora_convert.adapters import (
     PEFT_VERSION,
     GraloraConfig,
     LoraConfig,
+    Method,
     Role,
     key_of,
 )
-from gralora_convert.delta import Gralora, Lora, Shape
-from gralora_convert.disk import DTYPE_OF_TORCH, TensorSpec, bytes_of, nbytes_of
-from gralora_convert.errors import MisuseError, UnsupportedError
+from gralora_convert.delta import Gralora, Lora, Shape, tensors_of
+from gralora_convert.disk import DTYPE_OF_TORCH, TensorSpec, bytes_of
+from gralora_convert.output.cards import CARD_NAME
 from gralora_convert.output.plan import Plan
 from gralora_convert.output.tiles import taken
 from gralora_convert.output.writing import Computed, OutputFile, Part
 from gralora_convert.version import __version__
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class New(Generic[T]):
+    """The factors of a module, or a value beside them, to write: `outline` has their shapes and
+    dtypes. `make` gives them where that is on the meta device, and keeps up to `nbytes` bytes
+    meanwhile."""
+
+    outline: T
+    make: Callable[[], T] | None = None
+    nbytes: int = 0
+
+    def made(self) -> T:
+        return self.outline if self.make is None else self.make()
+
+
+def adapter_plan(
+    command: str,
+    modules: Mapping[str, New[Gralora | Lora]],
+    values: Mapping[str, TensorSpec | New[torch.Tensor]],
+    config: GraloraConfig | LoraConfig,
+    receipt: Callable[[], Mapping[str, object]],
+    *,
+    card: bytes | None = None,
+    **more: Any,
+) -> Plan:
+    """The plan of an adapter's folder, which PEFT 0.21.2 reads without a warning (peft_model.py,
+    from_pretrained).
+
+    `values` are biases and parameters of saved modules by path in memory; `receipt` is told after
+    what wrote it; `more` are fields of the plan.
+    """
+    workshop, parts = Workshop(), list[Part]()
+    for name, module in modules.items():
+        parts += workshop.parts(name, module)
+    for path, value in values.items():
+        holder, _, leaf = path.rpartition(".")
+        own = leaf == "bias" and holder in modules
+        key = key_of(holder, "bias") if own else key_of(path, "parameter")
+        if isinstance(value, TensorSpec):
+            source = taken(value, value.dtype)
+            parts.append(Part(key, value.dtype, value.shape, value.nbytes, source))
+        else:
+            parts.append(_part(key, value.outline, partial(_bytes, value), value.outline.nbytes))
+    written = replace(config, inference_mode=True, peft_version=PEFT_VERSION)
+    texts = {CONFIG_NAME: written.to_json()} | ({} if card is None else {CARD_NAME: card})
+    said = {"tool": "gralora-convert", "version": __version__, "command": command}
+    return Plan(
+        command=command,
+        files=(OutputFile("adapter_model.safetensors", tuple(parts)),),
+        receipt=lambda: {**said, **receipt()},
+        texts=texts,
+        **more,
+    )
+
+
+def config_like(shape: Shape, dropout: float, **fields: Any) -> GraloraConfig | LoraConfig:
+    """The config of modules of this shape; `fields` are those that both kinds have."""
+    if shape.kind == "lora":
+        return LoraConfig(r=shape.r, lora_alpha=shape.alpha, lora_dropout=dropout, **fields)
+    return GraloraConfig(
+        r=shape.r, hybrid_r=shape.hybrid_r, alpha=shape.alpha, gralora_k=shape.k,
+        gralora_dropout=dropout, **fields,
+    )  # fmt: skip
+
+
+def _bytes(value: New[torch.Tensor], tile: int) -> memoryview:
+    return bytes_of(value.made())
+
+
+def _part(key: str, like: torch.Tensor, produce: Callable[[int], memoryview], memory: int) -> Part:
+    dtype = DTYPE_OF_TORCH[str(like.dtype).removeprefix("torch.")]
+    source = Computed(max(1, like.nbytes), produce, memory)
+    return Part(key, dtype, tuple(like.shape), like.nbytes, source)
 
 
 class Workshop:
@@ -38,32 +115,23 @@ class Workshop:
     """
 
     def __init__(self) -> None:
-        self._makers: list[Callable[[], Gralora | Lora]] = []
+        self._modules: list[New[Gralora | Lora]] = []
         self._made: dict[int, Future[Gralora | Lora]] = {}
         self._uses: list[int] = []
         self._lock = threading.Lock()
 
-    def parts(
-        self,
-        module: str,
-        weight: tuple[int, int],
-        shape: Shape,
-        dtype: str,
-        make: Callable[[], Gralora | Lora],
-        memory: int,
-    ) -> list[Part]:
-        """The tensors of one module under PEFT's keys; `make` gives the factors in the dtype
-        written, and keeps up to `memory` bytes meanwhile."""
-        method: Literal["gralora", "lora"] = "lora" if shape.kind == "lora" else "gralora"
-        sizes, place = shape.sizes(*weight), len(self._makers)
-        self._makers.append(make)
-        self._uses.append(len(sizes))
+    def parts(self, name: str, module: New[Gralora | Lora]) -> list[Part]:
+        """The tensors of one module under PEFT's keys."""
+        factors, place = tensors_of(module.outline), len(self._modules)
+        method: Method = "lora" if isinstance(module.outline, Lora) else "gralora"
+        self._modules.append(module)
+        self._uses.append(len(factors))
         parts: list[Part] = []
-        for role, size in sizes.items():
-            nbytes = nbytes_of(dtype, size)
+        for field, like in factors.items():
+            role = cast(Role, field)
             produce = partial(self._bytes_of, place, role)
-            source = Computed(nbytes, produce, 0 if parts else memory)
-            parts.append(Part(key_of(module, role, method), dtype, size, nbytes, source))
+            memory = 0 if parts else module.nbytes
+            parts.append(_part(key_of(name, role, method), like, produce, memory))
         return parts
 
     def _bytes_of(self, place: int, role: Role, tile: int) -> memoryview:
@@ -84,7 +152,7 @@ class Workshop:
 
     def _make_next(self, place: int) -> None:
         with self._lock:
-            others = range(place + 1, len(self._makers))
+            others = range(place + 1, len(self._modules))
             free = next((n for n in others if n not in self._made and self._uses[n]), None)
             if free is None:
                 return
@@ -94,86 +162,6 @@ class Workshop:
     def _make(self, place: int) -> None:
         cell = self._made[place]
         try:
-            cell.set_result(self._makers[place]())
+            cell.set_result(self._modules[place].made())
         except BaseException as problem:  # told to every worker that asks for this module
             cell.set_exception(problem)
-
-
-def copied(name: str, spec: TensorSpec) -> Part:
-    """A tensor of an input under another key, with the same bytes; its values must be finite."""
-    return Part(name, spec.dtype, spec.shape, spec.nbytes, taken(spec, spec.dtype))
-
-
-_ROLES: tuple[Role, ...] = ("A", "B", "general_A", "general_B")
-
-
-def folder_of(
-    config: GraloraConfig | LoraConfig,
-    deltas: Mapping[str, Gralora | Lora],
-    values: Mapping[str, torch.Tensor],
-) -> Plan:
-    """The plan of an adapter's folder; `values` are trained biases and saved modules by path.
-
-    PEFT 0.21.2 reads it without a warning (peft_model.py, from_pretrained).
-
-    Raises:
-        UnsupportedError: a LoRA whose factors PEFT stores in pieces.
-    """
-    if isinstance(config, LoraConfig) and config.extra.get("use_bdlora"):
-        raise UnsupportedError("a BD-LoRA stores blocks of its factors, and is not written here")
-    parts = [*_factors(deltas), *_values(values, deltas)]
-    written = replace(config, inference_mode=True, peft_version=PEFT_VERSION)
-    receipt = {"tool": "gralora-convert", "version": __version__, "command": "save"}
-    return Plan(
-        command="save",
-        files=(OutputFile("adapter_model.safetensors", tuple(parts)),),
-        receipt=lambda: dict(receipt),
-        texts={CONFIG_NAME: written.to_json()},
-    )
-
-
-def _factors(deltas: Mapping[str, Gralora | Lora]) -> Iterator[Part]:
-    for module, delta in deltas.items():
-        method: Literal["gralora", "lora"] = "gralora" if isinstance(delta, Gralora) else "lora"
-        for role in _ROLES:
-            factor = getattr(delta, role, None)
-            if factor is not None:
-                yield _part(key_of(module, role, method), factor)
-
-
-def _values(values: Mapping[str, torch.Tensor], deltas: Mapping[str, object]) -> Iterator[Part]:
-    for path, value in values.items():
-        module, _, leaf = path.rpartition(".")
-        own = leaf == "bias" and module in deltas
-        yield _part(key_of(module, "bias") if own else key_of(path, "parameter"), value)
-
-
-def _part(key: str, value: torch.Tensor) -> Part:
-    source = Computed(max(1, value.nbytes), lambda tile: bytes_of(value), value.nbytes)
-    dtype = DTYPE_OF_TORCH[str(value.dtype).removeprefix("torch.")]
-    return Part(key, dtype, tuple(value.shape), value.nbytes, source)
-
-
-def config_of(
-    deltas: Mapping[str, Gralora | Lora], *, dropout: float, fan_in_fan_out: bool
-) -> GraloraConfig:
-    """The config that deltas alone imply.
-
-    Raises:
-        MisuseError: one config cannot describe them all.
-    """
-    shapes = {
-        (delta.r, delta.k, delta.hybrid_r, delta.scaling) if isinstance(delta, Gralora) else None
-        for delta in deltas.values()
-    }
-    first = next(iter(shapes))
-    if len(shapes) > 1 or first is None:
-        raise MisuseError(
-            "the deltas are not GraLoRAs of one r, k, hybrid_r and scaling, which a config needs",
-            hint="Attach an adapter from disk, or save its parts with torch.",
-        )
-    r, k, hybrid_r, scaling = first
-    return GraloraConfig(
-        r=r, gralora_k=k, hybrid_r=hybrid_r, alpha=scaling * (r + hybrid_r),
-        target_modules=list(deltas), gralora_dropout=dropout, fan_in_fan_out=fan_in_fan_out,
-    )  # fmt: skip

@@ -7,10 +7,12 @@ base's headers, and the size and, where they were asked for, sha256 of every fil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from gralora_convert.disk import RECEIPT_NAME, Checkpoint, Measure, load_json, measured
 from gralora_convert.errors import ConvertError, Finding, UnreadableError, error, note, warning
 
+T = TypeVar("T")
 _REMADE = "Was it edited, trained on or replaced? Then remove the receipt; else make it again."
 
 
@@ -146,41 +148,30 @@ def _read(folder: Path) -> _Receipt:
 
 def _parsed(values: Mapping[str, object]) -> _Receipt:
     """Raises `KeyError` or `TypeError` for what is not as this tool writes it."""
-    base = _object(_object(values["inputs"]).get("base", {}))
+    base = _is(dict, _is(dict, values["inputs"]).get("base", {}))
     outputs = None
     if "outputs" in values:
-        stated = {name: _object(of) for name, of in _object(values["outputs"]).items()}
+        stated = {name: _is(dict, of) for name, of in _is(dict, values["outputs"]).items()}
         outputs = {
-            name: Measure(_number(of["bytes"]), _text(of["sha256"]) if "sha256" in of else None)
+            name: Measure(_is(int, of["bytes"]), _is(str, of["sha256"]) if "sha256" in of else None)
             for name, of in stated.items()
         }
     modules = values["modules"]
     if not isinstance(modules, list):
         raise TypeError("modules is no list")
-    rows = [_object(row) for row in modules]
+    rows = [_is(dict, row) for row in modules]
     return _Receipt(
         outputs,
-        _number(values["tensors"]) if "tensors" in values else None,
-        _number(values["bytes"]) if "bytes" in values else None,
-        _text(base["headers_sha256"]) if base else None,
-        frozenset(_text(row["tensor"]) for row in rows if "tensor" in row),
-        frozenset(_text(row["module"]) for row in rows if "module" in row),
+        _is(int, values["tensors"]) if "tensors" in values else None,
+        _is(int, values["bytes"]) if "bytes" in values else None,
+        _is(str, base["headers_sha256"]) if base else None,
+        frozenset(_is(str, row["tensor"]) for row in rows if "tensor" in row),
+        frozenset(_is(str, row["module"]) for row in rows if "module" in row),
     )
 
 
-def _object(value: object) -> Mapping[str, object]:
-    if not isinstance(value, dict):
-        raise TypeError(f"an object was needed, it holds {value!r:.60}")
-    return value
-
-
-def _number(value: object) -> int:
-    if type(value) is not int:
-        raise TypeError(f"a whole number was needed, it holds {value!r:.60}")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"a string was needed, it holds {value!r:.60}")
+def _is(kind: type[T], value: object) -> T:
+    if type(value) is not kind:
+        needed = {dict: "an object", int: "a whole number", str: "a string"}[kind]
+        raise TypeError(f"{needed} was needed, it holds {value!r:.60}")
     return value

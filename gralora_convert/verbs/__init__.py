@@ -7,25 +7,32 @@ from gralora_convert.doors import opened
 if TYPE_CHECKING:
     from gralora_convert.verbs.conversion import convert
     from gralora_convert.verbs.extraction import extract
-    from gralora_convert.verbs.inspection import Inspection, inspect
+    from gralora_convert.verbs.inspection import (
+        AdapterFacts,
+        CheckpointFacts,
+        Inspection,
+        SoundFacts,
+        inspect,
+    )
     from gralora_convert.verbs.merging import merge
     from gralora_convert.verbs.serving import SERVED_RANKS, served_rank
-    from gralora_convert.verbs.spectra import Anatomy, Part, dissect
+    from gralora_convert.verbs.spectra import Anatomy, Spectrum, dissect
     from gralora_convert.verbs.validation import validate
     from gralora_convert.verbs.verification.verdict import Equivalence, verify
 
 __all__ = [
-    "SERVED_RANKS", "Anatomy", "Equivalence", "Inspection", "Part", "convert", "dissect", "extract",
-    "inspect", "merge", "served_rank", "validate", "verify",
+    "SERVED_RANKS", "AdapterFacts", "Anatomy", "CheckpointFacts", "Equivalence", "Inspection",
+    "SoundFacts", "Spectrum", "convert", "dissect", "extract", "inspect", "merge", "served_rank",
+    "validate", "verify",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
     "conversion": "convert",
     "extraction": "extract",
-    "inspection": "Inspection inspect",
+    "inspection": "AdapterFacts CheckpointFacts Inspection SoundFacts inspect",
     "merging": "merge",
     "serving": "SERVED_RANKS served_rank",
-    "spectra": "Anatomy Part dissect",
+    "spectra": "Anatomy Spectrum dissect",
     "validation": "validate",
     "verification.verdict": "Equivalence verify",
 })  # fmt: skip

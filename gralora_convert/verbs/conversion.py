@@ -7,21 +7,17 @@ approximate Hybrid is asked for, or the source is a DoRA.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from gralora_convert.adapters import (
-    CONFIG_NAME,
     INCOMPLETE,
-    PEFT_VERSION,
     Adapter,
     GraloraConfig,
     LoraConfig,
     chain_findings,
-    key_of,
     model_below,
     suspicions,
 )
@@ -33,48 +29,37 @@ from gralora_convert.delta import (
     Lora,
     Loss,
     Shape,
-    blocks_for,
+    Wanted,
     least_rank,
     loss_json,
     relative,
     require_device,
     require_divisible,
-    require_same,
-    require_sensible,
     resize,
-    rounded,
-    shape_of,
     smallest_rank,
     spectra,
+    stored,
+    tensors_of,
 )
 from gralora_convert.disk import (
     FLOATING,
     Checkpoint,
-    bytes_of,
+    TensorSpec,
     sidecars,
     torch_dtype,
     written_dtype,
 )
-from gralora_convert.errors import (
-    InexactError,
-    MisuseError,
-    UnreadableError,
-    UnsupportedError,
-)
+from gralora_convert.errors import InexactError, MisuseError, UnreadableError, UnsupportedError
 from gralora_convert.output import (
-    CARD_NAME,
-    Computed,
-    OutputFile,
-    Part,
+    New,
     Plan,
-    Workshop,
     adapter_card,
-    copied,
+    adapter_plan,
+    config_like,
     one_arithmetic_thread,
 )
 from gralora_convert.verbs.serving import refusals, serving_notes
 from gralora_convert.verbs.updates import Source
-from gralora_convert.version import __version__
 
 
 def convert(
@@ -125,7 +110,7 @@ def convert(
     (11, 24)
     """
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
-    require_sensible(to, k, r, hybrid_r, alpha, max_error)
+    wanted = Wanted(to, k, r, hybrid_r, alpha, max_error)
     written_dtype(dtype, "F32")
     require_device(device)
     reading = Reading.of(key_map, fan_in_fan_out, trust_remote_code)
@@ -137,34 +122,23 @@ def convert(
             hint="Give `r` with `allow_inexact=True`, or `max_error`.",
         )
     with one_arithmetic_thread():
-        shape = _shape(source, to, k, r, hybrid_r, alpha, max_error)
+        shape = _shape(source, wanted)
         notes = [] if source.base else _completeness(opened, reading)
-        conversion = _Conversion(source, shape, dtype, verify, tuple(notes))
         if not allow_inexact and max_error is None:
-            conversion.require_exact()
-    return conversion.plan()
+            _require_exact(source, shape)
+    return _plan(source, shape, dtype, verify, notes)
 
 
-def _shape(
-    source: Source,
-    to: Kind,
-    k: int | None,
-    r: int | None,
-    hybrid_r: int | None,
-    alpha: float | None,
-    max_error: float | None,
-) -> Shape:
+def _shape(source: Source, wanted: Wanted) -> Shape:
     """The shape asked for, with defaults filled in."""
     adapter, config = source.adapter, source.adapter.config
-    own = config.gralora_k if isinstance(config, GraloraConfig) else 2
-    blocks = blocks_for(to, k, hybrid_r, own)
+    blocks = wanted.blocks(config.gralora_k if isinstance(config, GraloraConfig) else 2)
     for module in adapter.modules:
         require_divisible(blocks, module, adapter.shape(module))
-    general = _general(source, hybrid_r) if to == "hybrid" else 0
-    if r is None:
-        r = _default_rank(source, to, blocks, general, max_error)
+    general = _general(source, wanted.hybrid_r) if wanted.to == "hybrid" else 0
+    r = _default_rank(source, wanted, blocks, general) if wanted.r is None else wanted.r
     kept = config.scaling if isinstance(config, GraloraConfig) else _usual_scaling(source)
-    return shape_of(to, blocks, r, general, alpha, 1.0 if to == "lora" else kept)
+    return wanted.shape(blocks, r, general, 1.0 if wanted.to == "lora" else kept)
 
 
 def _usual_scaling(source: Source) -> float:
@@ -185,217 +159,153 @@ def _general(source: Source, hybrid_r: int | None) -> int:
     return max(delta.r if isinstance(delta, Lora) else config.r for delta in outlines)
 
 
-def _default_rank(source: Source, to: Kind, k: int, general: int, max_error: float | None) -> int:
-    modules = source.adapter.modules
-    if max_error is not None:
-        return k * smallest_rank([spectra(source.delta(m), k).cpu() for m in modules], max_error)
+def _default_rank(source: Source, wanted: Wanted, k: int, general: int) -> int:
+    modules, to = source.adapter.modules, wanted.to
+    if wanted.max_error is not None:
+        return k * smallest_rank(_tails(source, k), wanted.max_error)
     least = max(least_rank(source.outline(module), to, k, general) for module in modules)
     if to == "hybrid" and source.adapter.kind == "lora":
         return max(least, -(-general // k) * k)
     return least
 
 
-@dataclass
-class _Conversion:
-    source: Source
-    shape: Shape
-    dtype: str
-    verify: bool
-    notes: tuple[str, ...] = ()
-    lost: dict[str, Loss] = field(default_factory=dict)
+def _tails(source: Source, k: int) -> list[torch.Tensor]:
+    return [spectra(source.delta(module), k).cpu() for module in source.adapter.modules]
 
-    @property
-    def adapter(self) -> Adapter:
-        return self.source.adapter
 
-    def plan(self) -> Plan:
-        adapter = self.adapter
-        notes = [*self.notes, *_left_out(adapter.ignored), *map(str, chain_findings(adapter))]
-        if self.shape.kind == "lora":
-            notes += serving_notes(self.shape.r, extras=self.has_extras)
-        workshop = Workshop()
-        parts = [part for module in adapter.modules for part in self._parts(workshop, module)]
-        parts += self._carried()
-        base = self.source.base
-        return Plan(
-            command="convert",
-            files=(OutputFile("adapter_model.safetensors", tuple(parts)),),
-            receipt=partial(self._receipt, notes),
-            texts={
-                CONFIG_NAME: self._config().to_json(),
-                CARD_NAME: adapter_card(
-                    self.shape.kind, adapter.config.base_model_name_or_path, adapter.path
-                ),
+def _require_exact(source: Source, shape: Shape) -> None:
+    """Raises `InexactError` when the shape cannot hold some module's update."""
+    modules = source.adapter.modules
+    short = [needed for module in modules if (needed := _needed(source, shape, module))]
+    if not short:
+        return
+    fits = {m: resize(source.delta(m), shape, _draws(source, m)) for m in modules}
+    error = relative({module: (fit.error2, fit.norm2) for module, fit in fits.items()})
+    if error <= EXACT:
+        return
+    if shape.kind == "hybrid":  # a general part beside the blocks: of generic factors
+        needed = max(short)
+    else:  # the numerical rank of the blocks
+        needed = shape.k * smallest_rank(_tails(source, shape.k), EXACT)
+    raise InexactError(
+        f"r={shape.r} cannot hold the update exactly: the relative error would be "
+        f"{error:.3g}; exact from r={needed}",
+        where=source.adapter.path,
+        hint=f"Give `r={needed}` or leave it out, or accept the error with `allow_inexact=True`.",
+        exact_rank=needed,
+        error=error,
+    )
+
+
+def _needed(source: Source, shape: Shape, module: str) -> int | None:
+    """The smallest exact r when the shape's is smaller, for factors of full rank."""
+    needed = least_rank(source.outline(module), shape.kind, shape.k, shape.hybrid_r)
+    return needed if shape.r < needed else None
+
+
+def _draws(source: Source, module: str) -> torch.Generator:
+    return torch.Generator().manual_seed(source.adapter.modules.index(module))
+
+
+def _plan(source: Source, shape: Shape, dtype: str, verify: bool, notes: Sequence[str]) -> Plan:
+    adapter, base = source.adapter, source.base
+    lost: dict[str, Loss] = {}  # by the modules that are made
+    modules = {name: _new(source, shape, name, dtype, verify, lost) for name in adapter.modules}
+    extras = bool(adapter.biases or adapter.saved or source.has_bias)
+    told = [*notes, *_left_out(adapter.ignored), *map(str, chain_findings(adapter))]
+    if shape.kind == "lora":
+        told += serving_notes(shape.r, extras=extras)
+
+    def receipt() -> dict[str, object]:
+        inputs: dict[str, object] = {
+            "adapter": {
+                "path": str(adapter.path), "sha256": adapter.sha256(), "kind": adapter.kind,
             },
-            sidecars=sidecars(adapter.path) | trained_beside(adapter),
-            inputs=(adapter.file, *(() if base is None else base.layout.values())),
-            protected=(adapter.path, *(() if base is None else (base.path,))),
-            notes=tuple(notes),
-        )
+        }  # fmt: skip
+        if base is not None:
+            inputs["base"] = {"source": base.source, "headers_sha256": base.digest()}
+        servers = refusals(shape.r, adapter.modules, extras=extras)
+        return {
+            "inputs": inputs, "notes": told, "dtype": dtype, **shape.as_json(), **loss_json(lost),
+            "serving": servers if shape.kind == "lora" else None,
+        }  # fmt: skip
 
-    def require_exact(self) -> None:
-        """Raises `InexactError` when the shape cannot hold some module's update."""
-        modules = self.adapter.modules
-        short = [m for m in modules if self._needed(m) is not None]
-        if not short:
-            return
-        fits = {m: resize(self.source.delta(m), self.shape, self._draws(m)) for m in modules}
-        error = relative({module: (fit.error2, fit.norm2) for module, fit in fits.items()})
-        if error <= EXACT:
-            return
-        needed = self._exact_from(short)
-        raise InexactError(
-            f"r={self.shape.r} cannot hold the update exactly: the relative error would be "
-            f"{error:.3g}; exact from r={needed}",
-            where=self.adapter.path,
-            hint=f"Give `r={needed}` or leave it out, or accept the error with "
-            "`allow_inexact=True`.",
-            exact_rank=needed,
-            error=error,
-        )
+    return adapter_plan(
+        "convert", modules, _values(source), _config(source, shape), receipt,
+        card=adapter_card(shape.kind, adapter.config.base_model_name_or_path, adapter.path),
+        sidecars=sidecars(adapter.path) | trained_beside(adapter),
+        inputs=(adapter.file, *(() if base is None else base.layout.values())),
+        protected=(adapter.path, *(() if base is None else (base.path,))),
+        notes=tuple(told),
+    )  # fmt: skip
 
-    def _exact_from(self, short: Sequence[str]) -> int:
-        """The smallest r at which nothing is lost: the numerical rank of the blocks."""
-        shape = self.shape
-        if shape.kind == "hybrid":  # a general part beside the blocks: of generic factors
-            return max(self._needed(module) or 0 for module in short)
-        tails = [spectra(self.source.delta(m), shape.k).cpu() for m in self.adapter.modules]
-        return shape.k * smallest_rank(tails, EXACT)
 
-    def _needed(self, module: str) -> int | None:
-        """The smallest exact r when the shape's is smaller, for factors of full rank."""
-        shape = self.shape
-        needed = least_rank(self.source.outline(module), shape.kind, shape.k, shape.hybrid_r)
-        return needed if shape.r < needed else None
+def _new(
+    source: Source, shape: Shape, module: str, dtype: str, verify: bool, lost: dict[str, Loss]
+) -> New[Gralora | Lora]:
+    weight = source.adapter.shape(module)
+    kept = torch_dtype(_dtype_of(source.adapter, module, dtype))
+    outline = shape.outline(*weight, kept)
+    nbytes = 4 * sum(factor.numel() for factor in tensors_of(outline).values())
+    if shape.kind == "hybrid" and _needed(source, shape, module):
+        nbytes += 16 * math.prod(weight)  # fitted by turns to the dense matrix
 
-    # one module -----------------------------------------------------------------------------------
-
-    def _draws(self, module: str) -> torch.Generator:
-        return torch.Generator().manual_seed(self.adapter.modules.index(module))
-
-    def _made(self, module: str) -> Gralora | Lora:
-        """The converted module as it is stored; what was lost is kept for the receipt."""
-        delta = self.source.delta(module)
-        fit = resize(delta, self.shape, self._draws(module))
-        dtype = torch_dtype(self._dtype_of(module))
-        made = rounded(module, fit.delta, dtype)
-        if self.verify:
-            require_same(module, delta, made, fit.error2, dtype)
-        self.lost[module] = (fit.error2, fit.norm2)
+    def make() -> Gralora | Lora:
+        delta = source.delta(module)
+        fit = resize(delta, shape, _draws(source, module))
+        made = stored(module, delta, fit, kept, verify=verify)
+        lost[module] = fit.error2, fit.norm2
         return made
 
-    def _dtype_of(self, module: str) -> str:
-        """The dtype of a module's factors; where theirs differ or have 8 bits, one that holds all.
+    return New(outline, make, source.memory(module) + nbytes)
 
-        The magnitude of a DoRA and the bias of a LoRA are none of them."""
-        found = {
-            spec.dtype for role, spec in self.adapter.roles[module].items()
-            if role not in ("magnitude", "lora_bias")
-        }  # fmt: skip
-        kept = found.pop() if len(found) == 1 and found <= FLOATING else "F32"
-        return written_dtype(self.dtype, "F64" if "F64" in found else kept)
 
-    def _parts(self, workshop: Workshop, module: str) -> list[Part]:
-        weight = self.adapter.shape(module)
-        made = 4 * sum(math.prod(size) for size in self.shape.sizes(*weight).values())
-        if self.shape.kind == "hybrid" and self._needed(module) is not None:
-            made += 16 * math.prod(weight)  # fitted by turns to the dense matrix
-        return workshop.parts(
-            module, weight, self.shape, self._dtype_of(module), partial(self._made, module),
-            self.source.memory(module) + made,
-        )  # fmt: skip
+def _dtype_of(adapter: Adapter, module: str, wanted: str) -> str:
+    """The dtype of a module's factors; where theirs differ or have 8 bits, one that holds all.
 
-    # the rest of the adapter ----------------------------------------------------------------------
+    The magnitude of a DoRA and the bias of a LoRA are none of them."""
+    found = {
+        spec.dtype for role, spec in adapter.roles[module].items()
+        if role not in ("magnitude", "lora_bias")
+    }  # fmt: skip
+    kept = found.pop() if len(found) == 1 and found <= FLOATING else "F32"
+    return written_dtype(wanted, "F64" if "F64" in found else kept)
 
-    def _carried(self) -> list[Part]:
-        """Biases and saved modules under the keys that PEFT gives them."""
-        targets = self.adapter.modules
-        own = targets if self.source.has_bias else ()
-        parts = [self._bias(module) for module in own]
-        for module, spec in self.adapter.biases.items():
-            if module not in own:
-                inner = key_of(module, "bias")
-                key = inner if module in targets else key_of(f"{module}.bias", "parameter")
-                parts.append(copied(key, spec))
-        saved = self.adapter.saved.items()
-        return parts + [copied(key_of(path, "parameter"), spec) for path, spec in saved]
 
-    def _bias(self, module: str) -> Part:
-        """The bias of a layer and that of its LoRA in one, which replaces the base's."""
-        size = self.adapter.roles[module]["lora_bias"].numel
+def _values(source: Source) -> dict[str, TensorSpec | New[torch.Tensor]]:
+    """Biases and saved modules; the bias of a layer and that of its LoRA become one, which
+    replaces the base's."""
+    found: dict[str, TensorSpec | New[torch.Tensor]] = {}
+    for module in source.adapter.modules if source.has_bias else ():
+        size = source.adapter.roles[module]["lora_bias"].numel
+        outline = torch.empty(size, device="meta")
+        found[f"{module}.bias"] = New(outline, partial(source.bias, module))
+    return found | {p: v for p, v in source.adapter.values.items() if p not in found}
 
-        def produce(tile: int) -> memoryview:
-            return bytes_of(self.source.bias(module))
 
-        source = Computed(4 * size, produce, 4 * size)
-        return Part(key_of(module, "bias"), "F32", (size,), 4 * size, source)
-
-    def _config(self) -> GraloraConfig | LoraConfig:
-        old, shape = self.adapter.config, self.shape
-        bias = old.bias
-        if bias.endswith("_only") or (bias == "none" and self.source.has_bias):
-            bias = "lora_only" if shape.kind == "lora" else "gralora_only"
-        if isinstance(old, LoraConfig):
-            dropout, excluded = old.lora_dropout, bool(old.extra.get("exclude_modules"))
-        else:
-            dropout, excluded = old.gralora_dropout, False
-        targets = old.target_modules
-        if excluded or targets is None or targets == "all-linear":
-            targets = list(self.adapter.modules)  # the tensors are the truth
-        # LoRA's config refuses what has no effect: layers beside a regex, a pattern without layers
-        layers = None if isinstance(targets, str) else old.layers_to_transform
-        pattern = None if layers in (None, []) else old.layers_pattern  # layer 0 is one
-        if shape.kind == "lora":
-            return LoraConfig(
-                r=shape.r, lora_alpha=shape.alpha, lora_dropout=dropout, target_modules=targets,
-                fan_in_fan_out=old.fan_in_fan_out, bias=bias, modules_to_save=old.modules_to_save,
-                layers_to_transform=layers, layers_pattern=pattern,
-                task_type=old.task_type, base_model_name_or_path=old.base_model_name_or_path,
-                revision=old.revision, inference_mode=True, auto_mapping=old.auto_mapping,
-                peft_version=PEFT_VERSION,
-            )  # fmt: skip
-        return GraloraConfig(
-            r=shape.r, hybrid_r=shape.hybrid_r, alpha=shape.alpha, gralora_k=shape.k,
-            gralora_dropout=dropout, target_modules=targets, fan_in_fan_out=old.fan_in_fan_out,
-            bias=bias, modules_to_save=old.modules_to_save,
-            layers_to_transform=layers, layers_pattern=pattern,
-            task_type=old.task_type, base_model_name_or_path=old.base_model_name_or_path,
-            revision=old.revision, inference_mode=True, auto_mapping=old.auto_mapping,
-            peft_version=PEFT_VERSION,
-        )  # fmt: skip
-
-    def _base_json(self) -> dict[str, object]:
-        base = self.source.base
-        if base is None:
-            return {}
-        return {"base": {"source": base.source, "headers_sha256": base.digest()}}
-
-    @property
-    def has_extras(self) -> bool:
-        """Whether the result has biases or saved modules beside its factors."""
-        return bool(self.adapter.biases or self.adapter.saved or self.source.has_bias)
-
-    def _receipt(self, notes: Sequence[str]) -> dict[str, object]:
-        rank, modules = self.shape.r, self.adapter.modules
-        is_lora = self.shape.kind == "lora"
-        return {
-            "tool": "gralora-convert",
-            "version": __version__,
-            "command": "convert",
-            "inputs": {
-                "adapter": {
-                    "path": str(self.adapter.path),
-                    "sha256": self.adapter.sha256(),
-                    "kind": self.adapter.kind,
-                },
-                **self._base_json(),
-            },
-            "notes": list(notes),
-            "dtype": self.dtype,
-            **self.shape.as_json(),
-            **loss_json(self.lost),
-            "serving": refusals(rank, modules, extras=self.has_extras) if is_lora else None,
-        }
+def _config(source: Source, shape: Shape) -> GraloraConfig | LoraConfig:
+    old = source.adapter.config
+    bias = old.bias
+    if bias.endswith("_only") or (bias == "none" and source.has_bias):
+        bias = "lora_only" if shape.kind == "lora" else "gralora_only"
+    if isinstance(old, LoraConfig):
+        dropout, excluded = old.lora_dropout, bool(old.extra.get("exclude_modules"))
+    else:
+        dropout, excluded = old.gralora_dropout, False
+    targets = old.target_modules
+    if excluded or targets is None or targets == "all-linear":
+        targets = list(source.adapter.modules)  # the tensors are the truth
+    # LoRA's config refuses what has no effect: layers beside a regex, a pattern without layers
+    layers = None if isinstance(targets, str) else old.layers_to_transform
+    pattern = None if layers in (None, []) else old.layers_pattern  # layer 0 is one
+    kept = (
+        "fan_in_fan_out", "modules_to_save", "task_type", "base_model_name_or_path", "revision",
+        "auto_mapping",
+    )  # fmt: skip
+    return config_like(
+        shape, dropout, target_modules=targets, bias=bias, layers_to_transform=layers,
+        layers_pattern=pattern, **{name: getattr(old, name) for name in kept},
+    )  # fmt: skip
 
 
 def _completeness(adapter: Adapter, reading: Reading) -> list[str]:

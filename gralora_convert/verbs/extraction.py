@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from gralora_convert.adapters import CONFIG_NAME, GraloraConfig, LoraConfig, key_of
+import torch
+
 from gralora_convert.base import Reading, quantised_by
 from gralora_convert.delta import (
     Gralora,
@@ -20,35 +21,29 @@ from gralora_convert.delta import (
     Loss,
     Method,
     Shape,
-    blocks_for,
+    Wanted,
     loss_json,
     relative,
     require_device,
     require_divisible,
-    require_same,
-    require_sensible,
     resize,
-    rounded,
-    shape_of,
     smallest_rank,
     spectra,
+    stored,
     to_lora,
 )
-from gralora_convert.disk import WRITTEN, Checkpoint, torch_dtype, written_dtype
+from gralora_convert.disk import Checkpoint, torch_dtype, written_dtype
 from gralora_convert.errors import MisuseError, UnsupportedError
 from gralora_convert.output import (
-    CARD_NAME,
-    OutputFile,
-    Part,
+    New,
     Plan,
-    Workshop,
     adapter_card,
-    copied,
+    adapter_plan,
+    config_like,
     one_arithmetic_thread,
 )
 from gralora_convert.verbs.differences import Differences, Module
 from gralora_convert.verbs.serving import refusals, serving_notes
-from gralora_convert.version import __version__
 
 DEFAULT_RANK = 32
 
@@ -93,8 +88,8 @@ def extract(
         UnsupportedError: tensors that no adapter can express, or a quantised checkpoint.
         InvalidAdapterError: a difference that is not finite.
     """
-    require_sensible(to, k, r, hybrid_r, alpha, max_error)
-    stored = written_dtype(dtype, "F32")
+    wanted = Wanted(to, k, r, hybrid_r, alpha, max_error)
+    written_dtype(dtype, "F32")
     if svd not in get_args(Method):
         raise MisuseError(f"svd {svd!r} is none of {', '.join(get_args(Method))}")
     if isinstance(include, str) or isinstance(exclude, str):
@@ -110,144 +105,98 @@ def extract(
     found = Differences(
         before, after, include, exclude, Reading.of(None, fan_in_fan_out, trust_remote_code)
     )
-    how = _How(svd, device, verify)
     with one_arithmetic_thread():
-        shape = _shape(found.modules, how, to, k, r, hybrid_r, alpha, max_error)
-    return _Extraction(before, after, found, shape, stored, how).plan()
+        shape = _shape(found.modules, wanted, svd, device)
+    made = "float32" if dtype == "keep" else dtype
+    return _plan(before, after, found, _Extraction(shape, made, svd, device, verify))
 
 
-@dataclass(frozen=True, slots=True)
-class _How:
-    svd: Method
-    device: str
-    verify: bool
-
-
-def _shape(
-    modules: Sequence[Module],
-    how: _How,
-    to: Kind,
-    k: int | None,
-    r: int | None,
-    hybrid_r: int | None,
-    alpha: float | None,
-    max_error: float | None,
-) -> Shape:
-    blocks = blocks_for(to, k, hybrid_r, 2)
+def _shape(modules: Sequence[Module], wanted: Wanted, svd: Method, device: str) -> Shape:
+    blocks, r, hybrid_r = wanted.blocks(2), wanted.r, wanted.hybrid_r
     for module in modules:
         way = f', leave this one out with `exclude={[module.name]}`, or take `to="lora"`'
         require_divisible(blocks, module.name, module.shape, way)
-    if max_error is not None:
-        tails = [spectra(m.delta(how.device), blocks, method=how.svd).cpu() for m in modules]
-        r = blocks * smallest_rank(tails, max_error)
+    if wanted.max_error is not None:
+        tails = [spectra(m.delta(device), blocks, method=svd).cpu() for m in modules]
+        r = blocks * smallest_rank(tails, wanted.max_error)
     r = DEFAULT_RANK if r is None else r
-    if to == "hybrid" and hybrid_r == 0:
+    if wanted.to == "hybrid" and hybrid_r == 0:
         raise MisuseError("a Hybrid has hybrid_r of at least 1", hint='Use `to="gralora"`.')
-    general = (hybrid_r or -(-r // 2)) if to == "hybrid" else 0
-    return shape_of(to, blocks, r, general, alpha, 1.0)
+    general = (hybrid_r or -(-r // 2)) if wanted.to == "hybrid" else 0
+    return wanted.shape(blocks, r, general, 1.0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Extraction:
-    before: Checkpoint
-    after: Checkpoint
-    found: Differences
+    """How modules are made, and what each lost: as made, as a LoRA of as many parameters, and by
+    the rounding of the tuned model."""
+
     shape: Shape
     dtype: str
-    how: _How
+    svd: Method
+    device: str
+    verify: bool
     lost: dict[str, Loss] = field(default_factory=dict)
     lost_by_lora: dict[str, Loss] = field(default_factory=dict)
     floor: dict[str, Loss] = field(default_factory=dict)
 
-    def plan(self) -> Plan:
-        workshop = Workshop()
-        parts = [part for module in self.found.modules for part in self._parts(workshop, module)]
-        targets = {module.name for module in self.found.modules}
-        for name, spec in self.found.biases.items():
-            key = key_of(name, "bias") if name in targets else key_of(f"{name}.bias", "parameter")
-            parts.append(copied(key, spec))
-        parts += [copied(key_of(p, "parameter"), s) for p, s in self.found.saved.items()]
-        if self.shape.kind == "lora":
-            extras = bool(self.found.biases or self.found.saved)
-            self.found.notes += serving_notes(self.shape.r, extras=extras)
-        return Plan(
-            command="extract",
-            files=(OutputFile("adapter_model.safetensors", tuple(parts)),),
-            receipt=self._receipt,
-            texts={
-                CONFIG_NAME: self._config().to_json(),
-                CARD_NAME: adapter_card(self.shape.kind, self.before.source),
-            },
-            inputs=(*self.before.layout.values(), *self.after.layout.values()),
-            protected=(self.before.path, self.after.path),
-            notes=tuple(self.found.notes),
-        )
+    def new(self, module: Module) -> New[Gralora | Lora]:
+        dtype = torch_dtype(written_dtype(self.dtype, ""))
+        nbytes = module.nbytes * (2 if self.shape.kind == "hybrid" else 1)
+        outline = self.shape.outline(*module.shape, dtype)
+        return New(outline, partial(self._made, module, dtype), nbytes)
 
-    def _parts(self, workshop: Workshop, module: Module) -> list[Part]:
-        return workshop.parts(
-            module.name, module.shape, self.shape, self.dtype, partial(self._made, module),
-            module.nbytes * (2 if self.shape.kind == "hybrid" else 1),
-        )  # fmt: skip
-
-    def _made(self, module: Module) -> Gralora | Lora:
-        """The module's adapter as it is stored; what was lost is kept for the receipt."""
-        delta, shape = module.delta(self.how.device), self.shape
-        fit = resize(delta, shape, method=self.how.svd)
-        dtype = torch_dtype(self.dtype)
-        made = rounded(module.name, fit.delta, dtype)
-        if self.how.verify:
-            require_same(module.name, delta, made, fit.error2, dtype)
-        self.lost[module.name] = (fit.error2, fit.norm2)
+    def _made(self, module: Module, dtype: torch.dtype) -> Gralora | Lora:
+        delta, shape = module.delta(self.device), self.shape
+        fit = resize(delta, shape, method=self.svd)
+        made = stored(module.name, delta, fit, dtype, verify=self.verify)
+        self.lost[module.name] = fit.error2, fit.norm2
         if shape.kind != "lora":
             budget = min(shape.r + shape.hybrid_r, *module.shape)
-            rival = to_lora(delta, budget, method=self.how.svd)
-            self.lost_by_lora[module.name] = (rival.error2, rival.norm2)
+            rival = to_lora(delta, budget, method=self.svd)
+            self.lost_by_lora[module.name] = rival.error2, rival.norm2
         rounding2 = module.rounding2()
         if rounding2 is not None:
-            self.floor[module.name] = (rounding2, fit.norm2)
+            self.floor[module.name] = rounding2, fit.norm2
         return made
 
-    def _config(self) -> GraloraConfig | LoraConfig:
-        shape = self.shape
-        saved = sorted(self.found.entries) or None
-        bias = "all" if self.found.biases else "none"
-        targets = [module.name for module in self.found.modules]
-        flat = any(module.transposed for module in self.found.modules)
-        name = self.before.source
-        if shape.kind == "lora":
-            return LoraConfig(
-                r=shape.r, lora_alpha=shape.alpha, target_modules=targets, bias=bias,
-                modules_to_save=saved, fan_in_fan_out=flat, base_model_name_or_path=name,
-                inference_mode=True,
-            )  # fmt: skip
-        return GraloraConfig(
-            r=shape.r, hybrid_r=shape.hybrid_r, alpha=shape.alpha, gralora_k=shape.k,
-            target_modules=targets, bias=bias, modules_to_save=saved, fan_in_fan_out=flat,
-            base_model_name_or_path=name, inference_mode=True,
-        )  # fmt: skip
 
-    def _receipt(self) -> dict[str, object]:
-        receipt: dict[str, object] = {
-            "tool": "gralora-convert",
-            "version": __version__,
-            "command": "extract",
+def _plan(before: Checkpoint, after: Checkpoint, found: Differences, how: _Extraction) -> Plan:
+    shape, extras = how.shape, bool(found.biases or found.saved)
+    names = [module.name for module in found.modules]
+    if shape.kind == "lora":
+        found.notes += serving_notes(shape.r, extras=extras)
+
+    def receipt() -> dict[str, object]:
+        inputs = {"base": before, "tuned": after}
+        said: dict[str, object] = {
             "inputs": {
-                "base": {"source": self.before.source, "headers_sha256": self.before.digest()},
-                "tuned": {"source": self.after.source, "headers_sha256": self.after.digest()},
+                name: {"source": read.source, "headers_sha256": read.digest()}
+                for name, read in inputs.items()
             },
-            "saved": sorted(self.found.saved),
-            "biases": sorted(self.found.biases),
-            "notes": self.found.notes,
-            "dtype": next(name for name, stored in WRITTEN.items() if stored == self.dtype),
-            **self.shape.as_json(),
-            **loss_json(self.lost),
-        }
-        if self.lost_by_lora:
-            receipt["lora_error"] = relative(self.lost_by_lora)
-        if self.shape.kind == "lora":
-            extras = bool(self.found.biases or self.found.saved)
-            names = [module.name for module in self.found.modules]
-            receipt["serving"] = refusals(self.shape.r, names, extras=extras)
-        if self.floor:
-            receipt["rounding_floor"] = relative(self.floor)
-        return receipt
+            "saved": sorted(found.saved), "biases": sorted(found.biases), "notes": found.notes,
+            "dtype": how.dtype, **shape.as_json(), **loss_json(how.lost),
+        }  # fmt: skip
+        if how.lost_by_lora:
+            said["lora_error"] = relative(how.lost_by_lora)
+        if shape.kind == "lora":
+            said["serving"] = refusals(shape.r, names, extras=extras)
+        if how.floor:
+            said["rounding_floor"] = relative(how.floor)
+        return said
+
+    biases = {f"{module}.bias": spec for module, spec in found.biases.items()}
+    config = config_like(
+        shape, 0.0, target_modules=names, bias="all" if biases else "none",
+        modules_to_save=sorted(found.entries) or None,
+        fan_in_fan_out=any(module.transposed for module in found.modules),
+        base_model_name_or_path=before.source,
+    )  # fmt: skip
+    return adapter_plan(
+        "extract", {module.name: how.new(module) for module in found.modules},
+        biases | found.saved, config, receipt,
+        card=adapter_card(shape.kind, before.source),
+        inputs=(*before.layout.values(), *after.layout.values()),
+        protected=(before.path, after.path),
+        notes=tuple(found.notes),
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from gralora_convert.adapters import (
     CONFIG_NAME,
@@ -23,7 +24,6 @@ from gralora_convert.base import extra_weights, quantised_by, scales_of
 from gralora_convert.disk import (
     RECEIPT_NAME,
     Checkpoint,
-    TensorFile,
     TensorSpec,
     load_json,
     locate,
@@ -38,20 +38,89 @@ SAMPLE = 4096  # bytes of a factor that are looked at: a hint, not a proof
 Json = Mapping[str, object]
 
 
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter is, as far as it tells: config and tensors each on its own."""
+
+    kind: str | None
+    dialect: str
+    r: object
+    k: object
+    hybrid_r: object
+    alpha: object
+    scaling: float | None
+    bias: object
+    modules: list[str]
+    parameters: int
+    dtype: list[str]
+    exact_lora_rank: int | None
+    base_model: object
+    peft_version: object
+    file: str | None
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SoundFacts(AdapterFacts):
+    """What an adapter is whose parts agree: also whether servers take it, and what it has more."""
+
+    exact_lora_rank: int
+    max_lora_rank: int | None
+    biases: int
+    saved: list[str]
+    also: list[str]
+    beyond_factors: list[str]
+    unsupported: list[str]
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a dense checkpoint is."""
+
+    kind: Literal["dense"]
+    tensors: int
+    parameters: int
+    bytes: int
+    dtype: dict[str, int]
+    files: list[str]
+    architectures: list[str]
+    provenance: Json | None
+    model_type: str | None
+    layers: int | None
+    hidden_size: int | None
+    vocabulary: int | None
+    tied: bool
+    quantisation: str | None
+    fp8_weights: int
+
+
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What the folder, file or model `name` holds, as a JSON document.
+    """What the folder, file or model `name` holds.
 
     `report` is what is wrong with it, `groups` are its modules (of a checkpoint: its matrices),
-    `receipt` is what this tool wrote beside it, and `inner` the adapters in its sub-folders.
+    `receipt` is what this tool wrote beside it. `facts` is None where there are adapters in
+    sub-folders alone, which are `inner`.
     """
 
     name: str
-    document: Json
+    facts: AdapterFacts | CheckpointFacts | None
     report: Report = field(default_factory=Report)
     groups: Sequence[Group] = ()
     receipt: Json | None = None
     inner: Mapping[str, "Inspection"] = field(default_factory=dict)
+
+    @property
+    def document(self) -> dict[str, object]:
+        """It as JSON."""
+        if self.facts is None:
+            adapters = {folder: inner.document for folder, inner in self.inner.items()}
+            return {"kind": "adapters", "adapters": adapters}
+        if isinstance(self.facts, CheckpointFacts):
+            return dict(vars(self.facts))
+        findings = [finding.as_json() for finding in self.report.findings]
+        return {**vars(self.facts), "valid": self.report.ok, "findings": findings}
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -78,7 +147,8 @@ def inspect(path: str | Path) -> Inspection:
         inner = _adapters_below(place)
         if not inner:
             raise
-        return _of_adapters(str(path), inner)
+        found = {folder.name: _of_adapter(folder, str(folder)) for folder in inner}
+        return Inspection(str(path), None, inner=found)
 
 
 # adapters -----------------------------------------------------------------------------------------
@@ -87,22 +157,9 @@ def inspect(path: str | Path) -> Inspection:
 def _of_adapter(folder: Path, name: str) -> Inspection:
     scan = scan_adapter(folder)
     report = Report.of([*scan.report.findings, *_hints(scan, folder)])
-    facts = _facts(folder, scan) | {
-        "valid": report.ok,
-        "findings": [finding.as_json() for finding in report.findings],
-    }
     receipt = folder / RECEIPT_NAME
     made = load_json(receipt) if receipt.is_file() else None
-    return Inspection(name, facts, report, _groups(scan), made)
-
-
-def _of_adapters(name: str, folders: Sequence[Path]) -> Inspection:
-    found = {folder.name: _of_adapter(folder, str(folder)) for folder in folders}
-    document = {
-        "kind": "adapters",
-        "adapters": {folder: inner.document for folder, inner in found.items()},
-    }
-    return Inspection(name, document, inner=found)
+    return Inspection(name, _facts(folder, scan), report, _groups(scan), made)
 
 
 def _adapters_below(folder: Path) -> list[Path]:
@@ -137,82 +194,58 @@ def _hints(scan: Scan, folder: Path) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _facts(folder: Path, scan: Scan) -> dict[str, object]:
-    """The keys of the JSON document; None for what a broken adapter does not tell."""
-    if scan.adapter is None:
-        return _facts_of_broken(folder, scan.file)
-    adapter, config = scan.adapter, scan.adapter.config
-    factors = [spec for roles in adapter.roles.values() for spec in roles.values()]
-    if isinstance(config, GraloraConfig):
-        k, hybrid_r, alpha, scaling = (
-            config.gralora_k, config.hybrid_r, config.alpha, config.scaling,
-        )  # fmt: skip
-        exact = k * config.r + hybrid_r
-    else:
-        k, hybrid_r, alpha, scaling = 1, 0, config.lora_alpha, config.scaling("")
-        exact = max((config.rank(module) for module in adapter.modules), default=config.r)
-    return {
-        "kind": adapter.kind,
-        "dialect": adapter.dialect,
-        "r": config.r,
-        "k": k,
-        "hybrid_r": hybrid_r,
-        "alpha": alpha,
-        "scaling": scaling,
-        "bias": config.bias,
-        "modules": list(adapter.modules),
-        "parameters": sum(spec.numel for spec in factors),
-        "dtype": sorted({spec.dtype for spec in factors}),
-        "exact_lora_rank": exact,
-        "base_model": config.base_model_name_or_path,
-        "peft_version": config.peft_version,
-        **_file_facts(adapter.file),
-        "max_lora_rank": served_rank(exact),
-        "biases": len(adapter.biases),
-        "saved": list(adapter.saved),
-        "also": _also(adapter),
-        "beyond_factors": list(adapter.unsupported),
-        "unsupported": [*adapter.unsupported, *_misread(config)],
-    }
-
-
-def _facts_of_broken(folder: Path, file: TensorFile | None) -> dict[str, object]:
-    """What config and tensors say each on its own, without a claim that they agree."""
-    config = read_config(folder)
-    values = config.values
-    keys = [parse_key(name) for name in (file.tensors if file else ())]
+def _facts(folder: Path, scan: Scan) -> AdapterFacts:
+    adapter, file, read = scan.adapter, scan.file, read_config(folder)
+    values = read.values if adapter is None else adapter.config.to_dict()
+    stored = list(file.tensors.values()) if file else []
+    keys = [parse_key(spec.name) for spec in stored]
     methods = {"GRALORA": "gralora", "LORA": "lora"}
     found = next((key.method for key in keys if key.method), None)
     method = methods.get(str(values.get("peft_type"))) if values else found
-    is_lora, hybrid_r = method == "lora", values.get("hybrid_r", 0)
-    kind = "hybrid" if method == "gralora" and hybrid_r else method
-    specs = list(file.tensors.values()) if file else []
-    return {
-        "kind": kind,
-        "dialect": config.dialect,
-        "r": values.get("r"),
-        "k": 1 if is_lora else values.get("gralora_k"),
-        "hybrid_r": hybrid_r,
-        "alpha": values.get("lora_alpha" if is_lora else "alpha"),
-        "scaling": None,
-        "bias": values.get("bias"),
-        "modules": list(dict.fromkeys(key.name for key in keys if key.role in ("A", "B"))),
-        "parameters": sum(spec.numel for spec in specs),
-        "dtype": sorted({spec.dtype for spec in specs}),
-        "exact_lora_rank": None,
-        "base_model": values.get("base_model_name_or_path"),
-        "peft_version": values.get("peft_version"),
-        **_file_facts(file),
-    }
+    is_lora = method == "lora"
+    hybrid_r = 0 if is_lora else values.get("hybrid_r", 0)
+    modules, specs = dict.fromkeys(key.name for key in keys if key.role in ("A", "B")), stored
+    if adapter is not None:
+        modules = dict.fromkeys(adapter.modules)
+        specs = [spec for roles in adapter.roles.values() for spec in roles.values()]
+    facts = AdapterFacts(
+        kind="hybrid" if method == "gralora" and hybrid_r else method,
+        dialect=read.dialect,
+        r=values.get("r"),
+        k=1 if is_lora else values.get("gralora_k"),
+        hybrid_r=hybrid_r,
+        alpha=values.get("lora_alpha" if is_lora else "alpha"),
+        scaling=None,
+        bias=values.get("bias"),
+        modules=list(modules),
+        parameters=sum(spec.numel for spec in specs),
+        dtype=sorted({spec.dtype for spec in specs}),
+        exact_lora_rank=None,
+        base_model=values.get("base_model_name_or_path"),
+        peft_version=values.get("peft_version"),
+        file=file.path.name if file else None,
+        tensors=len(stored),
+        bytes=sum(spec.nbytes for spec in stored),
+    )
+    return facts if adapter is None else _sound(facts, adapter)
 
 
-def _file_facts(file: TensorFile | None) -> dict[str, object]:
-    specs = list(file.tensors.values()) if file else []
-    return {
-        "file": file.path.name if file else None,
-        "tensors": len(specs),
-        "bytes": sum(spec.nbytes for spec in specs),
-    }
+def _sound(facts: AdapterFacts, adapter: Adapter) -> SoundFacts:
+    config = adapter.config
+    if isinstance(config, GraloraConfig):
+        scaling, exact = config.scaling, config.gralora_k * config.r + config.hybrid_r
+    else:
+        scaling = config.scaling("")
+        exact = max((config.rank(module) for module in adapter.modules), default=config.r)
+    return SoundFacts(
+        **vars(facts) | {"scaling": scaling, "exact_lora_rank": exact},
+        max_lora_rank=served_rank(exact),
+        biases=len(adapter.biases),
+        saved=list(adapter.saved),
+        also=_also(adapter),
+        beyond_factors=list(adapter.unsupported),
+        unsupported=[*adapter.unsupported, *_misread(config)],
+    )
 
 
 def _also(adapter: Adapter) -> list[str]:
@@ -245,23 +278,23 @@ def _grouped(tensors: Mapping[str, TensorSpec]) -> list[Group]:
 def _of_checkpoint(checkpoint: Checkpoint) -> Inspection:
     config, receipt = checkpoint.config, checkpoint.receipt
     dtypes = Counter(spec.dtype for spec in checkpoint.tensors.values())
-    facts: dict[str, object] = {
-        "kind": "dense",
-        "tensors": len(checkpoint.tensors),
-        "parameters": sum(spec.numel for spec in checkpoint.tensors.values()),
-        "bytes": checkpoint.nbytes,
-        "dtype": dict(dtypes.most_common()),
-        "files": list(checkpoint.layout),
-        "architectures": list(checkpoint.architectures),
-        "provenance": None if receipt is None else dict(receipt),
-        "model_type": checkpoint.model_type,
-        "layers": _setting(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
-        "hidden_size": _setting(config, "hidden_size", "n_embd", "d_model", "dim"),
-        "vocabulary": _setting(config, "vocab_size"),
-        "tied": _is_tied(checkpoint),
-        "quantisation": quantised_by(checkpoint),
-        "fp8_weights": len(scales_of(checkpoint).specs),
-    }
+    facts = CheckpointFacts(
+        kind="dense",
+        tensors=len(checkpoint.tensors),
+        parameters=sum(spec.numel for spec in checkpoint.tensors.values()),
+        bytes=checkpoint.nbytes,
+        dtype=dict(dtypes.most_common()),
+        files=list(checkpoint.layout),
+        architectures=list(checkpoint.architectures),
+        provenance=receipt,
+        model_type=checkpoint.model_type,
+        layers=_setting(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+        hidden_size=_setting(config, "hidden_size", "n_embd", "d_model", "dim"),
+        vocabulary=_setting(config, "vocab_size"),
+        tied=_is_tied(checkpoint),
+        quantisation=quantised_by(checkpoint),
+        fp8_weights=len(scales_of(checkpoint).specs),
+    )
     weights = {name: spec for name, spec in checkpoint.tensors.items() if len(spec.shape) > 1}
     return Inspection(checkpoint.source, facts, groups=_grouped(weights), receipt=receipt)
 

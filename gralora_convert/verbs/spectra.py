@@ -15,7 +15,7 @@ from gralora_convert.output import one_arithmetic_thread
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Spectrum:
     """One module: ||dW||_F, the same over ||W||_F where the base is known, the norms of its k x k
     blocks, and `tails`: the squared error of the best LoRA of rank 0, 1, ..."""
 
@@ -37,7 +37,7 @@ class Anatomy:
 
     name: str
     exact_rank: int
-    parts: tuple[Part, ...]
+    parts: tuple[Spectrum, ...]
 
     @property
     def is_relative(self) -> bool:
@@ -81,11 +81,13 @@ def dissect(
     return Anatomy(str(adapter if isinstance(adapter, str) else opened.path), max(ranks), (*parts,))
 
 
-def _part(adapter: Adapter, module: str, base_norm: float | None) -> Part:
+def _part(adapter: Adapter, module: str, base_norm: float | None) -> Spectrum:
     delta = adapter.delta(module)
     tails = _tails(energies(delta))
     norm = float(tails[0].sqrt())
-    return Part(module, norm, norm / base_norm if base_norm else None, block_norms(delta), tails)
+    return Spectrum(
+        module, norm, norm / base_norm if base_norm else None, block_norms(delta), tails
+    )
 
 
 def _tails(squares: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from gralora_convert.delta import (
     dora,
     is_finite,
     start_of,
+    tensors_of,
     to_device,
     without_start,
 )
@@ -120,8 +121,9 @@ class Source:
             InvalidAdapterError: it has values that are not finite.
         """
         found = self._delta(module)
-        tensors = (value for value in vars(found).values() if isinstance(value, torch.Tensor))
-        if self.base is not None and not all(map(is_finite, tensors)):  # factors were looked at
+        if self.base is not None and not all(
+            map(is_finite, tensors_of(found).values())
+        ):  # factors were looked at
             raise InvalidAdapterError(
                 "has values that are not finite", where=module,
                 hint="`gralora-convert validate` says where.",

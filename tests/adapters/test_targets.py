@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gralora_convert.adapters.config import GraloraConfig, LoraConfig
 from gralora_convert.adapters.patterns import Patterns
-from gralora_convert.adapters.targets import DEFAULT_TARGETS, is_saved, rule_of, select
+from gralora_convert.adapters.targets import is_saved, rule_of, select
 from gralora_convert.errors import ConvertError, UnsupportedError
 
 MODULES = [
@@ -69,18 +69,6 @@ def test_lora_leaves_out_what_peft_leaves_out(
     wanted = [module for module in MODULES if check_target_module_exists(theirs, module)]
     ours = LoraConfig(**arguments, extra={"exclude_modules": exclude_modules})
     assert select(ours, MODULES) == wanted
-
-
-def test_the_default_targets_are_those_of_peft() -> None:
-    pytest.importorskip("peft")
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_GRALORA_TARGET_MODULES_MAPPING as theirs
-
-    assert {name: set(names) for name, names in theirs.items() if isinstance(names, list)} == {
-        name: set(names) for name, names in DEFAULT_TARGETS.items() if not isinstance(names, str)
-    }
-    assert {name: regex for name, regex in theirs.items() if isinstance(regex, str)} == {
-        name: regex for name, regex in DEFAULT_TARGETS.items() if isinstance(regex, str)
-    }
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from gralora_convert.cli.terminal import Line
+from gralora_convert.errors import error
 from tests.command import run, run_ok
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,6 +66,11 @@ def test_findings_are_coloured_and_wrapped_on_a_terminal() -> None:
     assert "\x1b[33m\x1b[1mwarning" in warning
     error = on_terminal("merge", LLAMA, "--base", "nowhere/at-all", "-o", "x")
     assert "\x1b[31m\x1b[1merror" in error
+
+
+def test_a_severity_is_coloured_also_where_a_long_name_begins_the_next_line() -> None:
+    first, *_ = Line.of(error("module-not-in-base", "x" * 70, "m")).on_terminal(60, plain=False)
+    assert first == "\x1b[31m\x1b[1merror\x1b[0m\x1b[2m[module-not-in-base]\x1b[0m:"
 
 
 @pytest.mark.parametrize("settings", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)

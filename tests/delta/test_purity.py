@@ -82,7 +82,14 @@ def calls(make: Maker) -> Iterator[Call]:
                     add_rows_(tile, delta, 0, transposed=across, weight=3.0)
 
                 yield added, (delta,)
-    of_any: list[Callable[..., Any]] = [m.terms, m.features, m.squared_norm, m.dense, m.spectra]
+    of_any: list[Callable[..., Any]] = [
+        m.terms,
+        m.features,
+        m.squared_norm,
+        m.dense,
+        m.spectra,
+        m.tensors_of,
+    ]
     for one in of_any:
         yield from each(one, make.deltas())
     yield from each(m.to_device, make.deltas(), "cpu")
@@ -96,7 +103,6 @@ def calls(make: Maker) -> Iterator[Call]:
     yield from each(partial(m.to_hybrid, sweeps=1, dtype=make.dtype), make.deltas(), K, R, H)
     yield from each(m.with_scaling, make.factored(), -2.0)
     yield from each(m.permute_rows, make.factored(), tuple(reversed(range(OUT))))
-    yield from each(partial(m.rounded, "module"), make.factored(), make.dtype)
     yield from each(m.gralora_to_lora, [make.gralora(), make.hybrid()])
     yield m.gralora_to_hybrid, (make.gralora(), H, draw)
     yield m.hybrid_to_gralora, (make.hybrid(),)
@@ -118,7 +124,7 @@ def calls(make: Maker) -> Iterator[Call]:
         yield from each(m.resize, make.deltas(), shape)
         yield from each(m.least_rank, make.deltas(), shape.kind, K, shape.hybrid_r)
     same = make.lora()
-    yield m.require_same, ("module", same, same, 0.0, make.dtype)
+    yield partial(m.stored, verify=True), ("module", same, m.Fit(same, 0.0, 1.0), make.dtype)
     yield m.smallest_rank, ([make.wide(4).square()], 1e9)
     yield from checks(make)
 
@@ -171,8 +177,8 @@ def checks(make: Maker) -> Iterator[Call]:
 # Values, types, and functions that take no tensor.
 OTHERS = {
     "EXACT", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora", "Loss",
-    "Made", "Method", "Shape", "Start", "Survival", "Stack", "blocks_for", "loss_json", "relative",
-    "Addend", "Verdict", "require_device", "require_divisible", "require_sensible", "shape_of",
+    "Made", "Method", "Shape", "Start", "Survival", "Stack", "loss_json", "relative",
+    "Addend", "Verdict", "require_device", "require_divisible", "Wanted",
 }  # fmt: skip
 CLOSED_OVER = {"explain", "tolerance", "admissible", "compare"}
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from gralora_convert.disk.pickles import read_pickle
 from gralora_convert.disk.specs import DTYPE_OF_TORCH, TensorFileError
-from gralora_convert.disk.tensors import read_array, read_bytes, read_tensor_file, read_torch
+from gralora_convert.disk.tensors import read_bytes, read_tensor_file, read_torch
 from gralora_convert.errors import ConvertError, UnreadableError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -76,9 +76,6 @@ def test_every_dtype_in_and_out_of_order(name: str, tmp_path: Path) -> None:
     path = save(tmp_path, held)
     require_same(path, held)
     assert {spec.dtype for spec in read_pickle(path).tensors.values()} == {DTYPE_OF_TORCH[name]}
-    if not name.startswith("float8"):
-        wide = tensor.float() if name == "bfloat16" else tensor
-        assert (read_array(read_pickle(path).tensors["transposed"]) == wide.T.numpy()).all()
 
 
 def shapes_and_views() -> dict[str, Tensors]:

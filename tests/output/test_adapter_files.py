@@ -15,13 +15,11 @@ from gralora_convert.delta.fit import to_gralora, to_lora
 from gralora_convert.delta.forms import Dense, Gralora, Lora
 from gralora_convert.delta.resizing import Shape, require_same
 from gralora_convert.errors import CheckFailedError
-from gralora_convert.output.adapter_files import Workshop
+from gralora_convert.output.adapter_files import New, Workshop
 from gralora_convert.output.plan import Plan
 from gralora_convert.output.writing import OutputFile
 from gralora_convert.verbs.serving import refusals, serving_notes
 from tests.builders import random_delta
-
-SHAPE = Shape("lora", 1, 2, 0, 1.0)
 
 
 class Factory:
@@ -46,11 +44,11 @@ class Factory:
 
 
 def plan(numbers: list[int], factory: Factory) -> Plan:
-    workshop = Workshop()
+    workshop, outline = Workshop(), Shape("lora", 1, 2, 0, 1.0).outline(6, 4, torch.float32)
     parts = [
         part
         for n in numbers
-        for part in workshop.parts(f"m{n}", (6, 4), SHAPE, "F32", partial(factory.make, n), 64)
+        for part in workshop.parts(f"m{n}", New(outline, partial(factory.make, n), 64))
     ]
     return Plan("convert", (OutputFile("adapter_model.safetensors", tuple(parts)),), dict)
 
@@ -123,7 +121,7 @@ def test_the_flags_fit_the_rank(rank: int, vllm: int | None) -> None:
         "to": "lora", "r": rank, "k": 1, "hybrid_r": 0, "error": 0.0, "modules": [],
         "serving": refusals(rank, ["mlp.gate_proj"], extras=False),
     }  # fmt: skip
-    text = adapter_summary(receipt, "OUT")
+    text = "\n".join(adapter_summary(receipt, "OUT"))
     assert f"sglang.launch_server --model-path MODEL --enable-lora --max-lora-rank {rank} " in text
     assert ("vllm" in text) is (vllm is not None)
     assert ("not by vLLM, which takes ranks up to 512" in text) is (vllm is None)

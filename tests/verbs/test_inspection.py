@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from gralora_convert.adapters.groups import group, ranges, split
 from gralora_convert.cli.pages import inspection_page
-from gralora_convert.verbs.inspection import inspect
+from gralora_convert.verbs.inspection import Inspection, inspect
 from tests.builders import SHAPES, random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok
 
@@ -37,6 +37,10 @@ def deep(folder: Path, layers: int = 22, **shape: int) -> Path:
     ]
     modules = [f"model.layers.{i}.{name}" for i in range(layers) for name in names]
     return write_adapter(folder, {m: random_delta(32, 24, **shape) for m in modules})
+
+
+def page_of(found: Inspection) -> str:
+    return "\n".join(map(str, inspection_page(found)))
 
 
 def edit(folder: Path, **values: Any) -> None:
@@ -121,8 +125,8 @@ def test_the_authors_dialect_and_a_rank_that_no_server_takes(tmp_path: Path) -> 
     found = inspect(folder)
     assert found.document["dialect"] == "authors"
     assert (found.document["r"], found.document["exact_lora_rank"]) == (64, 528)
-    assert "the original authors' code" in inspection_page(found)
-    assert "above vLLM's largest (512)" in inspection_page(found)
+    assert "the original authors' code" in page_of(found)
+    assert "above vLLM's largest (512)" in page_of(found)
     assert found.document["max_lora_rank"] is None
 
 
@@ -162,7 +166,7 @@ def test_what_can_be_said_is_said_then_the_findings(name: str, tmp_path: Path) -
 def test_an_untrained_adapter_is_noticed(tmp_path: Path) -> None:
     delta = random_delta(32, 24, size=0.0)
     found = inspect(write_adapter(tmp_path / "a", {"layers.0.up": delta}))
-    assert "warning[zero-factor]" in inspection_page(found)
+    assert "warning[zero-factor]" in page_of(found)
     assert found.report.ok
 
 
@@ -201,7 +205,7 @@ def test_hostile_names_stay_on_their_line(tmp_path: Path) -> None:
     name = "layers.0.a\n::error::b\x1b[31m"
     folder = write_adapter(tmp_path / "a", {name: random_delta(32, 24)})
     edit(folder, base_model_name_or_path="x\ny" * 2000)
-    page = inspection_page(inspect(folder))
+    page = page_of(inspect(folder))
     assert "\x1b" not in page
     assert not any(line.startswith(("::error", "y")) for line in page.splitlines())
 

@@ -1,0 +1,260 @@
+"""Where the parts of an adapter go in a live model, and why they may not: nothing is changed here.
+
+Each function that looks yields what is wrong; `Slot` and `Replacement` are what goes where.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gralora_convert.adapters import (
+    PREFIX,
+    Adapter,
+    bias_finding,
+    is_all_linear,
+    saved_findings,
+    target_findings,
+)
+from gralora_convert.delta import Delta
+from gralora_convert.errors import Finding, Report, error, nearest
+from gralora_convert.models.layer import Branch, GraloraLinear, bare, branch_of, misfits
+from gralora_convert.models.meta import linear_modules
+
+# On a value that an attached adapter brought: the adapter's name.
+MARK = "_gralora_convert_adapter"
+_TRAINED_ON = "Is this the model it was trained on?"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One adapted module: where it sits in the tree, and the parameters to put there."""
+
+    module: str
+    parent: nn.Module
+    leaf: str
+    branch: Branch
+
+    def install(self, name: str) -> GraloraLinear:
+        layer = self.parent._modules[self.leaf]
+        assert layer is not None
+        adapted = layer if isinstance(layer, GraloraLinear) else GraloraLinear(layer, {})
+        adapted.install(name, self.branch)
+        if adapted is not layer:
+            setattr(self.parent, self.leaf, adapted)
+        return adapted
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A parameter or buffer whose whole value the adapter brings (biases, modules_to_save)."""
+
+    path: str
+    owner: nn.Module
+    leaf: str
+    original: Tensor
+    value: Tensor
+
+    def install(self) -> None:
+        setattr(self.owner, self.leaf, self.value)
+
+    def is_undone(self, modules: Collection[nn.Module]) -> bool:
+        """Whether the model computes with something else: its own value is tied back, or the module
+        was replaced by one of another size."""
+        now = getattr(self.owner, self.leaf)
+        return self.owner not in modules or now is self.original or now.shape != self.value.shape
+
+    def restore(self) -> None:
+        now, original = getattr(self.owner, self.leaf), self.original
+        moved = (now.device, now.dtype) != (original.device, original.dtype)
+        if moved and not original.is_meta:
+            original.data = original.data.to(now)  # model.to(...) did not reach it
+        setattr(self.owner, self.leaf, original)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an adapter, or a plain mapping, brings: deltas by module, whole values by path.
+
+    `adapter` is set where the model must have all that its config selects.
+    """
+
+    where: str
+    modules: Sequence[str]
+    delta: Callable[[str], Delta]
+    values: Mapping[str, Tensor]
+    dropout: float = 0.0
+    adapter: Adapter | None = None
+
+
+def fitted(
+    model: nn.Module,
+    source: Parts,
+    name: str,
+    *,
+    dropout: float | None,
+    trainable: bool,
+    dtype: torch.dtype | None,
+) -> tuple[list[Slot], list[Replacement]]:
+    """What goes where, for parts that are named as the model is.
+
+    Raises:
+        InvalidAdapterError: something has no place; all findings are listed.
+        MisuseError, UnsupportedError: as `attach`.
+    """
+    tree = dict(model.named_modules(remove_duplicate=False))
+    rate = source.dropout if dropout is None else dropout
+    slots: list[Slot] = []
+    problems: list[Finding] = []
+    for module in source.modules:
+        delta = source.delta(module)
+        if found := list(_target_problems(tree, module, delta, name)):
+            problems += found
+            continue
+        branch = branch_of(tree[module], delta, dropout=rate, trainable=trainable, dtype=dtype)
+        parent, _, leaf = module.rpartition(".")
+        slot = Slot(module, tree[parent], leaf, branch)
+        problems += _same_place(slots, slot)
+        slots.append(slot)
+    changes, others = _replacements(tree, source.values, name, trainable)
+    lacking = [] if source.adapter is None else _lacking(source.adapter, model, tree)
+    Report.of([*problems, *others, *lacking]).require_ok(source.where)
+    return slots, changes
+
+
+def _target_problems(
+    tree: Mapping[str, nn.Module], module: str, delta: Delta, name: str
+) -> Iterator[Finding]:
+    parent, layer = tree.get(module.rpartition(".")[0]), tree.get(module)
+    if not module:
+        hint = "Wrap it instead: GraloraLinear(model, ...)."
+        yield error("module-not-in-base", "", "the model itself cannot be replaced", hint)
+    elif layer is None:
+        hint = _nearest(tree, module) + _TRAINED_ON
+        if PREFIX + module in tree:
+            hint = "This is a model of PEFT's: attach to model.get_base_model()."
+        yield error("module-not-in-base", module, "the model has no such module", hint)
+    elif isinstance(parent, nn.MultiheadAttention):
+        found = "nn.MultiheadAttention uses the weight of this layer and never calls it"
+        hint = "An adapter has no effect there, with PEFT neither; take it out of the adapter."
+        yield error("attention-out-proj", module, found, hint)
+    else:
+        if isinstance(layer, GraloraLinear):
+            layer.require_free(name)
+        yield from misfits(layer, delta, module)
+
+
+def _lacking(
+    adapter: Adapter, model: nn.Module, tree: Mapping[str, nn.Module]
+) -> Iterator[Finding]:
+    """What the model says that the adapter must hold, and does not."""
+    own = {name: bare(layer) for name, layer in model.named_modules() if not _is_inside(tree, name)}
+    yield from target_findings(
+        adapter, linear_modules(model, own, head=not is_all_linear(adapter.config))
+    )
+    parameters = {
+        f"{name}.{leaf}".removeprefix("."): value
+        for name, layer in own.items()
+        for leaf, value in layer.named_parameters(recurse=False)
+    }
+    same = {id(parameters[name]) for name in adapter.values if name in parameters}
+    written = {name for name, value in parameters.items() if id(value) in same}
+    yield from saved_findings(adapter, written, parameters)
+    biases = [name for name in parameters if name.endswith(".bias") and name not in written]
+    inner = [name for name in biases if name.removesuffix(".bias") in adapter.roles]
+    others = biases if adapter.config.bias == "all" and not adapter.biases else []
+    if found := bias_finding(adapter, inner, others):
+        yield found
+
+
+def _is_inside(tree: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a module is a part of an adapted layer, which the adapter's names do not know."""
+    words = name.split(".")
+    above = (tree[".".join(words[:i])] for i in range(1, len(words)))
+    return any(isinstance(layer, GraloraLinear) for layer in above)
+
+
+def _same_place(slots: Sequence[Slot], slot: Slot) -> Iterator[Finding]:
+    for other in slots:
+        if other.parent is slot.parent and other.leaf == slot.leaf:
+            found = f"is the same layer as {other.module}, and the adapter has a delta for each"
+            yield error("shared-module", slot.module, found, "Attach one of the two.")
+
+
+def _nearest(tree: Mapping[str, nn.Module], module: str) -> str:
+    leaf = module.rpartition(".")[2]
+    same = [name for name in tree if name.rpartition(".")[2] == leaf]
+    close = nearest(module, same or list(tree), least=0.0 if same else 0.6)
+    return f"The nearest name in the model is {close[0]}. " if close else ""
+
+
+def _replacements(
+    tree: Mapping[str, nn.Module], values: Mapping[str, Tensor], name: str, trainable: bool
+) -> tuple[list[Replacement], list[Finding]]:
+    changes: list[Replacement] = []
+    problems: list[Finding] = []
+    for path, value in values.items():
+        prefix, _, leaf = path.rpartition(".")
+        owner = bare(tree[prefix]) if prefix in tree else None
+        found = list(_value_problems(owner, path, value))
+        problems += found
+        if owner is None or found:
+            continue
+        original: Tensor = getattr(owner, leaf)
+        new = _value_like(original, value, trainable)
+        for earlier in changes:  # what was tied stays tied, if the adapter says the same of both
+            if earlier.original is original and torch.equal(earlier.value, new):
+                new = earlier.value
+        setattr(new, MARK, name)
+        changes.append(Replacement(path, owner, leaf, original, new))
+    return changes, problems
+
+
+def _value_like(original: Tensor, value: Tensor, trainable: bool) -> Tensor:
+    device = value.device if original.is_meta else original.device
+    new = value.to(device, original.dtype, copy=True)
+    if isinstance(original, nn.Parameter):
+        return nn.Parameter(new, requires_grad=trainable and new.is_floating_point())
+    return new
+
+
+def _value_problems(owner: nn.Module | None, path: str, value: Tensor) -> Iterator[Finding]:
+    module, _, leaf = path.rpartition(".")
+    shape, rows = tuple(value.shape), value.shape[0] if value.ndim else 1
+    if owner is None:
+        found = f"the adapter brings {leaf} {shape}, and the model has no such module"
+        hint = (
+            "If it is a trained head, load the base with it, for instance "
+            f"AutoModelForSequenceClassification.from_pretrained(..., num_labels={rows})."
+        )
+        yield error("module-not-in-base", module, found, hint)
+        return
+    current = _current(owner, leaf)
+    if current is None:
+        code = "bias-unexpected" if leaf == "bias" else "module-not-in-base"
+        found = f"the adapter brings {leaf} {shape}, and this {type(owner).__name__} has none"
+        yield error(code, module, found, _TRAINED_ON)
+    elif tuple(current.shape) != shape:
+        found = f"has shape {shape} in the adapter and {tuple(current.shape)} in the model"
+        yield error("modules-to-save-shape", path, found, _resize(owner, current, value))
+    elif hasattr(current, MARK):
+        found = f"the attached adapter {getattr(current, MARK)!r} replaces it already"
+        yield error("already-replaced", path, found, "Detach that adapter first.")
+
+
+def _current(owner: nn.Module, leaf: str) -> Tensor | None:
+    found = owner._parameters.get(leaf)
+    return owner._buffers.get(leaf) if found is None else found
+
+
+def _resize(owner: nn.Module, current: Tensor, value: Tensor) -> str:
+    if value.ndim == 0 or current.shape[1:] != value.shape[1:]:
+        return _TRAINED_ON
+    rows = value.shape[0]
+    if isinstance(owner, nn.Embedding):
+        return f"Call model.resize_token_embeddings({rows}) first."
+    return (
+        f"Load the model with num_labels={rows}, or, if this is the vocabulary, call "
+        f"model.resize_token_embeddings({rows}) first."
+    )
