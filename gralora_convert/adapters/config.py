@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -342,6 +343,7 @@ def parse_config(values: Json, where: str) -> ConfigFile:
             f"written by the original authors' code: read as r={values['r']!r}, "
             f"alpha={values['alpha']!r}; PEFT would misread it",
         ))  # fmt: skip
+    values = {name: _on_model(value, values) for name, value in values.items()}
     findings += FINDINGS_OF[cls.METHOD](values, where)
     if cls is GraloraConfig:
         findings += unknown_findings(values, cls.field_names(), where)
@@ -349,6 +351,21 @@ def parse_config(values: Json, where: str) -> ConfigFile:
     report = Report.of(findings)
     config = cls.from_dict(values) if report.ok else None
     return ConfigFile(values, config, report.findings, dialect)
+
+
+def without_pipeline(name: str, values: Json) -> str:
+    """A name of an adapter that was put on a pipeline of sentence-transformers as one of the model
+    in it, its step 0 (6.2); other names stay."""
+    mapping = values.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, Mapping) else None
+    return _STEP.sub("", name) if str(library).startswith("sentence_transformers.") else name
+
+
+def _on_model(value: object, values: Json) -> object:
+    """A value of the config, of which lists may be of names."""
+    if not isinstance(value, list):
+        return value
+    return [without_pipeline(one, values) if isinstance(one, str) else one for one in value]
 
 
 def _is_authors(values: Json) -> bool:
@@ -367,5 +384,7 @@ def _from_authors(values: Json) -> Json:
     mapped["r"] = r - h if type(r) is int and type(h) is int else r
     return mapped
 
+
+_STEP = re.compile(r"^0\.(auto_)?model\.")
 
 NAMES: Mapping[str, str] = {"gralora": "GraLoRA", "hybrid": "Hybrid GraLoRA", "lora": "LoRA"}

@@ -5,13 +5,19 @@ Names, shapes and dtypes only; no values.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TypeVar
 
 from gralora_convert.adapters import shapes
-from gralora_convert.adapters.config import CONFIG_NAME, ConfigFile, GraloraConfig, LoraConfig
+from gralora_convert.adapters.config import (
+    CONFIG_NAME,
+    ConfigFile,
+    GraloraConfig,
+    LoraConfig,
+    without_pipeline,
+)
 from gralora_convert.adapters.keys import Key, Role, parse_key
 from gralora_convert.adapters.rules import way_out
 from gralora_convert.adapters.targets import is_saved, select
@@ -31,7 +37,6 @@ _OUTPUT_EMBEDDINGS = re.compile(
 _LONGEST_KEY = 1000  # characters; PEFT's have below 200
 # Frozen layers that PEFT saves whole when they are targets (0.21.2, utils/constants.py)
 _SAVED_TARGETS = ("embed_tokens", "lm_head")
-_PIPELINE = re.compile(r"0\.(auto_)?model\.")
 # Tensors of LoRA variants that their forward pass uses in training only (tuners/lora/variants.py)
 _TRAINING_ONLY = {
     "lora_monteclora_sampler": "the sampler of MonteCLoRA",
@@ -70,18 +75,14 @@ class Places:
         self._check()
 
     def _inner(self, key: Key) -> Key:
-        """A key of an adapter on a pipeline of sentence-transformers (6.2: the model is its step
-        0, under one of two names) as one on the model itself."""
-        mapping = self.values.get("auto_mapping")
-        library = mapping.get("parent_library") if isinstance(mapping, Mapping) else None
-        found = _PIPELINE.match(key.name)
-        if not found or not str(library).startswith("sentence_transformers."):
-            return key
-        self._say(note(
-            "key-pipeline-prefix", key.key,
-            f"is of a pipeline of sentence-transformers: names are read without {found[0]!r}",
-        ), once=True)  # fmt: skip
-        return replace(key, name=key.name.removeprefix(found[0]))
+        name = without_pipeline(key.name, self.values)
+        if name != key.name:
+            self._say(note(
+                "key-pipeline-prefix", key.key,
+                "is of a pipeline of sentence-transformers: names are read without "
+                f"{key.name.removesuffix(name)!r}",
+            ), once=True)  # fmt: skip
+        return replace(key, name=name)
 
     def _read_ahead(self, keys: Sequence[Key]) -> None:
         """What the place of one key needs to know about the others."""
