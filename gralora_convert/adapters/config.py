@@ -251,11 +251,8 @@ class LoraConfig(_Configured):
         return Patterns()
 
     def _by_pattern(self, pattern: Mapping[str, V], module: str, default: V) -> V:
-        found = (v for key, v in pattern.items() if self._fits(rf"(.*\.)?({key})$", module))
-        return next(found, default)
-
-    def _fits(self, pattern: str, module: str) -> bool:
-        return self._patterns.match(pattern, module) is not None
+        match = self._patterns.match
+        return next((v for k, v in pattern.items() if match(rf"(.*\.)?({k})$", module)), default)
 
     def diagonal(self, module: str) -> tuple[int, int]:
         """Blocks on the diagonals of A and of B, of which BD-LoRA stores nothing else; 1 for a

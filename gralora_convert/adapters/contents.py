@@ -178,11 +178,14 @@ class Places:
             self._freeze(key, f"{key.name}.bias", spec)
             return
         if self.bias == "none" and self.values:
-            self._say(error(
-                "bias-unexpected", key.key, "is a bias, but bias is 'none' in the config",
-                "PEFT would write it into the base.",
-            ))  # fmt: skip
+            self._say_bias(key)
         self._put(self.biases, key.name, spec)
+
+    def _say_bias(self, key: Key) -> None:
+        self._say(error(
+            "bias-unexpected", key.key, "is a bias, but bias is 'none' in the config",
+            "PEFT would write it into the base.",
+        ))  # fmt: skip
 
     def _place_base_weight(self, key: Key, spec: TensorSpec) -> None:
         if key.name in self._frozen_modules:
@@ -232,10 +235,7 @@ class Places:
         elif self.config is None:
             return  # what the config says about saved modules is not known
         elif key.name.endswith(".bias") and self.bias == "none":
-            self._say(error(
-                "bias-unexpected", key.key, "is a bias, but bias is 'none' in the config",
-                "PEFT would write it into the base.",
-            ))  # fmt: skip
+            self._say_bias(key)
         else:
             self._say(error(
                 "tensor-unclaimed", key.key,
@@ -262,9 +262,9 @@ class Places:
     def _shape_findings(self) -> Iterator[Finding]:
         if self.is_lora:
             config = self.config if isinstance(self.config, LoraConfig) else None
-            yield from shapes.lora_findings(self.roles, config)
+            yield from shapes.lora_shape_findings(self.roles, config)
         elif self.values:
-            yield from shapes.gralora_findings(self.roles, self.values)
+            yield from shapes.gralora_shape_findings(self.roles, self.values)
 
     def _check_features(self, config: LoraConfig) -> None:
         for feature in config.unsupported_features():

@@ -18,7 +18,7 @@ from gralora_convert.errors import Finding, error, note, warning
 Roles = Mapping[Role, TensorSpec]
 
 
-def gralora_findings(
+def gralora_shape_findings(
     modules: Mapping[str, Roles], config: Mapping[str, object]
 ) -> Iterator[Finding]:
     """What is wrong with the shapes of GraLoRA modules; `config` are the fields of one, absent ones
@@ -104,7 +104,9 @@ def _fits(roles: Roles, in_features: int, out_features: int) -> bool:
     )
 
 
-def lora_findings(modules: Mapping[str, Roles], config: LoraConfig | None) -> Iterator[Finding]:
+def lora_shape_findings(
+    modules: Mapping[str, Roles], config: LoraConfig | None
+) -> Iterator[Finding]:
     """What is wrong with the shapes of LoRA modules."""
     for module, roles in modules.items():
         if any(not spec.nbytes for spec in roles.values()):

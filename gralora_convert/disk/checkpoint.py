@@ -126,20 +126,14 @@ class Checkpoint:
         text = json.dumps([names, self.config], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def file_of(self, name: str) -> str:
-        """The weight file, relative to the folder, that holds the tensor `name`."""
-        file = self.tensors[name].file
-        return next(entry for entry, held in self.layout.items() if held.path == file)
-
     def aliases(self, name: str) -> list[str]:
         """Other names of the same tensor in memory, as far as the file tells: those that share its
         bytes in a `.bin`, those that safetensors left out as copies (0.8, torch.py, `save_model`
         writes `copy: kept` into the metadata)."""
-        file = self.layout[self.file_of(name)]
-        place = self.tensors[name].offset
-        same = [
-            n for n, s in file.tensors.items() if file.pickled and s.offset == place and s.nbytes
-        ]
+        own = self.tensors[name]
+        file = next(held for held in self.layout.values() if held.path == own.file)
+        specs = file.tensors.items() if file.pickled else ()
+        same = [n for n, spec in specs if spec.offset == own.offset and spec.nbytes]
         left = [copy for copy, kept in (file.metadata or {}).items() if kept == name]
         return [other for other in (*same, *left) if other != name]
 

@@ -314,7 +314,8 @@ def _parts(adapter: Adapter | Mapping[str, Delta]) -> Parts:
     if not isinstance(adapter, Adapter):
         raise TypeError(f"{adapter!r:.99} is neither an adapter, its folder nor deltas by module")
     values = {path: read_torch(spec) for path, spec in adapter.values.items()}
-    rate = _dropout(adapter)
+    own = adapter.config
+    rate = own.gralora_dropout if isinstance(own, GraloraConfig) else own.lora_dropout
     return Parts(str(adapter.path), adapter.modules, adapter.delta, values, rate, adapter)
 
 
@@ -333,11 +334,3 @@ def _require_trainable(source: Parts) -> None:
                 hint="Attach it without `trainable=True`, train it with PEFT, or convert it to a "
                 "plain LoRA first.",
             )
-
-
-def _dropout(adapter: Adapter) -> float:
-    match adapter.config:
-        case GraloraConfig() as config:
-            return config.gralora_dropout
-        case LoraConfig() as config:
-            return config.lora_dropout

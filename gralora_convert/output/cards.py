@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gralora_convert.adapters import Adapter
+from gralora_convert.adapters import NAMES, Adapter
 from gralora_convert.disk import Checkpoint, is_file, open_regular, parse_name, reading
 from gralora_convert.errors import printable
 
@@ -62,11 +62,10 @@ def adapter_card(kind: str, base: str | None, source: Path | None = None) -> byt
         return own
     model = _hub_id([base])
     title = model or (_title(base) if base else "a base that is not named")
-    name = {"gralora": "GraLoRA", "hybrid": "Hybrid GraLoRA", "lora": "LoRA"}[kind]
     body = [
-        f"# {name} adapter of {title}",
+        f"# {NAMES[kind]} adapter of {title}",
         "",
-        f"A {name} adapter of {title}, written by gralora-convert. PEFT loads it with "
+        f"A {NAMES[kind]} adapter of {title}, written by gralora-convert. PEFT loads it with "
         "`PeftModel.from_pretrained`.",
         "",
         "What it was made from, and with what error, is in `gralora_convert.json`.",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from gralora_convert.adapters import CONFIG_NAME
 from gralora_convert.disk import RECEIPT_NAME, Checkpoint, Measure, load_json, measured
 from gralora_convert.errors import ConvertError, Finding, UnreadableError, error, note, warning
 
@@ -72,7 +73,7 @@ def adapter_receipt_findings(
     except ConvertError as problem:
         yield warning("receipt-unreadable", RECEIPT_NAME, problem.message, problem.hint)
         return
-    beside = {path.name: path for path in (folder / "adapter_config.json", weights)}
+    beside = {path.name: path for path in (folder / CONFIG_NAME, weights)}
     yield from _file_findings(receipt, {}, beside)
     if receipt.outputs is None and receipt.module_names != modules:
         yield warning(

@@ -89,7 +89,7 @@ def extract(
         InvalidAdapterError: a difference that is not finite.
     """
     wanted = Wanted(to, k, r, hybrid_r, alpha, max_error)
-    written_dtype(dtype, "F32")
+    written = written_dtype(dtype, "F32")
     if svd not in get_args(Method):
         raise MisuseError(f"svd {svd!r} is none of {', '.join(get_args(Method))}")
     if isinstance(include, str) or isinstance(exclude, str):
@@ -107,8 +107,7 @@ def extract(
     )
     with one_arithmetic_thread():
         shape = _shape(found.modules, wanted, svd, device)
-    made = "float32" if dtype == "keep" else dtype
-    return _plan(before, after, found, _Extraction(shape, made, svd, device, verify))
+    return _plan(before, after, found, _How(shape, torch_dtype(written), svd, device, verify))
 
 
 def _shape(modules: Sequence[Module], wanted: Wanted, svd: Method, device: str) -> Shape:
@@ -126,77 +125,90 @@ def _shape(modules: Sequence[Module], wanted: Wanted, svd: Method, device: str) 
     return wanted.shape(blocks, r, general, 1.0)
 
 
-@dataclass(frozen=True)
-class _Extraction:
-    """How modules are made, and what each lost: as made, as a LoRA of as many parameters, and by
-    the rounding of the tuned model."""
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How modules are made: their shape, the dtype of factors, and what `extract` was told."""
 
     shape: Shape
-    dtype: str
+    dtype: torch.dtype
     svd: Method
     device: str
     verify: bool
-    lost: dict[str, Loss] = field(default_factory=dict)
-    lost_by_lora: dict[str, Loss] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Losses:
+    """What each module made lost, what a LoRA of as many parameters would have lost, and what the
+    rounding of the tuned model alone accounts for."""
+
+    own: dict[str, Loss] = field(default_factory=dict)
+    of_lora: dict[str, Loss] = field(default_factory=dict)
     floor: dict[str, Loss] = field(default_factory=dict)
 
-    def new(self, module: Module) -> New[Gralora | Lora]:
-        dtype = torch_dtype(written_dtype(self.dtype, ""))
-        nbytes = module.nbytes * (2 if self.shape.kind == "hybrid" else 1)
-        outline = self.shape.outline(*module.shape, dtype)
-        return New(outline, partial(self._made, module, dtype), nbytes)
 
-    def _made(self, module: Module, dtype: torch.dtype) -> Gralora | Lora:
-        delta, shape = module.delta(self.device), self.shape
-        fit = resize(delta, shape, method=self.svd)
-        made = stored(module.name, delta, fit, dtype, verify=self.verify)
-        self.lost[module.name] = fit.error2, fit.norm2
-        if shape.kind != "lora":
-            budget = min(shape.r + shape.hybrid_r, *module.shape)
-            rival = to_lora(delta, budget, method=self.svd)
-            self.lost_by_lora[module.name] = rival.error2, rival.norm2
-        rounding2 = module.rounding2()
-        if rounding2 is not None:
-            self.floor[module.name] = rounding2, fit.norm2
-        return made
+def _made(module: Module, how: _How, losses: _Losses) -> Gralora | Lora:
+    delta, shape = module.delta(how.device), how.shape
+    fit = resize(delta, shape, method=how.svd)
+    made = stored(module.name, delta, fit, how.dtype, verify=how.verify)
+    losses.own[module.name] = fit.error2, fit.norm2
+    if shape.kind != "lora":
+        budget = min(shape.r + shape.hybrid_r, *module.shape)
+        rival = to_lora(delta, budget, method=how.svd)
+        losses.of_lora[module.name] = rival.error2, rival.norm2
+    rounding2 = module.rounding2()
+    if rounding2 is not None:
+        losses.floor[module.name] = rounding2, fit.norm2
+    return made
 
 
-def _plan(before: Checkpoint, after: Checkpoint, found: Differences, how: _Extraction) -> Plan:
-    shape, extras = how.shape, bool(found.biases or found.saved)
-    names = [module.name for module in found.modules]
-    if shape.kind == "lora":
-        found.notes += serving_notes(shape.r, extras=extras)
-
-    def receipt() -> dict[str, object]:
-        inputs = {"base": before, "tuned": after}
-        said: dict[str, object] = {
-            "inputs": {
-                name: {"source": read.source, "headers_sha256": read.digest()}
-                for name, read in inputs.items()
-            },
-            "saved": sorted(found.saved), "biases": sorted(found.biases), "notes": found.notes,
-            "dtype": how.dtype, **shape.as_json(), **loss_json(how.lost),
-        }  # fmt: skip
-        if how.lost_by_lora:
-            said["lora_error"] = relative(how.lost_by_lora)
-        if shape.kind == "lora":
-            said["serving"] = refusals(shape.r, names, extras=extras)
-        if how.floor:
-            said["rounding_floor"] = relative(how.floor)
-        return said
-
+def _plan(before: Checkpoint, after: Checkpoint, found: Differences, how: _How) -> Plan:
+    losses, shape = _Losses(), how.shape
+    factor = 2 if shape.kind == "hybrid" else 1  # beside the difference, what is fitted by turns
+    modules = {
+        module.name: New(
+            shape.outline(*module.shape, how.dtype), partial(_made, module, how, losses),
+            factor * module.nbytes,
+        )
+        for module in found.modules
+    }  # fmt: skip
     biases = {f"{module}.bias": spec for module, spec in found.biases.items()}
+    values = biases | found.saved
+    if shape.kind == "lora":
+        found.notes += serving_notes(shape.r, extras=bool(values))
     config = config_like(
-        shape, 0.0, target_modules=names, bias="all" if biases else "none",
+        shape, 0.0, target_modules=list(modules), bias="all" if biases else "none",
         modules_to_save=sorted(found.entries) or None,
         fan_in_fan_out=any(module.transposed for module in found.modules),
         base_model_name_or_path=before.source,
     )  # fmt: skip
+    inputs = {"base": before, "tuned": after}
     return adapter_plan(
-        "extract", {module.name: how.new(module) for module in found.modules},
-        biases | found.saved, config, receipt,
+        "extract", modules, values, config, partial(_receipt, inputs, found, how, losses),
         card=adapter_card(shape.kind, before.source),
         inputs=(*before.layout.values(), *after.layout.values()),
         protected=(before.path, after.path),
         notes=tuple(found.notes),
     )  # fmt: skip
+
+
+def _receipt(
+    inputs: Mapping[str, Checkpoint], found: Differences, how: _How, losses: _Losses
+) -> dict[str, object]:
+    receipt: dict[str, object] = {
+        "inputs": {
+            name: {"source": read.source, "headers_sha256": read.digest()}
+            for name, read in inputs.items()
+        },
+        "saved": sorted(found.saved), "biases": sorted(found.biases), "notes": found.notes,
+        "dtype": str(how.dtype).removeprefix("torch."), **how.shape.as_json(),
+        **loss_json(losses.own),
+    }  # fmt: skip
+    if losses.of_lora:
+        receipt["lora_error"] = relative(losses.of_lora)
+    if how.shape.kind == "lora":
+        names = [module.name for module in found.modules]
+        extras = bool(found.biases or found.saved)
+        receipt["serving"] = refusals(how.shape.r, names, extras=extras)
+    if losses.floor:
+        receipt["rounding_floor"] = relative(losses.floor)
+    return receipt
