@@ -17,14 +17,14 @@ if TYPE_CHECKING:
         PatchedTensor,
         taken,
     )
-    from gralora_convert.output.workers import default_jobs, one_arithmetic_thread
+    from gralora_convert.output.workers import one_arithmetic_thread
     from gralora_convert.output.writing import Computed, Copied, OutputFile, Part
 
 __all__ = [
     "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "OutputFile",
     "Part", "PatchedTensor", "Plan", "Ranks", "Workshop", "adapter_card",
     "adapter_receipt_findings", "checkpoint_receipt_findings", "config_of", "copied",
-    "default_jobs", "folder_of", "index_json", "index_name", "lay_out", "merged_card",
+    "folder_of", "index_json", "index_name", "lay_out", "merged_card",
     "one_arithmetic_thread", "taken",
 ]  # fmt: skip
 
@@ -36,6 +36,6 @@ __getattr__ = opened(__name__, {
     "receipt": "adapter_receipt_findings checkpoint_receipt_findings",
     "shards": "index_json index_name lay_out",
     "tiles": "CastTensor MergedTensor PatchedTensor taken",
-    "workers": "default_jobs one_arithmetic_thread",
+    "workers": "one_arithmetic_thread",
     "writing": "Computed Copied OutputFile Part",
 })  # fmt: skip

@@ -30,8 +30,8 @@ from gralora_convert.output.journal import (
 )
 from gralora_convert.output.ranks import Ranks, meeting
 from gralora_convert.output.staging import Staging
-from gralora_convert.output.workers import default_jobs
 from gralora_convert.output.writing import Computed, OutputFile, copy_file, write_files, write_text
+from gralora_convert.system import usable_cpus
 from gralora_convert.version import __version__
 
 DIGESTED_BYTES = 256 * 1024 * 1024  # outputs up to this size get digests unasked: below 0.3 s
@@ -81,7 +81,7 @@ class Plan:
 
     def peak_memory(self, jobs: int | None = None) -> int:
         """An upper estimate of the anonymous memory of `write`, in bytes."""
-        jobs = jobs or default_jobs()
+        jobs = jobs or usable_cpus()
         computed = [
             part.source
             for file in self.files
@@ -179,7 +179,7 @@ class Plan:
             CheckFailedError: with `verify`, when what was written is not what was planned.
         """
         ranks = ranks or Ranks()
-        jobs = max(1, default_jobs() // ranks.local) if jobs is None else jobs
+        jobs = max(1, usable_cpus() // ranks.local) if jobs is None else jobs
         self._require_possible(jobs, resume, ranks)
         staging = self._staging(output, overwrite, keep=resume or ranks.size > 1)
         plan = self.fingerprint()

@@ -29,6 +29,7 @@ from gralora_convert.disk import (
 from gralora_convert.errors import OutputError
 from gralora_convert.output.journal import Done, Journal
 from gralora_convert.output.workers import Task, carry_out
+from gralora_convert.system import ONE_CALL, copy_in_kernel, flush
 
 COPY_CHUNK = 32 * 1024 * 1024  # bytes per task: small enough for two workers to share one tensor
 FLUSH_BYTES = 64 * 1024 * 1024  # flushed at a time, so that the disk writes while tiles are made
@@ -290,16 +291,15 @@ class _File:
         # the kernel lets one writer into a file at a time and lets the others spin for it
         with _writing(self.path), self._lock:
             while len(data):
-                count = os.pwrite(self._descriptor, data, position)
+                count = os.pwrite(self._descriptor, data[:ONE_CALL], position)
                 data, position = data[count:], position + count
 
     def copy_from(self, source: int, start: int, to: int, count: int, path: Path) -> None:
         """Copies in the kernel where the file systems allow it (a reflink where they can), else
         through memory, which also finds out which side has failed."""
         while count:
-            done = 0  # as some file systems answer instead of an error
-            with contextlib.suppress(OSError), self._lock:
-                done = os.copy_file_range(source, self._descriptor, count, start, to)
+            with self._lock:
+                done = copy_in_kernel(source, start, self._descriptor, to, count)
             if done == 0:
                 self._copy_through_memory(source, start, to, count, path)
                 return
@@ -316,7 +316,7 @@ class _File:
 
     def sync(self) -> None:
         with _writing(self.path):
-            os.fsync(self._descriptor)
+            flush(self._descriptor)
 
     def close(self) -> None:
         with _writing(self.path):
@@ -373,7 +373,7 @@ class _Target:
         with _writing(self.path):
             descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
-                os.fsync(descriptor)
+                flush(descriptor)
             finally:
                 os.close(descriptor)
         self._flushed = mark

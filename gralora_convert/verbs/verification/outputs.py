@@ -28,7 +28,6 @@ from gralora_convert.models import (
     Inputs,
     Loaded,
     Parts,
-    available_memory,
     first_that_runs,
     has_absurd_counts,
     holder_of,
@@ -40,6 +39,7 @@ from gralora_convert.models import (
     stored_dtype,
     tokenised,
 )
+from gralora_convert.system import available_memory
 
 _Change = tuple[Adapter, float, str]
 CHUNK_ELEMENTS = 1 << 20  # of a weight that are looked at together
