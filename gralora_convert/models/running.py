@@ -158,11 +158,11 @@ def outputs_of(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
     for name in ("logits", "start_logits", "last_hidden_state"):
         if isinstance(result, Mapping) and isinstance(result.get(name), Tensor):
             found: Tensor = result[name]
-            return found.double().cpu()
+            return found.cpu().double()
     first = next((value for value in values if isinstance(value, Tensor)), None)
     if first is None:
         raise CannotRunError("it returns no tensor")
-    return first.double().cpu()
+    return first.cpu().double()
 
 
 def _like(value: Tensor, model: "PreTrainedModel") -> Tensor:

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+import torch
+
 from gralora_convert.adapters import CONFIG_NAME, GraloraConfig, LoraConfig, key_of
 from gralora_convert.base import Reading, quantised_by
 from gralora_convert.delta import (
@@ -106,7 +108,7 @@ def extract(
             raise UnsupportedError(
                 f"is quantised ({method}); plain weights were needed", where=checkpoint.path
             )
-    require_device(device)
+    require_device(device, torch.float64)
     found = Differences(
         before, after, include, exclude, Reading.of(None, fan_in_fan_out, trust_remote_code)
     )

@@ -172,7 +172,8 @@ def checks(make: Maker) -> Iterator[Call]:
 OTHERS = {
     "EXACT", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora", "Loss",
     "Made", "Method", "Shape", "Start", "Survival", "Stack", "blocks_for", "loss_json", "relative",
-    "Addend", "Verdict", "require_device", "require_divisible", "require_sensible", "shape_of",
+    "Addend", "Verdict", "device_for", "require_device", "require_divisible", "require_sensible",
+    "shape_of",
 }  # fmt: skip
 CLOSED_OVER = {"explain", "tolerance", "admissible", "compare"}
 

@@ -403,7 +403,7 @@ class _Runner:
         step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
         for start in range(0, len(weight), step):
             span = (start, min(start + step, len(weight)))
-            before = weight[slice(*span)].double().cpu()
+            before = weight[slice(*span)].cpu().double()
             update, size = torch.zeros_like(before), before.abs()
             for factor, delta in held:
                 update += factor * rows(delta, *span, transposed=across)

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from gralora_convert.adapters import CONFIG_NAME, Adapter
 from gralora_convert.base import Reading, Recipe, combine, gathered, lost_steps, place_in
-from gralora_convert.delta import Survival, require_device
+from gralora_convert.delta import Survival, device_for
 from gralora_convert.disk import Checkpoint
 from gralora_convert.errors import MisuseError, is_number, printable
 from gralora_convert.output import one_arithmetic_thread
@@ -220,7 +222,7 @@ def verify(
         raise MisuseError(f"level {level!r} is none of {', '.join(LEVELS)}")
     if not is_number(slack) or slack <= 0:
         raise MisuseError(f"slack {slack!r} is not a positive, finite number")
-    require_device(device)
+    near = str(device_for(device, torch.float64))
     weighted, source, said = gathered(adapters, base, weights)
     opened, factors = [adapter for adapter, _ in weighted], [weight for _, weight in weighted]
     result = merged if isinstance(merged, Checkpoint) else Checkpoint.open(merged)
@@ -233,7 +235,7 @@ def verify(
     recipe = combine(placements, factors)
     with one_arithmetic_thread():
         found = tuple(audited(
-            recipe, result, probe=level != "weights", device=device,
+            recipe, result, probe=level != "weights", device=near,
             progress=progress or (lambda count: None),
         ))  # fmt: skip
     rows = tuple(row for row in found if row.worst or not row.kept)
