@@ -328,9 +328,9 @@ class MergedTensor(_Tiles):
             return {"worst": self.worst, "changed": self.changed, "kept": kept}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Takes over what another run has saved in place of making the tiles."""
-        self.worst, self.changed = saved["worst"], saved["changed"]
-        self._kept = {int(row): Survival(*found) for row, found in saved["kept"].items()}
+        """Learns what another run or rank has found out about some of the tiles."""
+        self.worst, self.changed = max(self.worst, saved["worst"]), self.changed or saved["changed"]
+        self._kept |= {int(row): Survival(*found) for row, found in saved["kept"].items()}
 
     def produce(self, tile: int) -> memoryview:
         start, stop = self.span(tile)

@@ -35,7 +35,7 @@ from gralora_convert.output import writing as module
 from gralora_convert.output.plan import Plan
 from gralora_convert.output.shards import index_json
 from gralora_convert.output.staging import Staging
-from gralora_convert.output.writing import Computed, Copied, OutputFile, Part, _begins_as
+from gralora_convert.output.writing import Computed, Copied, OutputFile, Part, begins_as
 from tests.builders import SHAPES, random_delta, write_adapter, write_base
 
 MiB = 1024 * 1024
@@ -583,5 +583,5 @@ def test_a_link_is_no_part_of_a_stopped_run(tmp_path: Path) -> None:
     file = OutputFile("model.safetensors", ())
     plan_of(file).write(tmp_path / "out")
     (tmp_path / "link").symlink_to(tmp_path / "out/model.safetensors")
-    assert _begins_as(tmp_path / "out/model.safetensors", file)
-    assert not _begins_as(tmp_path / "link", file)
+    assert begins_as(tmp_path / "out/model.safetensors", file)
+    assert not begins_as(tmp_path / "link", file)
