@@ -245,7 +245,7 @@ class Plan:
         progress(done.nbytes)
         write_files(
             folder,
-            self._share(done, others.ranks),
+            self.share(done, others.ranks),
             jobs=jobs,
             progress=progress,
             journal=Journal(folder, plan) if self.resumable else None,
@@ -258,7 +258,7 @@ class Plan:
         for states in others.gather(found) if others.ranks.size > 1 else ():
             self._restore({("", name): state for name, state in states.items()})
 
-    def _share(self, done: Done, ranks: Ranks) -> Iterator[tuple[OutputFile, list[Piece]]]:
+    def share(self, done: Done, ranks: Ranks) -> Iterator[tuple[OutputFile, list[Piece]]]:
         """The pieces that are not done, cut into shares of one cost: this rank's, by file."""
 
         def todo(file: OutputFile) -> Iterator[Piece]:
