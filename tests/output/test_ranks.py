@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -181,6 +183,53 @@ def test_a_worker_killed_at_a_random_moment(
         assert tree(tmp_path / "out") == single[1]
     assert (tmp_path / "out").exists() or not restarts, err
     assert (process.returncode == 0) == (tmp_path / "out").exists(), err
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces that see each other and nothing else."""
+    names = [f"gralora-{os.getpid()}-{number}" for number in (1, 2)]
+    ip = partial(subprocess.run, check=True, capture_output=True)
+    try:
+        for name in names:
+            ip(["ip", "netns", "add", name])
+        ip(["ip", "-n", names[0], "link", "add", "one", "type", "veth", "peer", "one",
+            "netns", names[1]])  # fmt: skip
+        for number, name in enumerate(names, 1):
+            for command in (f"addr add 10.213.0.{number}/24 dev one", "link set one up",
+                            "link set lo up"):  # fmt: skip
+                ip(["ip", "-n", name, *command.split()])
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.mark.skipif("NAMESPACES" not in os.environ, reason="by hand: needs root")
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_ranks_on_two_hosts(
+    is_killed: bool, hosts: list[str], small: list[str], tmp_path: Path,
+    single: tuple[list[str], dict[str, bytes | None]],
+) -> None:  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.213.0.1:29500", "--rdzv-id", "1",
+                "--max-restarts", "3", "--monitor-interval", "0.1"]  # fmt: skip
+    processes = []
+    for number, host in enumerate(hosts, 1):
+        processes.append(subprocess.Popen(
+            ["ip", "netns", "exec", host, sys.executable, *launcher, "--local-addr",
+             f"10.213.0.{number}", "--rdzv-conf", f"is_host={2 - number}", *small, "0.3",
+             *single[0], "--resume", "-o", tmp_path / "out"],
+            env={**os.environ, "GLOO_SOCKET_IFNAME": "one"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ))  # fmt: skip
+    while is_killed and len(list(tmp_path.glob(".out.partial/.progress-*"))) < 4:
+        time.sleep(0.05)
+    if is_killed:  # one of the four that write
+        os.kill(max(int(path.name) for path in (tmp_path / "running").iterdir()), signal.SIGKILL)
+    said = [process.communicate(timeout=170) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert tree(tmp_path / "out") == single[1]
 
 
 def test_torchrun_starts_them(
