@@ -35,7 +35,7 @@ def make_base(folder: Path, layers: int, *, shards: int = 1, big: int = 0) -> Pa
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }  # fmt: skip
-    names = _tensors(layers)
+    names = tensors_of(layers)
     per_shard = -(-len(names) // shards)
     weight_map = {}
     for shard in range(shards):
@@ -109,7 +109,7 @@ def llama_modules(layers: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def _tensors(layers: int) -> dict[str, tuple[int, ...]]:
+def tensors_of(layers: int) -> dict[str, tuple[int, ...]]:
     names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(layers):
         names |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in LINEAR.items()}

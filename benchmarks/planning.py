@@ -54,7 +54,7 @@ def make_base(folder: Path) -> Path:
     weight_map = {}
     for number, held in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _make_hollow(folder / file, [(name, "BF16", shape, n) for name, shape, n in held])
+        make_hollow(folder / file, [(name, "BF16", shape, n) for name, shape, n in held])
         weight_map |= {name: file for name, _, _ in held}
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -78,11 +78,11 @@ def make_adapter(folder: Path, *, r: int = 64, k: int = 4) -> Path:
             a, b = (k, columns // k, r), (k, r, rows // k)
             held.append((key_of(module, "A"), "F32", a, 4 * math.prod(a)))
             held.append((key_of(module, "B"), "F32", b, 4 * math.prod(b)))
-    _make_hollow(folder / "adapter_model.safetensors", held)
+    make_hollow(folder / "adapter_model.safetensors", held)
     return folder
 
 
-def _make_hollow(path: Path, held: list[tuple[str, str, tuple[int, ...], int]]) -> None:
+def make_hollow(path: Path, held: list[tuple[str, str, tuple[int, ...], int]]) -> None:
     """A safetensors file of which only the header takes space."""
     with path.open("wb") as file:
         file.write(encode_header(held, {"format": "pt"}))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
+_NO_ROOM = ("can't allocate memory", "MPS backend out of memory")
 _NOT_LOADED = (
     "failed to map segment", "annot allocate memory", "cannot map zero-fill pages",
     "cannot create shared object descriptor",
@@ -176,7 +177,8 @@ class OutOfMemoryError(ConvertError):
         return isinstance(error, MemoryError) or (
             isinstance(error, RuntimeError)
             and (
-                "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
+                any(words in str(error) for words in _NO_ROOM)
+                or type(error).__name__ == "OutOfMemoryError"
             )
         )
 

@@ -9,6 +9,7 @@ CHECKS = (
     ["ruff", "format", "--check", "."],
     ["ruff", "check", "."],
     ["mypy"],
+    ["mypy", "--platform", "darwin", "--cache-dir", ".mypy_cache/darwin"],
     [
         "pytest",
         "-n",

@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "gralora_convert"
 ORDER = (
-    {"errors", "version", "doors"},
+    {"errors", "version", "doors", "system"},
     {"disk", "delta"},
     {"adapters"},
     {"output"},
@@ -31,6 +31,11 @@ COMPUTING = {"conversion", "extraction", "merging", "updates", "differences", "s
 FOREIGN = {
     "torch", "safetensors", "transformers", "huggingface_hub", "numpy", "click", "tqdm", "regex",
     "matplotlib",
+}  # fmt: skip
+SOME_SYSTEMS = {
+    "copy_file_range", "eventfd", "fallocate", "memfd_create", "platform", "posix_fadvise",
+    "posix_fallocate", "process_cpu_count", "renameat2", "sched_getaffinity", "sched_setaffinity",
+    "sendfile", "setns", "splice", "unshare",
 }  # fmt: skip
 NETWORK = {"socket", "ssl", "http", "urllib", "ftplib", "smtplib", "requests", "httpx", "asyncio"}
 
@@ -216,11 +221,20 @@ def test_what_one_room_does_no_other_does(module: str) -> None:
         files = {"os", "io", "pathlib", "json", "mmap", "shutil", "tempfile", "safetensors"}
         assert not found & files
         assert "open" not in calls
-    if where != "output":
+    if where not in ("output", "system"):
         assert not calls & {"os.replace", "os.rename", "os.pwrite", "os.copy_file_range"}
     if where != "cli":
         assert not calls & {"print", "sys.exit", "exit", "quit", "warnings.warn"}
         assert not found & {"logging", "warnings", "click"}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "system"])
+def test_one_module_knows_what_only_some_systems_offer(module: str) -> None:
+    nodes = ast.walk(source(module))
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert not names & SOME_SYSTEMS
+    assert not theirs(module) & {"ctypes", "platform"}
+    assert not [text for text in texts(module) if text.startswith(("/proc", "/sys", "/dev"))]
 
 
 @pytest.mark.parametrize("module", MODULES)

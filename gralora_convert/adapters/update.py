@@ -29,6 +29,11 @@ class Update:
         return self.adapter.factor_bytes(self.module)
 
     @property
+    def is_wide(self) -> bool:
+        """Whether its factors are float64."""
+        return any(spec.dtype == "F64" for spec in self.adapter.roles[self.module].values())
+
+    @property
     def in_order(self) -> Rows:
         """The rows, counted as `delta` has them."""
         return self.rows if self.rows.order is None else replace(self.rows, first=0, order=None)

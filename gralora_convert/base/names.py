@@ -77,7 +77,7 @@ class Reading:
         return next(found, None)
 
 
-NOTHING_SAID = Reading()
+NOTHING_SAID: Reading = Reading()
 
 
 @dataclass(frozen=True)

@@ -174,11 +174,11 @@ def terms(delta: Delta) -> int:
             return 1
 
 
-def require_device(name: str) -> torch.device:
-    """The device `name`, on which tensors can be made and read here.
+def require_device(name: str, dtype: torch.dtype = torch.float32) -> torch.device:
+    """The device `name`, on which tensors of `dtype` can be made and read here.
 
     Raises:
-        MisuseError: this torch has no such device.
+        MisuseError: this torch has no such device, or the device no such numbers (mps: float64).
 
     >>> require_device("cpu")
     device(type='cpu')
@@ -190,17 +190,30 @@ def require_device(name: str) -> torch.device:
     except RuntimeError as problem:
         raise MisuseError(
             f"`device={name!r}` cannot be used: torch knows no such device",
-            hint="Is it cpu or cuda?",
+            hint="Is it cpu, cuda or mps?",
         ) from problem
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, dtype=dtype, device=device).item()
     except (RuntimeError, AssertionError, ImportError, TypeError) as problem:
         # torch asserts that it was built for cuda, and imports what other devices need
         reason = str(problem).split(". ")[0].split("\n")[0][:200]
         raise MisuseError(
-            f"`device={name!r}` cannot be used: {reason}", hint="Is it cpu or cuda?"
+            f"`device={name!r}` cannot be used: {reason}", hint="Is it cpu, cuda or mps?"
         ) from problem
     return device
+
+
+def device_for(name: str, dtype: torch.dtype) -> torch.device:
+    """The device `name` where it has numbers of `dtype`, else the CPU: mps knows no float64.
+
+    Raises:
+        MisuseError: as `require_device`.
+
+    >>> device_for("cpu", torch.float64)
+    device(type='cpu')
+    """
+    device = require_device(name)
+    return torch.device("cpu") if (device.type, dtype) == ("mps", torch.float64) else device
 
 
 def is_finite(tensor: Tensor) -> bool:

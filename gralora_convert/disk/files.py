@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gralora_convert.errors import ChangedInputError, UnreadableError
+from gralora_convert.system import ONE_CALL
 
 Stamp = tuple[int, int, int]
 _AGAIN = "Run again when nothing writes to it."
@@ -113,7 +114,7 @@ def pread_exact(descriptor: int, buffer: memoryview, offset: int, path: Path) ->
     done = 0
     while done < len(buffer):
         with reading(path):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            count = os.preadv(descriptor, [buffer[done : done + ONE_CALL]], offset + done)
         if count == 0:
             raise ChangedInputError(
                 "became shorter while it was read",

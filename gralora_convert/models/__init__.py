@@ -15,7 +15,6 @@ from gralora_convert.models.meta import Blueprint, TieFlag
 from gralora_convert.models.running import (
     CannotRunError,
     Loaded,
-    available_memory,
     first_that_runs,
     holder_of,
     load,
@@ -27,7 +26,7 @@ from gralora_convert.models.running import (
 
 __all__ = [
     "Attachment", "Blueprint", "CannotRunError", "GraloraLinear", "Inputs", "Loaded", "Parts",
-    "TieFlag", "absurd_count", "attach", "available_memory", "bare_shapes", "build_problem",
+    "TieFlag", "absurd_count", "attach", "bare_shapes", "build_problem",
     "first_that_runs", "has_absurd_counts", "holder_of", "load", "memory_needed", "outputs_of",
     "put_on", "quiet", "stored_dtype", "tokenised",
 ]  # fmt: skip

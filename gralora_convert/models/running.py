@@ -1,6 +1,5 @@
 """Whole models in memory: loaded from a folder, run once, their outputs."""
 
-import contextlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ from gralora_convert.models.inputs import Inputs, inputs_for
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-
-_CONTROL_GROUP = Path("/sys/fs/cgroup")
 SPARE_PARAMETERS = 1 << 24  # of a new head, or a part that was never trained
 
 
@@ -175,11 +172,11 @@ def outputs_of(model: "PreTrainedModel", inputs: Inputs) -> Tensor:
     for name in ("logits", "start_logits", "last_hidden_state"):
         if isinstance(result, Mapping) and isinstance(result.get(name), Tensor):
             found: Tensor = result[name]
-            return found.double().cpu()
+            return found.cpu().double()
     first = next((value for value in values if isinstance(value, Tensor)), None)
     if first is None:
         raise CannotRunError("it returns no tensor")
-    return first.double().cpu()
+    return first.cpu().double()
 
 
 def _like(value: Tensor, model: "PreTrainedModel") -> Tensor:
@@ -210,13 +207,3 @@ def tokenised(merged: Checkpoint, text: str, trust_remote_code: bool) -> Inputs:
     if merged.config.get("is_encoder_decoder"):
         inputs = {**inputs, "decoder_input_ids": encoded["input_ids"]}
     return inputs
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its control group."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        limit = int((_CONTROL_GROUP / "memory.max").read_text())
-        free = min(free, limit - int((_CONTROL_GROUP / "memory.current").read_text()))
-    return free

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
         PatchedTensor,
         taken,
     )
-    from gralora_convert.output.workers import default_jobs, one_arithmetic_thread
+    from gralora_convert.output.workers import one_arithmetic_thread
     from gralora_convert.output.writing import Computed, Copied, OutputFile, Part
 
 __all__ = [
     "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "New", "OutputFile", "Part",
     "PatchedTensor", "Plan", "Ranks", "adapter_card", "adapter_plan", "adapter_receipt_findings",
-    "checkpoint_receipt_findings", "config_like", "default_jobs", "index_json", "index_name",
-    "lay_out", "merged_card", "one_arithmetic_thread", "taken",
+    "checkpoint_receipt_findings", "config_like", "index_json", "index_name", "lay_out",
+    "merged_card", "one_arithmetic_thread", "taken",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
@@ -35,6 +35,6 @@ __getattr__ = opened(__name__, {
     "receipt": "adapter_receipt_findings checkpoint_receipt_findings",
     "shards": "index_json index_name lay_out",
     "tiles": "CastTensor MergedTensor PatchedTensor taken",
-    "workers": "default_jobs one_arithmetic_thread",
+    "workers": "one_arithmetic_thread",
     "writing": "Computed Copied OutputFile Part",
 })  # fmt: skip

@@ -1,13 +1,14 @@
 """What of a plan is on the disk already, so that a broken run can be continued.
 
 Each process that writes has a file in the output's hidden folder, one JSON object a line: which
-plan it is, then how many parts of a file are complete and flushed, with what making them has found
-out. A line that a crash has cut, and a journal of another plan, count for nothing.
+plan it is, then which bytes of a file are made and flushed, with what making them has found out. A
+line that a crash has cut, and a journal of another plan, count for nothing.
 """
 
+import bisect
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,19 +19,46 @@ _START = ".progress-"
 _LONGEST = 32_000_000  # bytes of a line; longer is nothing that this program wrote
 
 
+Ranges = list[tuple[int, int]]  # bytes [start, stop) of a file, in order and apart
+
+
 @dataclass(slots=True)
 class Done:
-    """Parts complete by file, and what is known about the parts."""
+    """Bytes that are there by file, and what is known about the parts, by who made them."""
 
-    parts: dict[str, int] = field(default_factory=dict)
-    states: dict[str, Mapping[str, object]] = field(default_factory=dict)
+    ranges: dict[str, Ranges] = field(default_factory=dict)
+    states: dict[tuple[str, str], Mapping[str, object]] = field(default_factory=dict)
 
-    def add(self, line: Mapping[str, object]) -> None:
-        file, count, states = line.get("file"), line.get("parts"), line.get("states")
-        if not isinstance(file, str) or type(count) is not int or not isinstance(states, Mapping):
-            return
-        self.parts[file] = max(count, self.parts.get(file, 0))
-        self.states |= {name: s for name, s in states.items() if isinstance(s, Mapping)}
+    def add(self, line: Mapping[str, object], who: str) -> None:
+        file, ranges, states = line.get("file"), line.get("ranges"), line.get("states")
+        if isinstance(file, str) and isinstance(ranges, list) and isinstance(states, Mapping):
+            found = [(start, stop) for start, stop in ranges]
+            self.ranges[file] = joined([*self.ranges.get(file, []), *found])
+            self.states |= {(who, name): state for name, state in states.items()}
+
+    def has(self, file: str, start: int, stop: int) -> bool:
+        ranges = self.ranges.get(file, [])
+        place = bisect.bisect_right(ranges, start, key=lambda found: found[0]) - 1
+        return place >= 0 and stop <= ranges[place][1] and start < stop
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stop - start for ranges in self.ranges.values() for start, stop in ranges)
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """The same bytes in the fewest ranges.
+
+    >>> joined([(5, 7), (0, 2), (2, 4), (6, 9)])
+    [(0, 4), (5, 9)]
+    """
+    found: Ranges = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(stop, found[-1][1])
+        else:
+            found.append((start, stop))
+    return found
 
 
 class Journal:
@@ -40,9 +68,9 @@ class Journal:
         self._path = folder / f"{_START}{uuid.uuid4().hex}.jsonl"
         self._append({"plan": plan})
 
-    def record(self, file: str, parts: int, states: Mapping[str, Mapping[str, object]]) -> None:
-        """Says that the first `parts` of `file` are on the disk."""
-        self._append({"file": file, "parts": parts, "states": states})
+    def record(self, file: str, ranges: Ranges, states: Mapping[str, Mapping[str, object]]) -> None:
+        """Says that these bytes of `file` are on the disk, and what is known about its parts."""
+        self._append({"file": file, "ranges": joined(ranges), "states": states})
 
     def _append(self, line: Mapping[str, object]) -> None:
         try:
@@ -61,7 +89,7 @@ def read_journals(folder: Path, plan: str) -> Done:
     done = Done()
     for path in _journals(folder):
         for line in _lines(path, plan):
-            done.add(line)
+            done.add(line, path.name)
     return done
 
 

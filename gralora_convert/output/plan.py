@@ -7,8 +7,9 @@ the bytes in a folder beside the output and publishes that folder with one renam
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from gralora_convert.adapters import CONFIG_NAME, scan_adapter
@@ -28,10 +29,21 @@ from gralora_convert.output.journal import (
     journal_names,
     read_journals,
 )
-from gralora_convert.output.ranks import Ranks, meeting
+from gralora_convert.output.ranks import Meeting, Ranks, meeting
 from gralora_convert.output.staging import Staging
-from gralora_convert.output.workers import default_jobs
-from gralora_convert.output.writing import Computed, OutputFile, copy_file, write_files, write_text
+from gralora_convert.output.writing import (
+    Account,
+    Computed,
+    OutputFile,
+    Piece,
+    begin_files,
+    begins_as,
+    copy_file,
+    pieces,
+    write_files,
+    write_text,
+)
+from gralora_convert.system import usable_cpus
 from gralora_convert.version import __version__
 
 DIGESTED_BYTES = 256 * 1024 * 1024  # outputs up to this size get digests unasked: below 0.3 s
@@ -81,7 +93,7 @@ class Plan:
 
     def peak_memory(self, jobs: int | None = None) -> int:
         """An upper estimate of the anonymous memory of `write`, in bytes."""
-        jobs = jobs or default_jobs()
+        jobs = jobs or usable_cpus()
         computed = [
             part.source
             for file in self.files
@@ -126,15 +138,7 @@ class Plan:
         """Bytes of tensors that a broken run to `output` has left and `resume` need not make."""
         if not self.resumable:
             return 0
-        return self._done_bytes(Staging(Path(output)).folder, self.fingerprint())
-
-    def _done_bytes(self, folder: Path, fingerprint: str) -> int:
-        done = read_journals(folder, fingerprint)
-        return sum(
-            part.nbytes
-            for file in self.files
-            for part in file.parts[: done.parts.get(file.name, 0)]
-        )
+        return read_journals(Staging(Path(output)).folder, self.fingerprint()).nbytes
 
     def require_allowed(self, output: str | Path, *, overwrite: bool = False) -> None:
         """Raises as `write` does where `output` may not be written."""
@@ -168,8 +172,8 @@ class Plan:
             digests: whether the receipt states the sha256 of every file, for `validate` to compare
                 (None: of outputs up to 256 MiB).
             progress: is called with the number of bytes just written, from any worker.
-            ranks: which of several processes this is, that call `write` with the same plan; all
-                but rank 0 write their share of the files and return {} when it has published.
+            ranks: which of several processes this is, that call `write` with the same plan; each
+                makes its share of the bytes, and all but rank 0 return {} when it has published.
 
         Raises:
             MisuseError: a plan that cannot be resumed or shared.
@@ -179,32 +183,97 @@ class Plan:
             CheckFailedError: with `verify`, when what was written is not what was planned.
         """
         ranks = ranks or Ranks()
-        jobs = max(1, default_jobs() // ranks.local) if jobs is None else jobs
+        jobs = max(1, usable_cpus() // ranks.local) if jobs is None else jobs
         self._require_possible(jobs, resume, ranks)
         staging = self._staging(output, overwrite, keep=resume or ranks.size > 1)
         plan = self.fingerprint()
-        work = _Work(self, plan, ranks, jobs, progress or (lambda count: None))
+
+        def begun(folder: Path) -> set[str]:
+            return {*read_journals(folder, plan).ranges, *journal_names(folder, plan)}
+
         if ranks.size > 1:
             staging.require_allowed()  # by each at once, before they wait for one another
         with meeting(ranks, staging.output) as others:
+            make = partial(self._make, plan, others, jobs, progress or (lambda count: None))
             if not ranks.is_leader:
-                others.agree(plan)
-                work.write_tensors(staging.folder, others.require_others)
-                others.wait()
-                others.publish()
+                make(staging.folder, Done())
+                others.hear()
                 return {}
-            left = self._done_bytes(staging.folder, plan) if resume else 0
-            begun = work.begun if resume else None
-            with staging.open(self.nbytes - left, begun) as folder:
-                others.agree(plan)
-                work.write_tensors(folder, others.require_others)
-                others.wait()
-                work.take_over(folder)
+            left = self.resumable_bytes(output) if resume else 0
+            with staging.open(self.nbytes - left, begun if resume else None) as folder:
+                make(folder, self._begin(folder, plan))
                 digested = self.nbytes <= DIGESTED_BYTES if digests is None else digests
                 receipt = self._finish(folder, verify, digested)
                 staging.publish()
-            others.publish()
+            others.hear()
         return receipt
+
+    def _begin(self, folder: Path, plan: str) -> Done:
+        """What a broken run of this plan has left in `folder`: its accounts are restored, and what
+        it has not begun is begun."""
+        done = read_journals(folder, plan)
+        for file in self.files:
+            if file.name in done.ranges and not begins_as(folder / file.name, file):
+                (folder / file.name).unlink(missing_ok=True)  # not what was begun
+                del done.ranges[file.name]
+        begin_files(folder, (file for file in self.files if file.name not in done.ranges))
+        self._restore(done.states)
+        return done
+
+    def _restore(self, states: Mapping[tuple[str, str], Mapping[str, object]]) -> None:
+        accounts = dict(self._accounts())
+        for (_, name), state in states.items():
+            if name in accounts:
+                accounts[name].restore(state)
+
+    def _accounts(self) -> Iterator[tuple[str, Account]]:
+        for file in self.files:
+            yield from ((part.name, part.account) for part in file.parts if part.account)
+
+    def _make(
+        self,
+        plan: str,
+        others: Meeting,
+        jobs: int,
+        progress: Callable[[int], None],
+        folder: Path,
+        done: Done,
+    ) -> None:
+        """Makes this rank's share of what rank 0 has not found `done`; afterwards each rank knows
+        what all have found out."""
+        done.ranges = others.agree(plan, done.ranges)
+        progress(done.nbytes)
+        write_files(
+            folder,
+            self.share(done, others.ranks),
+            jobs=jobs,
+            progress=progress,
+            journal=Journal(folder, plan) if self.resumable else None,
+            tick=others.require_others,
+            meanwhile=self.meanwhile if others.ranks.is_leader else lambda: None,
+        )
+        for file in self.inputs:
+            file.require_unchanged()
+        found = {name: account.save() for name, account in self._accounts()}
+        for states in others.gather(found) if others.ranks.size > 1 else ():
+            self._restore({("", name): state for name, state in states.items()})
+
+    def share(self, done: Done, ranks: Ranks) -> Iterator[tuple[OutputFile, list[Piece]]]:
+        """The pieces that are not done, cut into shares of one cost: this rank's, by file."""
+
+        def todo(file: OutputFile) -> Iterator[Piece]:
+            return (p for p in pieces(file) if not done.has(file.name, p.start, p.stop))
+
+        total = sum(piece.cost for file in self.files for piece in todo(file))
+        place = 0
+        for file in self.files:
+            mine = []
+            for piece in todo(file):
+                place += piece.cost
+                if ranks.has(2 * place - piece.cost, 2 * total):  # its middle
+                    mine.append(piece)
+            if mine:
+                yield file, mine
 
     def _require_possible(self, jobs: int, resume: bool, ranks: Ranks) -> None:
         if type(jobs) is not int or jobs < 1:
@@ -257,61 +326,6 @@ def _require_sound(folder: Path) -> None:
             f"the adapter made is not sound: {errors[0]}",
             hint="Nothing was published. Please report this with the adapter's config.",
         )
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What one process does for a plan: the tensors of its own files."""
-
-    plan: Plan
-    fingerprint: str
-    ranks: Ranks
-    jobs: int
-    progress: Callable[[int], None]
-
-    @property
-    def files(self) -> list[OutputFile]:
-        shares = self.ranks.share([file.nbytes for file in self.plan.files])
-        return [self.plan.files[place] for place in shares]
-
-    def begun(self, folder: Path) -> set[str]:
-        """The files in `folder` that a broken run of this plan has begun, and its journals."""
-        names = journal_names(folder, self.fingerprint)
-        return {*read_journals(folder, self.fingerprint).parts, *names}
-
-    def write_tensors(self, folder: Path, tick: Callable[[], object]) -> None:
-        """Makes what the journals do not have yet; `tick` may stop it by raising."""
-        resumable = self.plan.resumable
-        write_files(
-            folder,
-            self.files,
-            jobs=self.jobs,
-            progress=self.progress,
-            journal=Journal(folder, self.fingerprint) if resumable else None,
-            done=read_journals(folder, self.fingerprint) if resumable else None,
-            tick=tick,
-            meanwhile=self.plan.meanwhile if self.ranks.is_leader else lambda: None,
-        )
-        for file in self.plan.inputs:
-            file.require_unchanged()
-
-    def take_over(self, folder: Path) -> None:
-        """What other ranks have found out, for the receipt.
-
-        Raises:
-            CheckFailedError: one of their files is not complete.
-        """
-        mine = {file.name for file in self.files}
-        others = [file for file in self.plan.files if file.name not in mine]
-        done = read_journals(folder, self.fingerprint) if others else Done()
-        for file in others:
-            if done.parts.get(file.name, 0) < len(file.parts):
-                raise CheckFailedError(
-                    "was not finished by the rank that should write it", where=file.name
-                )
-            for part in file.parts:
-                if part.account is not None:
-                    part.account.restore(done.states[part.name])
 
 
 def _size(path: Path) -> int:

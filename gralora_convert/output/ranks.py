@@ -1,4 +1,4 @@
-"""The processes of a launcher that carry out one plan together, each on files of its own.
+"""The processes of a launcher that carry out one plan together, each a share of its bytes.
 
 torchrun, srun and mpirun start and supervise them; torch.distributed (its store, and gloo, which
 sees a peer that has gone) carries what they say to one another. Rank 0 makes the output's folder
@@ -7,13 +7,15 @@ and publishes it; all write into it, so they need to see one file system.
 
 import contextlib
 import hashlib
+import itertools
+import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gralora_convert.errors import ConvertError, MisuseError, OutputError
 
@@ -71,21 +73,13 @@ class Ranks:
     def is_leader(self) -> bool:
         return self.rank == 0
 
-    def share(self, sizes: Sequence[int]) -> list[int]:
-        """The places in `sizes` (bytes of files) of the files that this rank writes: the largest
-        first, each to whom has the least so far.
+    def has(self, place: int, total: int) -> bool:
+        """Whether `place`, from 0 on below `total`, lies in this rank's share of it.
 
-        >>> [Ranks(rank, 2).share([5, 4, 3, 3]) for rank in range(2)]
-        [[0, 3], [1, 2]]
+        >>> [place for place in range(10) if Ranks(1, 3).has(place, 10)]
+        [4, 5, 6]
         """
-        loads = [0] * self.size
-        mine = []
-        for place in sorted(range(len(sizes)), key=lambda p: -sizes[p]):
-            least = loads.index(min(loads))
-            loads[least] += sizes[place]
-            if least == self.rank:
-                mine.append(place)
-        return sorted(mine)
+        return place * self.size // total == self.rank
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
@@ -112,13 +106,12 @@ def meeting(ranks: Ranks, output: Path) -> Iterator["Meeting"]:
         return
     import torch.distributed as dist
 
-    store = _store(ranks, output)
-    met = Meeting(ranks, output, store)
+    met = Meeting(ranks, output, _store(ranks, output))
     try:
-        met.come()
+        met.gather("here")
         with _lost(output):
             dist.init_process_group(
-                "gloo", store=store, rank=ranks.rank, world_size=ranks.size,
+                "gloo", store=met.store, rank=ranks.rank, world_size=ranks.size,
                 timeout=timedelta(seconds=JOIN_SECONDS),
             )  # fmt: skip
             met.group = dist.new_group(timeout=timedelta(seconds=WORK_SECONDS))
@@ -151,21 +144,17 @@ def _store(ranks: Ranks, output: Path) -> "Store":
     # attempts of a launch; else rank 0 does
     is_master = ranks.is_leader and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    until = time.monotonic() + JOIN_SECONDS
-    while True:
-        try:
-            store = dist.TCPStore(
-                address, int(port), None, is_master, timedelta(seconds=min(JOIN_SECONDS, 2)),
-                wait_for_workers=False,
-            )  # fmt: skip
-        except (RuntimeError, ValueError) as error:
-            if not is_master and isinstance(error, RuntimeError) and time.monotonic() < until:
-                continue  # rank 0 may not have started yet
-            raise OutputError(
-                f"the processes cannot meet at {address}:{port}: {str(error).splitlines()[0]}",
-                where=output, hint="Unset RANK and WORLD_SIZE to run alone.",
-            ) from error  # fmt: skip
-        return dist.PrefixStore(f"gralora-convert/{attempt}", store)
+    try:
+        store = dist.TCPStore(
+            address, int(port), None, is_master, timedelta(seconds=JOIN_SECONDS),
+            wait_for_workers=False,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        raise OutputError(
+            f"the processes cannot meet at {address}:{port}: {str(error).splitlines()[0]}",
+            where=output, hint="Unset RANK and WORLD_SIZE to run alone.",
+        ) from error  # fmt: skip
+    return dist.PrefixStore(f"gralora-convert/{attempt}", store)
 
 
 @contextlib.contextmanager
@@ -180,40 +169,57 @@ def _lost(output: Path) -> Iterator[None]:
 
 @dataclass
 class Meeting:
-    """One rank among the others."""
+    """One rank among the others; alone, all that is said is said to itself."""
 
     ranks: Ranks
     output: Path
     store: "Store | None" = None
     group: "ProcessGroup | None" = None
+    _steps: Iterator[int] = field(default_factory=itertools.count)
 
-    def come(self) -> None:
-        """Waits until all are there."""
-        self._say("here")
-        until = time.monotonic() + JOIN_SECONDS
-        while absent := self._without("here"):
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank says at this step, as JSON, when all have come this far.
+
+        Raises:
+            OutputError: one did not come, has failed, or is lost.
+        """
+        if self.store is None:
+            return [value]
+        step = next(self._steps)
+        names = [f"{step}-{rank}" for rank in range(self.ranks.size)]
+        with _lost(self.output):
+            self.store.set(names[self.ranks.rank], json.dumps(value))
+            self._wait(names)
+            return [json.loads(self.store.get(name)) for name in names]
+
+    def _wait(self, names: list[str], seconds: float = JOIN_SECONDS) -> None:
+        """Waits until these are said: by gloo, which sees who has gone, once all are there."""
+        import torch.distributed as dist
+
+        assert self.store is not None
+        said = dist.barrier(self.group, async_op=True) if self.group else None
+        until = time.monotonic() + seconds
+        while not (said.is_completed() if said else self.store.check(names)):
             self.require_others()
-            if time.monotonic() > until:
+            if said is None and time.monotonic() > until:
+                absent = next(r for r, name in enumerate(names) if not self.store.check([name]))
                 raise OutputError(
-                    f"rank {absent[0]} of {self.ranks.size} did not come", where=self.output,
+                    f"rank {absent} of {self.ranks.size} did not come", where=self.output,
                     hint="Start all of them, or unset RANK and WORLD_SIZE to run alone.",
                 )  # fmt: skip
-            time.sleep(0.05)
+            time.sleep(0.02)
+        if said is not None:
+            said.wait()
 
-    def agree(self, plan: str) -> None:
-        """Waits until all have come this far, with the same plan.
+    def agree(self, plan: str, known: Any) -> Any:
+        """What rank 0 knows, when all have come this far with the same plan.
 
         Raises:
             MisuseError: one has another.
-            OutputError: one has failed, or is lost.
+            OutputError: as `gather`.
         """
-        if self.store is None:
-            return
-        self._say("plan", plan)
-        self._barrier()
-        for rank in range(self.ranks.size):
-            with _lost(self.output):
-                other = self.store.get(f"plan-{rank}").decode()
+        said = self.gather([plan, known])
+        for rank, (other, _) in enumerate(said):
             if other != plan:
                 raise MisuseError(
                     f"rank {max(rank, self.ranks.rank)} would write something else than rank "
@@ -221,26 +227,7 @@ class Meeting:
                     where=self.output,
                     hint="Give all processes the same arguments, inputs and version of the tool.",
                 )
-
-    def _barrier(self) -> None:
-        import torch.distributed as dist
-
-        with _lost(self.output):
-            waited = dist.barrier(self.group, async_op=True)
-            while waited is not None and not waited.is_completed():
-                self.require_others()
-                time.sleep(0.02)
-            if waited is not None:
-                waited.wait()
-
-    def wait(self) -> None:
-        """Waits until all have written their files.
-
-        Raises:
-            OutputError: one has failed, or is lost.
-        """
-        if self.store is not None:
-            self._barrier()
+        return said[0][1]
 
     def require_others(self) -> None:
         """Raises `OutputError` when another has failed; cheap, to be asked now and then."""
@@ -251,15 +238,14 @@ class Meeting:
         if failed:
             raise OutputError(failed, where=self.output, hint=_AGAIN)
 
-    def publish(self) -> None:
-        """Rank 0 says that the output is complete; the others wait until it does."""
+    def hear(self) -> None:
+        """Rank 0 says that all is done; the others wait until it does."""
         if self.store is None:
             return
-        if self.ranks.is_leader:
-            self._say("published")
-            return
         with _lost(self.output):
-            while not self.store.check(["published-0"]):
+            if self.ranks.is_leader:
+                self.store.set("done", "")
+            while not self.store.check(["done"]):
                 self.require_others()
                 time.sleep(0.05)
 
@@ -274,19 +260,9 @@ class Meeting:
     def leave(self) -> None:
         """Goes; rank 0, whose store the others read, when they have, or soon after."""
         assert self.store is not None
-        with contextlib.suppress(RuntimeError, OutputError):  # the store has gone before
-            self.store.set(f"gone-{self.ranks.rank}", "")
+        names = [f"gone-{rank}" for rank in range(self.ranks.size)]
+        with contextlib.suppress(RuntimeError):  # the store has gone before
+            self.store.set(names[self.ranks.rank], "")
             until = time.monotonic() + HEARD_SECONDS
-            while self.ranks.is_leader and self._without("gone") and time.monotonic() < until:
+            while self.ranks.is_leader and time.monotonic() < until and not self.store.check(names):
                 time.sleep(0.02)
-
-    def _say(self, what: str, value: str = "") -> None:
-        assert self.store is not None
-        with _lost(self.output):
-            self.store.set(f"{what}-{self.ranks.rank}", value)
-
-    def _without(self, what: str) -> list[int]:
-        """The ranks that have not said `what`."""
-        assert self.store is not None
-        with _lost(self.output):
-            return [r for r in range(self.ranks.size) if not self.store.check([f"{what}-{r}"])]

@@ -5,7 +5,6 @@ whole. What a killed run has left is removed by the next run to the same output.
 """
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -13,6 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from gralora_convert import system
 from gralora_convert.errors import (
     ChangedInputError,
     CheckFailedError,
@@ -22,12 +22,12 @@ from gralora_convert.errors import (
     sentences,
 )
 
-_RENAME_EXCHANGE = 2  # linux/fs.h
-_AT_FDCWD = -100  # fcntl.h
 _MARGIN = 4 * 1024 * 1024  # bytes left free for the receipt and directory blocks
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # What file systems say that know no locks, or no flushing of folders.
-_NOT_OFFERED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
+_NOT_OFFERED = frozenset(
+    {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
+)
 _ELSEWHERE = "Choose an output outside the input folders."
 _CHOOSE = "Choose another output, or replace it with `overwrite=True`."
 _DELETE = "Delete it yourself or choose another output."
@@ -262,7 +262,7 @@ class Staging:
     def _replace(self) -> None:
         """Swaps the new folder with the old one; the old one, now hidden, is removed later."""
         self._locked(self.output, required=False)  # or another run might take it over while hidden
-        if _exchange(self.folder, self.output):
+        if system.exchange(self.folder, self.output):
             return
         try:
             self.output.rename(self._aside)
@@ -392,19 +392,10 @@ def _removal(path: Path) -> str:
     return f"Delete {path}, which could not be removed."
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders in one step, where kernel, C library and file system can."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    if rename is None:
-        return False
-    names = os.fsencode(one), os.fsencode(other)
-    return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
-
-
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, _FOLDER)
     try:
-        os.fsync(descriptor)
+        system.flush(descriptor)
     except OSError as error:
         if error.errno not in _NOT_OFFERED:
             raise

@@ -22,8 +22,8 @@ from gralora_convert.delta import (
     Stack,
     Survival,
     compare,
+    device_for,
     is_finite,
-    require_device,
 )
 from gralora_convert.disk import (
     DTYPE_BITS,
@@ -307,10 +307,11 @@ class MergedTensor(_Tiles):
     ) -> None:
         super().__init__(spec, dtype)
         self.updates = tuple(updates)
-        self.device = require_device(device)
+        wide = self.checks == torch.float64 or any(update.is_wide for update in updates)
+        self.device = at = device_for(device, torch.float64 if wide else torch.float32)
         groups = max(PARTS, *(update.adapter.blocks for update in updates)) if check else 0
         self._checked = self._samples(min(groups, self.rows)) if groups else {}
-        self._shared = [_Shared(update, device, self.sums, self.count) for update in updates]
+        self._shared = [_Shared(update, str(at), self.sums, self.count) for update in updates]
         self._lock = threading.Lock()
         self.worst = 0.0
         self.changed = False
@@ -336,9 +337,9 @@ class MergedTensor(_Tiles):
             return {"worst": self.worst, "changed": self.changed, "kept": kept}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Takes over what another run has saved in place of making the tiles."""
-        self.worst, self.changed = saved["worst"], saved["changed"]
-        self._kept = {int(row): Survival(*found) for row, found in saved["kept"].items()}
+        """Learns what another run or rank has found out about some of the tiles."""
+        self.worst, self.changed = max(self.worst, saved["worst"]), self.changed or saved["changed"]
+        self._kept |= {int(row): Survival(*found) for row, found in saved["kept"].items()}
 
     def produce(self, tile: int) -> memoryview:
         start, stop = self.span(tile)

@@ -1,7 +1,6 @@
 """Tasks carried out in order by several threads, beside which the caller's thread goes on."""
 
 import contextlib
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -82,8 +81,3 @@ def one_arithmetic_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def default_jobs() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))

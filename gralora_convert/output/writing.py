@@ -5,14 +5,13 @@ caller's thread flushes what the workers have written and keeps the journal, so 
 breaks off can go on from there.
 """
 
-import bisect
 import contextlib
 import errno
-import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -27,10 +26,12 @@ from gralora_convert.disk import (
     require_stamp,
 )
 from gralora_convert.errors import OutputError
-from gralora_convert.output.journal import Done, Journal
+from gralora_convert.output.journal import Journal
 from gralora_convert.output.workers import Task, carry_out
+from gralora_convert.system import ONE_CALL, copy_in_kernel, flush
 
 COPY_CHUNK = 32 * 1024 * 1024  # bytes per task: small enough for two workers to share one tensor
+COMPUTING = 4  # a byte computed takes so many copied: 1.4 s of CPU a GB, 0.3 s
 FLUSH_BYTES = 64 * 1024 * 1024  # flushed at a time, so that the disk writes while tiles are made
 
 
@@ -38,11 +39,11 @@ class Account(Protocol):
     """What making a tensor finds out (its check, its error), as JSON: kept in the journal."""
 
     def save(self) -> Mapping[str, object]:
-        """What is known now that all tiles are made."""
+        """What is known of the tiles that were made, at least."""
         ...
 
     def restore(self, saved: Mapping[str, object]) -> None:
-        """Takes over what another run has saved in place of making the tiles."""
+        """Learns, besides, what another run or rank knows of some tiles, maybe of the same ones."""
         ...
 
 
@@ -106,18 +107,94 @@ class OutputFile:
         return sum(part.nbytes for part in self.parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes `[start, stop)` of a file, made in one go: copied from a place in a file, or `made`."""
+
+    start: int
+    stop: int
+    copied: tuple[Path, int] | None = None
+    made: Callable[[], memoryview] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def cost(self) -> int:
+        """What making it takes, in bytes copied."""
+        return 1 + self.nbytes * (1 if self.copied else COMPUTING)
+
+
+def pieces(file: OutputFile) -> Iterator[Piece]:
+    """All of a file in the order of its bytes, each made by one worker; neighbouring copies are
+    joined."""
+    position = len(file.header)
+    run: Piece | None = None
+    for part in file.parts:
+        stop = position + part.nbytes
+        match part.source:
+            case Copied(spec=TensorSpec(strides=None) as spec):
+                if run and run.copied == (spec.file, spec.offset - run.nbytes):
+                    run = replace(run, stop=stop)
+                else:
+                    yield from _chunks(run)
+                    run = Piece(position, stop, copied=(spec.file, spec.offset))
+            case source:
+                yield from _chunks(run)
+                run = None
+                yield from _tiles(source, position, stop)
+        position = stop
+    yield from _chunks(run)
+
+
+def _chunks(run: Piece | None) -> Iterator[Piece]:
+    if run and run.copied:
+        (path, offset), end = run.copied, run.stop
+        for start in range(run.start, end, COPY_CHUNK):
+            place = (path, offset + start - run.start)
+            yield Piece(start, min(start + COPY_CHUNK, end), copied=place)
+
+
+def _tiles(source: Copied | Computed, position: int, end: int) -> Iterator[Piece]:
+    """A tensor that is computed, or whose elements are out of order in its file."""
+    size = source.tile_bytes if isinstance(source, Computed) else COPY_CHUNK
+    for tile, start in enumerate(range(position, end, max(size, 1))):
+        stop = min(start + size, end)
+        if isinstance(source, Computed):
+            made = partial(source.produce, tile)
+        else:
+            made = partial(_in_order, source.spec, start - position, stop - position)
+        yield Piece(start, stop, made=made)
+
+
+def _in_order(spec: TensorSpec, start: int, stop: int) -> memoryview:
+    return memoryview(read_bytes(spec, start, stop))
+
+
+def begin_files(folder: Path, files: Iterable[OutputFile]) -> None:
+    """Makes new files of their size in `folder`, with their headers, and flushes them.
+
+    Raises:
+        OutputError: one cannot be made, or is there.
+    """
+    for file in files:
+        with _File(folder / file.name, file.nbytes) as begun:
+            begun.write(memoryview(file.header), 0)
+            begun.sync()
+
+
 def write_files(
     folder: Path,
-    files: Sequence[OutputFile],
+    work: Iterable[tuple[OutputFile, Sequence[Piece]]],
     *,
     jobs: int,
     progress: Callable[[int], None],
     journal: Journal | None = None,
-    done: Done | None = None,
     tick: Callable[[], object] = lambda: None,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> None:
-    """Makes `files` in `folder` and flushes them; what `done` says is there is not made again.
+    """Makes pieces of files begun in `folder`, and flushes them; others may make the rest.
 
     `progress` is called with every number of bytes just written; in the caller's thread `meanwhile`
     once, while the workers are at it, and `tick` now and then: they may raise, and then all stops.
@@ -126,20 +203,16 @@ def write_files(
         OutputError: a file cannot be written.
         UnreadableError, ChangedInputError: an input failed.
     """
-    known = done or Done()
     with contextlib.ExitStack() as stack:
         sources = stack.enter_context(_Sources())
         targets = _Targets(folder, journal)
         stack.callback(targets.close)
 
         def tasks() -> Iterator[Task]:
-            for file in files:
-                first = _first_part(folder, file, known)
-                if first == 0 and file.name in known.parts:
-                    (folder / file.name).unlink(missing_ok=True)  # not what was begun
-                progress(sum(part.nbytes for part in file.parts[:first]))
-                target = targets.open(file, first)
-                yield from _tasks(target, first, sources)
+            for file, parts in work:
+                target = targets.open(file, parts)
+                for number in range(len(parts)):
+                    yield partial(target.make, number, sources)
 
         def beside() -> None:
             if todo:
@@ -153,21 +226,7 @@ def write_files(
         targets.require_safe()
 
 
-def _first_part(folder: Path, file: OutputFile, done: Done) -> int:
-    """How many parts of `file` are in `folder`; their accounts are restored."""
-    count = min(done.parts.get(file.name, 0), len(file.parts))
-    if not count or not _begins_as(folder / file.name, file):
-        return 0
-    for place, part in enumerate(file.parts[:count]):
-        if part.account is not None:
-            state = done.states.get(part.name)
-            if state is None:
-                return place
-            part.account.restore(state)
-    return count
-
-
-def _begins_as(path: Path, file: OutputFile) -> bool:
+def begins_as(path: Path, file: OutputFile) -> bool:
     """Whether `path` has the size and the header of `file`."""
     if not path.is_file() or path.is_symlink():
         return False
@@ -175,66 +234,6 @@ def _begins_as(path: Path, file: OutputFile) -> bool:
         header = file.header
         is_whole = os.fstat(opened.fileno()).st_size == file.nbytes
         return is_whole and opened.read(len(header)) == header
-
-
-# tasks --------------------------------------------------------------------------------------------
-
-
-def _tasks(target: "_Target", first: int, sources: "_Sources") -> Iterator[Task]:
-    """The work of one file from part `first` on, in the order of its bytes; neighbouring copies
-    are joined."""
-    position = target.starts[first]
-    run: tuple[Path, int, int, int] | None = None  # file, offset in it, offset here, length
-    for part in target.file.parts[first:]:
-        match part.source:
-            case Copied(spec=TensorSpec(strides=None) as spec):
-                if run and run[0] == spec.file and run[1] + run[3] == spec.offset:
-                    run = (*run[:3], run[3] + spec.nbytes)
-                else:
-                    yield from _copies(run, target, sources)
-                    run = (spec.file, spec.offset, position, spec.nbytes)
-            case source:
-                yield from _copies(run, target, sources)
-                run = None
-                yield from _pieces(part, source, target, position)
-        position += part.nbytes
-    yield from _copies(run, target, sources)
-
-
-def _copies(
-    run: tuple[Path, int, int, int] | None, target: "_Target", sources: "_Sources"
-) -> Iterator[Task]:
-    if run is None:
-        return
-    path, start, to, length = run
-    for done in range(0, length, COPY_CHUNK):
-        count = min(COPY_CHUNK, length - done)
-
-        def copy(start: int = start + done, to: int = to + done, count: int = count) -> int:
-            target.copy_from(sources.descriptor(path), start, to, count, path)
-            return count
-
-        yield copy
-
-
-def _pieces(
-    part: Part, source: Copied | Computed, target: "_Target", position: int
-) -> Iterator[Task]:
-    """The work of one tensor that is computed, or whose elements are out of order in its file."""
-    size = source.tile_bytes if isinstance(source, Computed) else COPY_CHUNK
-    for tile, start in enumerate(range(0, part.nbytes, max(size, 1))):
-
-        def write(tile: int = tile, start: int = start) -> int:
-            stop = min(start + size, part.nbytes)
-            if isinstance(source, Computed):
-                data = source.produce(tile)
-            else:
-                data = memoryview(read_bytes(source.spec, start, stop))
-            assert data.nbytes == stop - start, (part.name, tile, data.nbytes, stop - start)
-            target.write(data.cast("B"), position + start)
-            return stop - start
-
-        yield write
 
 
 class _Sources:
@@ -268,14 +267,18 @@ class _File:
     def __init__(self, path: Path, nbytes: int, *, is_new: bool = True) -> None:
         self.path = path
         self._lock = threading.Lock()
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        # not for reading: an NFS client then sends the bytes written, never what it took for the
+        # rest of their page, which another rank may write (Linux, fs/nfs/file.c, write_begin)
+        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            flags |= os.O_CREAT | os.O_EXCL if is_new else 0
+            if is_new:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                flags |= os.O_CREAT | os.O_EXCL
             self._descriptor = os.open(path, flags, 0o666)
         try:
             with _writing(path):
-                os.ftruncate(self._descriptor, nbytes)
+                if is_new:
+                    os.ftruncate(self._descriptor, nbytes)
         except BaseException:
             self.close()
             raise
@@ -290,16 +293,15 @@ class _File:
         # the kernel lets one writer into a file at a time and lets the others spin for it
         with _writing(self.path), self._lock:
             while len(data):
-                count = os.pwrite(self._descriptor, data, position)
+                count = os.pwrite(self._descriptor, data[:ONE_CALL], position)
                 data, position = data[count:], position + count
 
     def copy_from(self, source: int, start: int, to: int, count: int, path: Path) -> None:
         """Copies in the kernel where the file systems allow it (a reflink where they can), else
         through memory, which also finds out which side has failed."""
         while count:
-            done = 0  # as some file systems answer instead of an error
-            with contextlib.suppress(OSError), self._lock:
-                done = os.copy_file_range(source, self._descriptor, count, start, to)
+            with self._lock:
+                done = copy_in_kernel(source, start, self._descriptor, to, count)
             if done == 0:
                 self._copy_through_memory(source, start, to, count, path)
                 return
@@ -316,7 +318,7 @@ class _File:
 
     def sync(self) -> None:
         with _writing(self.path):
-            os.fsync(self._descriptor)
+            flush(self._descriptor)
 
     def close(self) -> None:
         with _writing(self.path):
@@ -324,69 +326,60 @@ class _File:
 
 
 class _Target:
-    """One planned file, filled in pieces without gaps or overlaps; closed when it is full."""
+    """One planned file, of which some pieces are made here; closed when they are."""
 
-    def __init__(self, folder: Path, file: OutputFile, first: int) -> None:
-        self.file, self.path = file, folder / file.name
-        header = file.header
-        ends = itertools.accumulate((part.nbytes for part in file.parts), initial=len(header))
-        self.starts = list(ends)  # of each part, and the end of the last
-        self.recorded = first  # parts that the journal has
-        self._mark = self._flushed = self.starts[first]  # all before: written; on the disk
-        self._beyond: dict[int, int] = {}  # pieces written beyond the mark: start -> stop
+    def __init__(self, folder: Path, file: OutputFile, todo: Sequence[Piece]) -> None:
+        self.file, self.path, self._pieces = file, folder / file.name, todo
+        self._made = self._flushed = 0  # pieces, from the first one on: written; on the disk
+        self._beyond: set[int] = set()  # pieces that were made before one that comes first
         self._lock = threading.Lock()
-        self._file: _File | None = _File(self.path, self.starts[-1], is_new=first == 0)
-        try:
-            if first == 0:
-                self._file.write(memoryview(header), 0)
-            self._count(self._mark, self._mark)
-        except BaseException:
-            self.close()
-            raise
+        self._file: _File | None = _File(self.path, file.nbytes, is_new=False)
 
-    def write(self, data: memoryview, position: int) -> None:
+    def make(self, number: int, sources: _Sources) -> int:
+        """Makes one piece, and says how many bytes that were."""
+        piece = self._pieces[number]
         assert self._file is not None
-        self._file.write(data, position)
-        self._count(position, position + len(data))
-
-    def copy_from(self, source: int, start: int, to: int, count: int, path: Path) -> None:
-        assert self._file is not None
-        self._file.copy_from(source, start, to, count, path)
-        self._count(to, to + count)
-
-    def _count(self, start: int, stop: int) -> None:
+        if piece.made is not None:
+            data = piece.made().cast("B")
+            assert len(data) == piece.nbytes, (self.path, piece)
+            self._file.write(data, piece.start)
+        elif piece.copied is not None:
+            path, offset = piece.copied
+            source = sources.descriptor(path)
+            self._file.copy_from(source, offset, piece.start, piece.nbytes, path)
         with self._lock:
-            self._beyond[start] = stop
-            while self._mark in self._beyond:
-                self._mark = max(self._mark, self._beyond.pop(self._mark))
-            is_full = self._mark == self.starts[-1]
+            self._beyond.add(number)
+            while self._made in self._beyond:
+                self._beyond.remove(self._made)
+                self._made += 1
+            is_full = self._made == len(self._pieces)
         if is_full:
             self.close()
+        return piece.nbytes
 
     def is_due(self) -> bool:
         """Whether a flush is worth its while."""
-        return self._mark == self.starts[-1] or self._mark - self._flushed >= FLUSH_BYTES
+        made, flushed = self._made, self._flushed
+        if made == len(self._pieces):
+            return True
+        return self._pieces[made].start - self._pieces[flushed].start >= FLUSH_BYTES
 
-    def flush(self) -> None:
-        """Puts what is written on the disk, by a descriptor of its own: the file may be closed."""
-        mark = self._mark
+    def flush(self) -> Sequence[Piece]:
+        """Puts what is written on the disk, by a descriptor of its own: the file may be closed.
+        The pieces that are there since."""
+        first, self._flushed = self._flushed, self._made
         with _writing(self.path):
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
-                os.fsync(descriptor)
+                flush(descriptor)
             finally:
                 os.close(descriptor)
-        self._flushed = mark
+        return self._pieces[first : self._flushed]
 
     @property
     def is_safe(self) -> bool:
         """Whether all of it is on the disk."""
-        return self._flushed == self.starts[-1]
-
-    @property
-    def safe_parts(self) -> int:
-        """How many parts, from the first one on, are on the disk."""
-        return bisect.bisect_right(self.starts, self._flushed) - 1
+        return self._flushed == len(self._pieces)
 
     def close(self) -> None:
         file, self._file = self._file, None
@@ -401,30 +394,27 @@ class _Targets:
         self._folder, self._journal = folder, journal
         self._open: list[_Target] = []
 
-    def open(self, file: OutputFile, first: int) -> _Target:
-        self._open.append(target := _Target(self._folder, file, first))
+    def open(self, file: OutputFile, todo: Sequence[Piece]) -> _Target:
+        self._open.append(target := _Target(self._folder, file, todo))
         return target
 
     def flush(self) -> None:
         """Flushes what is worth it, and tells the journal."""
         for target in list(self._open):
             if target.is_due():
-                target.flush()
-                self._record(target)
+                self._record(target.file, target.flush())
             if target.is_safe:
                 self._open.remove(target)
 
-    def _record(self, target: _Target) -> None:
-        parts = target.safe_parts
-        if self._journal is None or parts == target.recorded:
+    def _record(self, file: OutputFile, flushed: Sequence[Piece]) -> None:
+        if self._journal is None or not flushed:
             return
-        states = {
-            part.name: part.account.save()
-            for part in target.file.parts[target.recorded : parts]
-            if part.account is not None
-        }
-        self._journal.record(target.file.name, parts, states)
-        target.recorded = parts
+        states, stop = {}, len(file.header)
+        for part in file.parts:
+            start, stop = stop, stop + part.nbytes
+            if part.account is not None and start < flushed[-1].stop and flushed[0].start < stop:
+                states[part.name] = part.account.save()
+        self._journal.record(file.name, [(piece.start, piece.stop) for piece in flushed], states)
 
     def require_safe(self) -> None:
         assert not self._open, [target.path for target in self._open]

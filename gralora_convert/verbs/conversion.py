@@ -112,7 +112,7 @@ def convert(
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
     wanted = Wanted(to, k, r, hybrid_r, alpha, max_error)
     written_dtype(dtype, "F32")
-    require_device(device)
+    require_device(device, torch.float64)
     reading = Reading.of(key_map, fan_in_fan_out, trust_remote_code)
     source = Source.of(opened, base, device=device, reading=reading)
     if source.is_dora and r is None and max_error is None:

@@ -101,7 +101,7 @@ def extract(
             raise UnsupportedError(
                 f"is quantised ({method}); plain weights were needed", where=checkpoint.path
             )
-    require_device(device)
+    require_device(device, torch.float64)
     found = Differences(
         before, after, include, exclude, Reading.of(None, fan_in_fan_out, trust_remote_code)
     )

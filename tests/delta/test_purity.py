@@ -178,7 +178,7 @@ def checks(make: Maker) -> Iterator[Call]:
 OTHERS = {
     "EXACT", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora", "Loss",
     "Made", "Method", "Shape", "Start", "Survival", "Stack", "loss_json", "relative",
-    "Addend", "Verdict", "require_device", "require_divisible", "Wanted",
+    "Addend", "Verdict", "device_for", "require_device", "require_divisible", "Wanted",
 }  # fmt: skip
 CLOSED_OVER = {"explain", "tolerance", "admissible", "compare"}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from gralora_convert import system
 from gralora_convert.errors import ConvertError, MisuseError, OutputError, UnreadableError
 from gralora_convert.output import staging as module
 from gralora_convert.output.staging import Staging
@@ -56,7 +57,7 @@ NEW = {"config.json": "{}", "model.safetensors": "new", "sub/tokenizer.json": "x
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without a file system that swaps folders in one step."""
     if request.param == "two renames":
-        monkeypatch.setattr(module, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(system, "exchange", lambda one, other: False)
 
 
 def test_an_output_is_made_with_its_parents(tmp_path: Path) -> None:
@@ -85,10 +86,10 @@ def test_the_file_system_here_swaps_in_one_step(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "a/x").touch()
-    if not module._exchange(tmp_path / "a", tmp_path / "b"):
+    if not system.exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("no RENAME_EXCHANGE here")
     assert tree(tmp_path) == {"a": None, "b": None, "b/x": ""}
-    assert not module._exchange(tmp_path / "a", tmp_path / "missing")
+    assert not system.exchange(tmp_path / "a", tmp_path / "missing")
 
 
 class Stop(Exception):  # noqa: N818
@@ -136,7 +137,7 @@ def test_a_failing_publication_leaves_the_older_output(
 
     if failing == "rename":
         monkeypatch.setattr(Path, "rename", fail)
-        monkeypatch.setattr(module, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(system, "exchange", lambda one, other: False)
     else:
         monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OutputError, match=r"cannot be published.*what it was before"):
@@ -154,7 +155,7 @@ def test_the_second_of_two_renames_fails(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return rename(path, target)
 
-    monkeypatch.setattr(module, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(system, "exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OutputError, match="cannot be published"):
         make(tmp_path / "out", NEW, overwrite=True)
@@ -383,7 +384,7 @@ def test_many_runs_at_once_publish_whole_folders(tmp_path: Path) -> None:
     make(tmp_path / "out", {**MODEL, "model.safetensors": "0", "other": "0"})
     end, outcomes = time.monotonic() + 1.5, []
     (tmp_path / "a").mkdir()
-    can_exchange = module._exchange(tmp_path / "a", tmp_path / "a")
+    can_exchange = system.exchange(tmp_path / "a", tmp_path / "a")
     (tmp_path / "a").rmdir()
 
     def write(number: int) -> None:
@@ -424,7 +425,7 @@ def test_what_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
     make(tmp_path / "out", MODEL)
     monkeypatch.setattr(shutil, "rmtree", fail)
-    with pytest.raises(OutputError, match=r"is complete, but.*Delete .*\.partial"):
+    with pytest.raises(OutputError, match=r"is complete, but.*Delete .*\.(partial|replaced)"):
         make(tmp_path / "out", NEW, overwrite=True)
     with pytest.raises(UnreadableError) as caught:
         stopped()

@@ -42,7 +42,7 @@ from gralora_convert.disk import (
     read_rows,
     torch_dtype,
 )
-from gralora_convert.output import default_jobs
+from gralora_convert.system import usable_cpus
 
 TILE_ELEMENTS = 1 << 17  # half a MiB of float32: what is made of a tile stays in the cache
 # Rows of a wide matrix are looked at together where they fit: the lengths of the factors' columns,
@@ -179,7 +179,7 @@ class Comparison:
         worst, kept = 0.0, Survival()
         probe = _Probe(update, self.updates, self.before.shape[1]) if self.probe else None
         measure = partial(self._tile, update, probe)
-        with ThreadPoolExecutor(default_jobs()) as workers:
+        with ThreadPoolExecutor(usable_cpus()) as workers:
             for tile in workers.map(measure, self._tiles(update)):
                 worst, kept = max(worst, tile.worst), kept + tile.survival
                 if probe is not None and tile.outputs is not None:

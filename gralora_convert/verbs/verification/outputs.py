@@ -36,7 +36,6 @@ from gralora_convert.models import (
     Inputs,
     Loaded,
     Parts,
-    available_memory,
     first_that_runs,
     has_absurd_counts,
     holder_of,
@@ -48,6 +47,7 @@ from gralora_convert.models import (
     stored_dtype,
     tokenised,
 )
+from gralora_convert.system import available_memory
 
 _Change = tuple[Adapter, float, str]
 CHUNK_ELEMENTS = 1 << 20  # of a weight that are looked at together
@@ -414,7 +414,7 @@ class _Runner:
         step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
         for start in range(0, len(weight), step):
             span = (start, min(start + step, len(weight)))
-            before = weight[slice(*span)].double().cpu()
+            before = weight[slice(*span)].cpu().double()
             update, size = torch.zeros_like(before), before.abs()
             for factor, delta in held:
                 update += factor * rows(delta, *span, transposed=across)

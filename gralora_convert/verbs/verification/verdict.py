@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from gralora_convert.adapters import CONFIG_NAME, Adapter
 from gralora_convert.base import (
     Reading,
@@ -19,7 +21,7 @@ from gralora_convert.base import (
     place_in,
     scales_of,
 )
-from gralora_convert.delta import Survival, require_device
+from gralora_convert.delta import Survival, device_for
 from gralora_convert.disk import FLOATING, Checkpoint
 from gralora_convert.errors import MisuseError, is_number, printable
 from gralora_convert.output import one_arithmetic_thread
@@ -228,7 +230,7 @@ def verify(
         raise MisuseError(f"level {level!r} is none of {', '.join(LEVELS)}")
     if not is_number(slack) or slack <= 0:
         raise MisuseError(f"slack {slack!r} is not a positive, finite number")
-    require_device(device)
+    near = str(device_for(device, torch.float64))
     weighted, source, said = gathered(adapters, base, weights)
     opened, factors = [adapter for adapter, _ in weighted], [weight for _, weight in weighted]
     result = merged if isinstance(merged, Checkpoint) else Checkpoint.open(merged)
@@ -241,7 +243,7 @@ def verify(
     recipe = combine(placements, factors, plain=_made_plain(source, result))
     with one_arithmetic_thread():
         found = tuple(audited(
-            recipe, result, probe=level != "weights", device=device,
+            recipe, result, probe=level != "weights", device=near,
             progress=progress or (lambda count: None),
         ))  # fmt: skip
     rows = tuple(row for row in found if row.worst or not row.kept)

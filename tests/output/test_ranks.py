@@ -1,0 +1,438 @@
+"""Several processes under a launcher: the bytes of one, whoever is killed, and never a hang.
+
+`RANKS=10 pytest tests/output/test_ranks.py` kills at more moments; with `NAMESPACES=1` (root, and
+`ip`) the ranks also run on two hosts, which are network namespaces.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from benchmarks import inputs as inputs_of_benchmarks
+from benchmarks.planning import make_hollow
+from gralora_convert.adapters.config import GraloraConfig
+from gralora_convert.adapters.keys import key_of
+from gralora_convert.errors import MisuseError
+from gralora_convert.output import ranks as ranks_module
+from gralora_convert.output.journal import Done
+from gralora_convert.output.ranks import Ranks
+from gralora_convert.verbs.merging import merge
+from tests.command import run, run_ok
+from tests.faults import tree
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def launched(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun puts into the environment."""
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {**os.environ, **here, "RANK": str(rank), "WORLD_SIZE": str(size)}
+
+
+def start(
+    arguments: list[str], rank: int, size: int, port: int, *program: str
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *(program or ("-m", "gralora_convert")), *arguments],
+        env=launched(rank, size, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_write_the_bytes_of_one_process(
+    size: int, inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    arguments = [*inputs, "-o", str(tmp_path / "far/out"), "--json"]
+    port = free_port()
+    processes = [start(arguments, rank, size, port) for rank in reversed(range(size))]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * size, said
+    assert [out for out, _ in said[:-1]] == [""] * (size - 1)  # rank 0 alone speaks
+    assert json.loads(said[-1][0])["command"] == "merge"
+    assert [err for _, err in said[:-1]] == [""] * (size - 1)
+    assert tree(tmp_path / "far/out") == whole
+    assert [path.name for path in (tmp_path / "far").iterdir()] == ["out"]
+
+
+# Tiles of a few rows, each flushed and slow, so that much can happen between any two.
+SMALL = """
+import os, sys, time
+from pathlib import Path
+from gralora_convert.cli.entry import run
+from gralora_convert.output import tiles, writing
+folder, seconds = Path(sys.argv.pop(1)), float(sys.argv.pop(1))
+tiles.TILE_BYTES, writing.COPY_CHUNK, writing.FLUSH_BYTES = 512, 300, 1
+produce = tiles.MergedTensor.produce
+def slow(*arguments):
+    time.sleep(seconds)
+    return produce(*arguments)
+tiles.MergedTensor.produce = slow
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        (folder / str(os.getpid())).touch()
+    run()
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    """A program that merges in many small steps, and where it says who runs."""
+    (tmp_path / "small.py").write_text(SMALL)
+    (tmp_path / "running").mkdir()
+    return [str(tmp_path / "small.py"), str(tmp_path / "running")]
+
+
+@pytest.fixture
+def single(
+    small: list[str], inputs: list[str], tmp_path: Path
+) -> tuple[list[str], dict[str, bytes | None]]:
+    """A merge into one file, as arguments, and what one process writes."""
+    arguments = inputs[: inputs.index("--shard-size")]
+    alone = [sys.executable, *small, "0", *arguments, "-o", str(tmp_path / "single")]
+    subprocess.run(alone, check=True, capture_output=True)
+    return arguments, tree(tmp_path / "single")
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_ranks_share_one_file(
+    size: int, small: list[str], single: tuple[list[str], dict[str, bytes | None]], tmp_path: Path
+) -> None:
+    arguments, port = [*small, "0", *single[0], "-o", str(tmp_path / "out")], free_port()
+    processes = [start(arguments[1:], rank, size, port, arguments[0]) for rank in range(size)]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * size, said
+    assert tree(tmp_path / "out") == single[1]
+
+
+def test_eight_ranks_share_one_file_evenly(tmp_path: Path) -> None:
+    """A Llama of 1.1 B parameters in one file, whose data are holes, with all linear layers
+    adapted: the shares of 8 ranks, by the time that they take."""
+    names, modules = inputs_of_benchmarks.tensors_of(22), inputs_of_benchmarks.llama_modules(22)
+    base: list[tuple[str, str, tuple[int, ...], int]]
+    base = [(name, "BF16", shape, 2 * math.prod(shape)) for name, shape in names.items()]
+    (tmp_path / "base").mkdir()
+    make_hollow(tmp_path / "base/model.safetensors", base)
+    factors: list[tuple[str, str, tuple[int, ...], int]] = []
+    for module, (rows, columns) in modules.items():
+        a, b = (4, columns // 4, 64), (4, 64, rows // 4)
+        factors.append((key_of(module, "A"), "F32", a, 4 * math.prod(a)))
+        factors.append((key_of(module, "B"), "F32", b, 4 * math.prod(b)))
+    targets = sorted({module.rpartition(".")[2] for module in modules})
+    GraloraConfig(r=64, gralora_k=4, target_modules=targets).save_pretrained(tmp_path / "adapter")
+    make_hollow(tmp_path / "adapter/adapter_model.safetensors", factors)
+    plan = merge(tmp_path / "adapter", base=tmp_path / "base", fan_in_fan_out={"*": False})
+    assert len(plan.files) == 1
+    shares = [
+        [piece for _, pieces in plan.share(Done(), Ranks(rank, 8)) for piece in pieces]
+        for rank in range(8)
+    ]
+    costs = [sum(piece.cost for piece in share) for share in shares]
+    assert max(costs) < 1.05 * sum(costs) / 8, costs
+    assert min(costs) > 0.95 * sum(costs) / 8, costs
+    places = [(piece.start, piece.stop) for share in shares for piece in share]
+    assert places[0][0] == len(plan.files[0].header)
+    assert places[-1][1] == plan.files[0].nbytes
+    assert all(one[1] == next_[0] for one, next_ in pairwise(places))
+
+
+def torchrun(size: int, *options: str) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size),
+        "--monitor-interval", "0.1", "--master-port", str(free_port()), *options,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("moment", range(int(os.environ.get("RANKS", "1"))))
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_a_worker_killed_at_a_random_moment(
+    restarts: int, moment: int, small: list[str], tmp_path: Path,
+    single: tuple[list[str], dict[str, bytes | None]],
+) -> None:  # fmt: skip
+    """Nothing is published, or it is healed; and nobody waits for the dead."""
+    random = Random(moment)
+    process = subprocess.Popen(
+        [*torchrun(4, "--max-restarts", str(restarts)), *small, "0.3", *single[0], "--resume",
+         "-o", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while len(found := sorted((tmp_path / "running").iterdir())) < 4:
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 8))
+    with contextlib.suppress(ProcessLookupError):  # it was done before
+        os.kill(int(random.choice(found).name), signal.SIGKILL)
+    _, err = process.communicate(timeout=100)
+    if (tmp_path / "out").exists():
+        assert tree(tmp_path / "out") == single[1]
+    assert (tmp_path / "out").exists() or not restarts, err
+    assert (process.returncode == 0) == (tmp_path / "out").exists(), err
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces that see each other and nothing else."""
+    names = [f"gralora-{os.getpid()}-{number}" for number in (1, 2)]
+    ip = partial(subprocess.run, check=True, capture_output=True)
+    try:
+        for name in names:
+            ip(["ip", "netns", "add", name])
+        ip(["ip", "-n", names[0], "link", "add", "one", "type", "veth", "peer", "one",
+            "netns", names[1]])  # fmt: skip
+        for number, name in enumerate(names, 1):
+            for command in (f"addr add 10.213.0.{number}/24 dev one", "link set one up",
+                            "link set lo up"):  # fmt: skip
+                ip(["ip", "-n", name, *command.split()])
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.mark.skipif("NAMESPACES" not in os.environ, reason="by hand: needs root")
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_ranks_on_two_hosts(
+    is_killed: bool, hosts: list[str], small: list[str], tmp_path: Path,
+    single: tuple[list[str], dict[str, bytes | None]],
+) -> None:  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.213.0.1:29500", "--rdzv-id", "1",
+                "--max-restarts", "3", "--monitor-interval", "0.1"]  # fmt: skip
+    processes = []
+    for number, host in enumerate(hosts, 1):
+        processes.append(subprocess.Popen(
+            ["ip", "netns", "exec", host, sys.executable, *launcher, "--local-addr",
+             f"10.213.0.{number}", "--rdzv-conf", f"is_host={2 - number}", *small, "0.3",
+             *single[0], "--resume", "-o", tmp_path / "out"],
+            env={**os.environ, "GLOO_SOCKET_IFNAME": "one"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ))  # fmt: skip
+    while is_killed and len(list(tmp_path.glob(".out.partial/.progress-*"))) < 4:
+        time.sleep(0.05)
+    if is_killed:  # one of the four that write
+        os.kill(max(int(path.name) for path in (tmp_path / "running").iterdir()), signal.SIGKILL)
+    said = [process.communicate(timeout=170) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert tree(tmp_path / "out") == single[1]
+
+
+def test_torchrun_starts_them(
+    inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    outcome = subprocess.run(
+        [*torchrun(2), "-m", "gralora_convert", *inputs, "-o", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.count("merged") == 1
+    assert tree(tmp_path / "out") == whole
+
+
+def test_processes_of_mpirun_meet_at_a_file(
+    inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    arguments = [*inputs, "-o", str(tmp_path / "far/out")]
+    processes = []
+    for rank in range(2):
+        launcher = {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2"}
+        processes.append(subprocess.Popen(
+            [sys.executable, "-m", "gralora_convert", *arguments],
+            env={**os.environ, **launcher, "PMIX_NAMESPACE": "prterun-host-4711@1"},
+        ))  # fmt: skip
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert tree(tmp_path / "far/out") == whole
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_where_nothing_says_where_to_meet_it_is_refused(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    outcome = run(*inputs, "-o", tmp_path / "out")
+    assert outcome.status == 2
+    assert "nothing says where they meet" in outcome.stderr
+    assert not (tmp_path / "out").exists()
+
+
+DYING = """
+import os, signal, sys, time
+from gralora_convert.cli.entry import run
+from gralora_convert.output import plan
+write_files, attempt = plan.write_files, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+lost, when = sys.argv[1:3]
+def dying(*arguments, **options):
+    if os.environ["RANK"] == lost and attempt == "0":
+        if when == "late":
+            write_files(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write_files(*arguments, **options)
+plan.write_files = dying
+sys.argv[1:] = sys.argv[3:]
+run()
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_rank_leaves_nothing_published_and_is_made_up_for(
+    lost: int, when: str, inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    arguments, port = [*inputs, "-o", str(tmp_path / "out")], free_port()
+    program = ("-c", DYING, str(lost), when)
+    processes = [start(arguments, rank, 2, port, *program) for rank in range(2)]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert processes[lost].returncode == -signal.SIGKILL
+    assert processes[1 - lost].returncode == 2, said
+    out, err = said[1 - lost]
+    assert out == ""
+    assert "another rank is lost" in err
+    assert "--resume" in err
+    assert err.count("\n") <= 2
+    assert not (tmp_path / "out").exists()
+    outcome = run_ok(*arguments, "--resume")  # alone, this time
+    assert tree(tmp_path / "out") == whole
+    assert "merged" in outcome.stdout
+
+
+def test_torchrun_heals_a_killed_worker(
+    inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    (tmp_path / "dying.py").write_text(DYING)
+    outcome = subprocess.run(
+        [*torchrun(2, "--max-restarts", "3"), str(tmp_path / "dying.py"), "1", "late", *inputs,
+         "--resume", "-o", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    assert tree(tmp_path / "out") == whole
+
+
+def test_a_rank_that_refuses_is_heard(inputs: list[str], tmp_path: Path) -> None:
+    arguments = [*inputs, "-o", str(tmp_path / "out")]
+    other = [*arguments, "--weight", "2"]
+    port = free_port()
+    processes = [start(arguments, 0, 2, port), start(other, 1, 2, port)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "rank 1 would write something else than rank 0" in said[0]
+    assert "Traceback" not in "".join(said)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("rank", "who"), [(0, "rank 1 of 2 did not come"), (1, "cannot meet")])
+def test_a_rank_alone_gives_up(
+    rank: int, who: str, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks_module, "JOIN_SECONDS", 0.2)
+    monkeypatch.setattr(ranks_module, "HEARD_SECONDS", 0.2)
+    for name, value in launched(rank, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    outcome = run(*inputs, "-o", tmp_path / "out")
+    assert outcome.status == 2
+    assert who in outcome.stderr
+    assert "RANK and WORLD_SIZE" in outcome.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_one_process_starts_nothing(inputs: list[str], tmp_path: Path) -> None:
+    program = (
+        "import sys; from gralora_convert.output.plan import Plan; write = Plan.write\n"
+        "def watched(*arguments, **options):\n"
+        "    receipt = write(*arguments, **options)\n"
+        "    import torch; assert not torch.distributed.is_initialized()\n"
+        "    return receipt\n"
+        "Plan.write = watched\n"
+        "from gralora_convert.cli.entry import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, *inputs, "-o", str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Ranks()),
+        ({"RANK": "2", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, Ranks(2, 8, 4)),
+        ({"RANK": "0"}, Ranks()),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}, Ranks(3, 4)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Ranks()),  # a batch script, outside of srun
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
+          "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, Ranks(1, 2, 2)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Ranks(1, 2)),
+    ],
+)  # fmt: skip
+def test_launchers(environment: dict[str, str], expected: Ranks) -> None:
+    assert Ranks.from_environment(environment) == expected
+
+
+@pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("2", "2"), ("-1", "2"), ("0", "")])
+def test_numbers_of_a_launcher_that_are_none(rank: str, size: str) -> None:
+    with pytest.raises(MisuseError, match="Unset"):
+        Ranks.from_environment({"RANK": rank, "WORLD_SIZE": size})
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 30])
+def test_every_place_has_one_rank_and_shares_are_even(size: int) -> None:
+    shares = [sum(Ranks(rank, size).has(place, 20) for place in range(20)) for rank in range(size)]
+    assert sum(shares) == 20
+    assert max(shares) - min(shares) <= 1
+
+
+def test_an_output_that_exists_is_refused_by_every_rank_at_once(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_text("x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        assert "exists and is not empty" in run(*inputs, "-o", tmp_path / "out").stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+FAILING = """
+import sys
+from gralora_convert.errors import OutputError
+from gralora_convert.cli.entry import run
+from gralora_convert.output.staging import Staging
+def refuse(self, *arguments):
+    raise {failure}
+Staging._require_space = refuse
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "heard"),
+    [
+        ('OutputError("no space")', 2, "rank 0 failed: no space"),
+        ("KeyboardInterrupt", 130, "rank 0 failed: it was interrupted"),
+    ],
+)
+def test_a_failure_of_rank_0_is_heard(
+    failure: str, status: int, heard: str, inputs: list[str], tmp_path: Path
+) -> None:
+    arguments, port = [*inputs, "-o", str(tmp_path / "out")], free_port()
+    program = ("-c", FAILING.replace("{failure}", failure))
+    processes = [start(arguments, rank, 2, port, *program) for rank in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [status, 2], said
+    assert heard in said[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
