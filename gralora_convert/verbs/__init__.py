@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from gralora_convert.verbs.extraction import extract
     from gralora_convert.verbs.inspection import Inspection, inspect
     from gralora_convert.verbs.merging import merge
-    from gralora_convert.verbs.serving import SERVED_RANKS, served_rank
+    from gralora_convert.verbs.serving import ENGINES, SERVED_RANKS, served_rank
     from gralora_convert.verbs.spectra import Anatomy, Part, dissect
     from gralora_convert.verbs.validation import validate
     from gralora_convert.verbs.verification.verdict import Equivalence, verify
 
 __all__ = [
-    "SERVED_RANKS", "Anatomy", "Equivalence", "Inspection", "Part", "convert", "dissect", "extract",
-    "inspect", "merge", "served_rank", "validate", "verify",
+    "ENGINES", "SERVED_RANKS", "Anatomy", "Equivalence", "Inspection", "Part", "convert",
+    "dissect", "extract", "inspect", "merge", "served_rank", "validate", "verify",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
@@ -24,7 +24,7 @@ __getattr__ = opened(__name__, {
     "extraction": "extract",
     "inspection": "Inspection inspect",
     "merging": "merge",
-    "serving": "SERVED_RANKS served_rank",
+    "serving": "ENGINES SERVED_RANKS served_rank",
     "spectra": "Anatomy Part dissect",
     "validation": "validate",
     "verification.verdict": "Equivalence verify",

@@ -72,7 +72,7 @@ from gralora_convert.output import (
     copied,
     one_arithmetic_thread,
 )
-from gralora_convert.verbs.serving import refusals, serving_notes
+from gralora_convert.verbs.serving import Exported, refusals, serving_notes
 from gralora_convert.verbs.updates import Source
 from gralora_convert.version import __version__
 
@@ -212,7 +212,7 @@ class _Conversion:
         adapter = self.adapter
         notes = [*self.notes, *_left_out(adapter.ignored), *map(str, chain_findings(adapter))]
         if self.shape.kind == "lora":
-            notes += serving_notes(self.shape.r, extras=self.has_extras)
+            notes += serving_notes(self._exported())
         workshop = Workshop()
         parts = [part for module in adapter.modules for part in self._parts(workshop, module)]
         parts += self._carried()
@@ -370,13 +370,14 @@ class _Conversion:
             return {}
         return {"base": {"source": base.source, "headers_sha256": base.digest()}}
 
-    @property
-    def has_extras(self) -> bool:
-        """Whether the result has biases or saved modules beside its factors."""
-        return bool(self.adapter.biases or self.adapter.saved or self.source.has_bias)
+    def _exported(self) -> Exported:
+        """The result, a LoRA, as engines look at it."""
+        config, adapter = self._config(), self.adapter
+        assert isinstance(config, LoraConfig)
+        values = [*adapter.values, *([f"{adapter.modules[0]}.bias"] * self.source.has_bias)]
+        return Exported(config, adapter.modules, values, self.source.base or at_hand(adapter))
 
     def _receipt(self, notes: Sequence[str]) -> dict[str, object]:
-        rank, modules = self.shape.r, self.adapter.modules
         is_lora = self.shape.kind == "lora"
         return {
             "tool": "gralora-convert",
@@ -394,7 +395,8 @@ class _Conversion:
             "dtype": self.dtype,
             **self.shape.as_json(),
             **loss_json(self.lost),
-            "serving": refusals(rank, modules, extras=self.has_extras) if is_lora else None,
+            "serving": refusals(self._exported()) if is_lora else None,
+            "base_dtype": self._exported().dtype if is_lora else None,
         }
 
 
@@ -405,16 +407,21 @@ def _completeness(adapter: Adapter, reading: Reading) -> list[str]:
         InvalidAdapterError: the base that it names is at hand, it fits there, and says that
             tensors are missing.
     """
-    try:
-        base = model_at_hand(model_below(adapter))
-    except (UnreadableError, UnsupportedError):
-        base = None  # it was not asked for
+    base = at_hand(adapter)
     if base is None:
         return [str(finding) for finding in suspicions(adapter)]
     _, report = place(adapter, base, reading)
     if all(finding.code in INCOMPLETE for finding in report.errors):
         report.require_ok(adapter.path)
     return []
+
+
+def at_hand(adapter: Adapter) -> Checkpoint | None:
+    """The base that an adapter names, if it is here and can be read; it was not asked for."""
+    try:
+        return model_at_hand(model_below(adapter))
+    except (UnreadableError, UnsupportedError):
+        return None
 
 
 def _left_out(ignored: Mapping[str, str]) -> list[str]:

@@ -47,7 +47,7 @@ from gralora_convert.output import (
     one_arithmetic_thread,
 )
 from gralora_convert.verbs.differences import Differences, Module
-from gralora_convert.verbs.serving import refusals, serving_notes
+from gralora_convert.verbs.serving import Exported, refusals, serving_notes
 from gralora_convert.version import __version__
 
 DEFAULT_RANK = 32
@@ -168,8 +168,7 @@ class _Extraction:
             parts.append(copied(key, spec))
         parts += [copied(key_of(p, "parameter"), s) for p, s in self.found.saved.items()]
         if self.shape.kind == "lora":
-            extras = bool(self.found.biases or self.found.saved)
-            self.found.notes += serving_notes(self.shape.r, extras=extras)
+            self.found.notes += serving_notes(self._exported())
         return Plan(
             command="extract",
             files=(OutputFile("adapter_model.safetensors", tuple(parts)),),
@@ -206,6 +205,13 @@ class _Extraction:
         if rounding2 is not None:
             self.floor[module.name] = (rounding2, fit.norm2)
         return made
+
+    def _exported(self) -> Exported:
+        """The result, a LoRA, as engines look at it."""
+        config, found = self._config(), self.found
+        assert isinstance(config, LoraConfig)
+        values = [*(f"{name}.bias" for name in found.biases), *found.saved]
+        return Exported(config, [m.name for m in found.modules], values, self.before)
 
     def _config(self) -> GraloraConfig | LoraConfig:
         shape = self.shape
@@ -245,9 +251,8 @@ class _Extraction:
         if self.lost_by_lora:
             receipt["lora_error"] = relative(self.lost_by_lora)
         if self.shape.kind == "lora":
-            extras = bool(self.found.biases or self.found.saved)
-            names = [module.name for module in self.found.modules]
-            receipt["serving"] = refusals(self.shape.r, names, extras=extras)
+            receipt["serving"] = refusals(self._exported())
+            receipt["base_dtype"] = self._exported().dtype
         if self.floor:
             receipt["rounding_floor"] = relative(self.floor)
         return receipt
