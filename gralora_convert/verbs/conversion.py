@@ -7,7 +7,7 @@ approximate Hybrid is asked for, or the source is a DoRA.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -72,7 +72,15 @@ from gralora_convert.output import (
     copied,
     one_arithmetic_thread,
 )
-from gralora_convert.verbs.serving import Exported, refusals, serving_notes
+from gralora_convert.verbs.serving import (
+    ENGINES,
+    Exported,
+    largest_rank,
+    refusals,
+    require_engine,
+    serving_notes,
+)
+from gralora_convert.verbs.tailoring import tailored
 from gralora_convert.verbs.updates import Source
 from gralora_convert.version import __version__
 
@@ -88,6 +96,7 @@ def convert(
     alpha: float | None = None,
     max_error: float | None = None,
     allow_inexact: bool = False,
+    server: str | None = None,
     dtype: str = "keep",
     device: str = "cpu",
     verify: bool = True,
@@ -109,6 +118,8 @@ def convert(
         max_error: instead of `r`, the smallest rank whose relative Frobenius error over all
             modules stays below.
         allow_inexact: approximate optimally where the shape cannot hold the update.
+        server: make a LoRA as vllm, sglang, llama.cpp or peft reads it, or refuse what it does not
+            serve (`verbs/serving.py`).
         device: where it is computed.
         key_map, fan_in_fan_out: as in `merge`.
         verify: compare the outputs of source and result (as stored) on probe inputs.
@@ -124,6 +135,10 @@ def convert(
     >>> convert("fixtures/peft-0.21.2/llama-hybrid", to="lora").files[0].parts[0].shape
     (11, 24)
     """
+    if server is not None:
+        require_engine(server)
+        if to != "lora":
+            raise MisuseError(f'`server={server!r}` goes with `to="lora"`, not {to!r}')
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
     require_sensible(to, k, r, hybrid_r, alpha, max_error)
     written_dtype(dtype, "F32")
@@ -140,9 +155,12 @@ def convert(
         shape = _shape(source, to, k, r, hybrid_r, alpha, max_error)
         notes = [] if source.base else _completeness(opened, reading)
         conversion = _Conversion(source, shape, dtype, verify, tuple(notes))
+        if server is not None and r is None and max_error is None:
+            conversion = conversion.within(server)
         if not allow_inexact and max_error is None:
             conversion.require_exact()
-    return conversion.plan()
+    plan = conversion.plan()
+    return plan if server is None else tailored(plan, server, conversion.exported())
 
 
 def _shape(
@@ -212,7 +230,7 @@ class _Conversion:
         adapter = self.adapter
         notes = [*self.notes, *_left_out(adapter.ignored), *map(str, chain_findings(adapter))]
         if self.shape.kind == "lora":
-            notes += serving_notes(self._exported())
+            notes += serving_notes(self.exported())
         workshop = Workshop()
         parts = [part for module in adapter.modules for part in self._parts(workshop, module)]
         parts += self._carried()
@@ -244,15 +262,38 @@ class _Conversion:
         if error <= EXACT:
             return
         needed = self._exact_from(short)
+        whole = max(self._needed(module) or 0 for module in short)
+        more = f" (to {EXACT:g}; {whole} hold any such factors)" if whole > needed else ""
         raise InexactError(
             f"r={self.shape.r} cannot hold the update exactly: the relative error would be "
-            f"{error:.3g}; exact from r={needed}",
+            f"{error:.3g}; exact from r={needed}{more}",
             where=self.adapter.path,
             hint=f"Give `r={needed}` or leave it out, or accept the error with "
             "`allow_inexact=True`.",
             exact_rank=needed,
             error=error,
         )
+
+    def within(self, server: str) -> "_Conversion":
+        """This, at the largest rank that an engine takes if that loses nothing.
+
+        Raises:
+            InexactError: it would.
+        """
+        largest = largest_rank(server)
+        if largest is None or self.shape.r <= largest:
+            return self
+        smaller = replace(self, shape=shape_of("lora", 1, largest, 0, None, self.shape.scaling))
+        try:
+            smaller.require_exact()
+        except InexactError as problem:
+            raise InexactError(
+                f"{ENGINES[server].title} takes ranks up to {largest}: {problem.message}",
+                where=problem.where,
+                hint=f"Accept the error with `r={largest}` and `allow_inexact=True`, or merge.",
+                exact_rank=problem.exact_rank, error=problem.error,
+            ) from None  # fmt: skip
+        return smaller
 
     def _exact_from(self, short: Sequence[str]) -> int:
         """The smallest r at which nothing is lost: the numerical rank of the blocks."""
@@ -370,7 +411,7 @@ class _Conversion:
             return {}
         return {"base": {"source": base.source, "headers_sha256": base.digest()}}
 
-    def _exported(self) -> Exported:
+    def exported(self) -> Exported:
         """The result, a LoRA, as engines look at it."""
         config, adapter = self._config(), self.adapter
         assert isinstance(config, LoraConfig)
@@ -395,8 +436,8 @@ class _Conversion:
             "dtype": self.dtype,
             **self.shape.as_json(),
             **loss_json(self.lost),
-            "serving": refusals(self._exported()) if is_lora else None,
-            "base_dtype": self._exported().dtype if is_lora else None,
+            "serving": refusals(self.exported()) if is_lora else None,
+            "base_dtype": self.exported().dtype if is_lora else None,
         }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from gralora_convert.adapters import LoraConfig
 from gralora_convert.disk import Checkpoint
+from gralora_convert.errors import MisuseError
 
 # vLLM's choices of max_lora_rank
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -17,6 +18,7 @@ LORAX_RANK = 128  # of its kernels
 GPT2 = frozenset({"c_attn", "c_fc", "c_proj"})
 HEADS = frozenset({"lm_head", "embed_out"})
 MERGE = "merge it"
+TRANSPOSED_FOR = "transposed_for"  # a field of adapter_config.json, which no other reader knows
 # what vLLM has a class of its own for, without LoRA
 _VLLM_WITHOUT = frozenset(
     "BertForMaskedLM BertForSequenceClassification BertForTokenClassification BloomForCausalLM "
@@ -71,18 +73,21 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 @dataclass(frozen=True, slots=True)
 class Exported:
     """What of a LoRA engines ask about: config, adapted modules, names of biases and saved
-    parameters, and the base where it is known. `transposed`: Conv1D layers have their factors as
-    llama.cpp reads them."""
+    parameters, and the base where it is known."""
 
     config: LoraConfig
     modules: Collection[str]
     values: Collection[str] = ()
     base: Checkpoint | None = None
-    transposed: bool = False
+
+    @property
+    def transposed(self) -> bool:
+        """Whether Conv1D layers have their factors as llama.cpp reads them."""
+        return TRANSPOSED_FOR in self.config.extra
 
     @property
     def leaves(self) -> set[str]:
-        return {_leaf(module) for module in self.modules}
+        return {leaf(module) for module in self.modules}
 
     @property
     def rank(self) -> int:
@@ -109,8 +114,14 @@ class Exported:
         tensors = {} if self.base is None else self.base.tensors
         return [
             module for module in self.modules
-            if tensors and _leaf(module) in HEADS and f"{module}.weight" not in tensors
+            if tensors and leaf(module) in HEADS and f"{module}.weight" not in tensors
         ]  # fmt: skip
+
+
+def require_engine(server: str) -> None:
+    """Raises `MisuseError` unless it is one of `ENGINES`."""
+    if server not in ENGINES:
+        raise MisuseError(f"server {server!r} is none of {', '.join(ENGINES)}")
 
 
 def served_rank(r: int) -> int | None:
@@ -122,6 +133,11 @@ def served_rank(r: int) -> int | None:
     return next((rank for rank in SERVED_RANKS if rank >= r), None)
 
 
+def largest_rank(server: str) -> int | None:
+    """The largest rank that an engine takes; None where it has no limit."""
+    return SERVED_RANKS[-1] if server == "vllm" else None
+
+
 def refusals(lora: Exported) -> dict[str, str]:
     """Why each engine does not serve a LoRA, and what can be done; "" where it does.
 
@@ -129,7 +145,12 @@ def refusals(lora: Exported) -> dict[str, str]:
     >>> refusals(lora)["sglang"]
     'needs v_proj where q_proj is adapted (`server="sglang"` adds zeros)'
     """
-    return {name: next(rule(lora), "") for name, rule in _RULES.items()}
+    return {name: next(rule(lora), "") for name, rule in _RULES.items() if name != "peft"}
+
+
+def reasons(server: str, lora: Exported) -> list[str]:
+    """All that keeps one engine from serving a LoRA, each with what can be done."""
+    return list(dict.fromkeys(_RULES[server](lora)))
 
 
 def missing_siblings(modules: Collection[str]) -> list[tuple[str, str]]:
@@ -170,7 +191,7 @@ def serving_notes(lora: Exported) -> list[str]:
 
 def _beyond(lora: Exported) -> Iterator[str]:
     """What stops all servers."""
-    if features := lora.config.unsupported_features():
+    if features := [f for f in lora.config.unsupported_features() if f != TRANSPOSED_FOR]:
         yield f"does not load {', '.join(features)}: {MERGE}"
     if lora.config.bias != "none" or any(name.endswith(".bias") for name in lora.values):
         yield f"does not load biases: {MERGE}"
@@ -203,7 +224,7 @@ def _sglang(lora: Exported) -> Iterator[str]:
         yield f"does not load saved modules: {MERGE}"
     if unknown := sorted(lora.leaves - _SGLANG_LAYERS):
         yield f"has no LoRA for layers of these names ({', '.join(unknown)}): {MERGE}"
-    if any(_leaf(m) not in HEADS | {"embed_tokens"} and not _NUMBERED(m) for m in lora.modules):
+    if any(leaf(m) not in HEADS | {"embed_tokens"} and not _NUMBERED(m) for m in lora.modules):
         yield f"leaves out layers that are not below layers.N: {MERGE}"
     config = lora.config
     if config.use_rslora or config.rank_pattern or config.alpha_pattern:
@@ -212,7 +233,7 @@ def _sglang(lora: Exported) -> Iterator[str]:
         yield 'takes no pattern as target_modules (`server="sglang"` lists them)'
     for sibling, held in missing_siblings(lora.modules):
         yield (
-            f'needs {_leaf(sibling)} where {_leaf(held)} is adapted (`server="sglang"` adds zeros)'
+            f'needs {leaf(sibling)} where {leaf(held)} is adapted (`server="sglang"` adds zeros)'
         )
 
 
@@ -241,7 +262,7 @@ def _llama_cpp(lora: Exported) -> Iterator[str]:
 
 def _peft(lora: Exported) -> Iterator[str]:
     if lora.transposed:
-        yield "reads the factors of Conv1D layers in the other order"
+        yield "reads the factors of Conv1D layers in the other order than llama.cpp"
 
 
 _RULES: Mapping[str, Callable[[Exported], Iterator[str]]] = {
@@ -258,5 +279,6 @@ def _stacks(modules: Collection[str]) -> dict[str, dict[str, set[str]]]:
     return found
 
 
-def _leaf(module: str) -> str:
+def leaf(module: str) -> str:
+    """The last word of a module's name."""
     return module.rpartition(".")[2]
