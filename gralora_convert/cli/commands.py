@@ -22,6 +22,7 @@ from gralora_convert.cli.options import (
     plot_option,
     progress_option,
     reading_options,
+    server_option,
     shape_options,
     some_base_option,
     weight_option,
@@ -118,6 +119,7 @@ def _plot_adapter(
 )
 @click.argument("adapters", type=PATH, metavar="ADAPTER...", nargs=-1, required=True)
 @base_option
+@server_option("Does this engine serve it as it is?  [default: not asked]")
 @click.option("--format", "style", type=Choice(["text", "json", "github"]), default="text",
               show_default=True, help="github prints workflow annotations.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.  [default: off]")
@@ -126,6 +128,7 @@ def _plot_adapter(
 def validate(
     adapters: Sequence[str],
     base: str | None,
+    server: str | None,
     style: str,
     as_json: bool,
     said: Said,
@@ -142,7 +145,10 @@ def validate(
     from gralora_convert.verbs import validate
 
     arguments = said.as_arguments()
-    reports = {adapter: validate(adapter, base, **arguments) for adapter in folders(adapters)}
+    reports = {
+        adapter: validate(adapter, base, server=server, **arguments)
+        for adapter in folders(adapters)
+    }
     show_reports(reports, "json" if as_json else style)
     return max(map(status_of, reports.values()))
 
@@ -215,13 +221,14 @@ def merge(
 @commands.command(
     epilog=examples(
         "gralora-convert convert ./lora --to gralora --k 2 -o ./gralora",
-        "gralora-convert convert ./gralora --to lora -o ./servable",
+        "gralora-convert convert ./gralora --to lora --for vllm -o ./servable",
     )
 )
 @click.argument("adapter", type=PATH)
 @shape_options
 @click.option("--allow-inexact", is_flag=True,
               help="Approximate optimally, print the error.  [default: off]")  # fmt: skip
+@server_option("Make the LoRA as this engine reads it, or refuse.  [default: as PEFT does]")
 @some_base_option(
     "The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  [default: none]"
 )
@@ -231,6 +238,7 @@ def convert(
     adapter: str,
     wanted: Wanted,
     allow_inexact: bool,
+    server: str | None,
     base: str | None,
     run: Run,
     said: Said,
@@ -244,6 +252,7 @@ def convert(
         **wanted,
         base=base,
         allow_inexact=allow_inexact,
+        server=server,
         dtype=run.dtype,
         device=run.device,
         verify=run.verify,

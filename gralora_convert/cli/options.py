@@ -67,7 +67,13 @@ def some_base_option(meaning: str) -> Callable[[Callable[P, T]], Callable[P, T]]
     return click.option("--base", type=PATH, metavar="MODEL", help=meaning)
 
 
+def server_option(meaning: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """`--for`, an engine that serves LoRAs."""
+    return click.option("--for", "server", type=Choice(SERVERS), help=meaning)
+
+
 EXIT_UNTOLD = 2  # as for an output that cannot be told of for any other reason
+SERVERS = ("vllm", "sglang", "llama.cpp", "peft")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 PATH = click.Path()  # no check here: it may be a Hub id; a shell completes names of files
 json_option = click.option(

@@ -14,6 +14,7 @@ from gralora_convert.cli.terminal import Line
 from gralora_convert.disk import cached, is_there
 from gralora_convert.errors import printable
 from gralora_convert.verbs import (
+    ENGINES,
     SERVED_RANKS,
     AdapterFacts,
     CheckpointFacts,
@@ -26,6 +27,24 @@ if TYPE_CHECKING:
 
 Json = Mapping[str, object]
 LONGEST = 40  # lines of one list on a page
+# how each engine is started, at the versions of `ENGINES`
+_START: Mapping[str, Sequence[str]] = {
+    "vllm": (
+        "vllm serve MODEL --dtype {dtype} --enable-lora --max-lora-rank {served} --max-loras 1 "
+        "--lora-modules NAME={output}",
+    ),
+    "sglang": (
+        "sglang serve --model-path MODEL --dtype {dtype} --enable-lora --max-lora-rank {rank} "
+        "--lora-paths NAME={output}",
+    ),
+    "llama.cpp": (
+        "python convert_hf_to_gguf.py MODEL --outtype {outtype} --outfile MODEL.gguf",
+        "python convert_lora_to_gguf.py {output} --base MODEL --outtype f32 "
+        "--outfile {output}.gguf",
+        "llama-server --model MODEL.gguf --lora {output}.gguf",
+    ),
+}
+_OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 EXACT = 1e-6  # as in delta/resizing.py: relative errors below it are those of float32 factors
 
 
@@ -303,26 +322,40 @@ def adapter_summary(receipt: Mapping[str, object], output: str) -> list[str]:
             lines.append(f"{what} {value:.3g}")
     serving = receipt.get("serving")
     if kind == "lora" and isinstance(serving, Mapping):
-        lines += _serving_lines(r, output, serving)
+        dtype = receipt.get("base_dtype")
+        lines += _serving_lines(r, output, serving, dtype if isinstance(dtype, str) else None)
     return lines
 
 
-def _serving_lines(rank: int, output: str, refusals: Mapping[str, str]) -> list[str]:
-    """How servers are told about the LoRA of this rank in the folder `output`, or why they do not
-    take it."""
-    commands = {
-        "vllm": f"vllm serve MODEL --enable-lora --max-lora-rank {served_rank(rank)} --max-loras 1 "
-                f"--lora-modules NAME={output}",
-        "sglang": "python -m sglang.launch_server --model-path MODEL --enable-lora "
-                  f"--max-lora-rank {rank} --lora-paths NAME={output}",
-    }  # fmt: skip
-    names = {"vllm": "vLLM", "sglang": "SGLang"}
-    taken = [command for server, command in commands.items() if not refusals[server]]
-    lines = [f"{lead} {c}" for lead, c in zip(("to serve:", "      or:"), taken, strict=False)]
-    if lines:
-        lines.append("          with --dtype float32 for a model in float32: auto takes bfloat16")
-    lines += [f"not by {names[server]}, which {why}" for server, why in refusals.items() if why]
-    return lines if taken else [*lines, "to serve: merge it"]
+def _serving_lines(
+    rank: int, output: str, refusals: Mapping[str, str], dtype: str | None
+) -> list[str]:
+    """How each engine serves the LoRA of this rank in the folder `output`, or why it does not."""
+    lines, lead = [], "to serve:"
+    for name, why in refusals.items():
+        typed = [] if why else commands(name, rank, dtype, shlex.quote(output))
+        lines += [f"{lead if not n else '    then:'} {line}" for n, line in enumerate(typed)]
+        lead = "      or:" if typed else lead
+    if lines and dtype is None:
+        lines.append("          DTYPE is MODEL's own: auto takes 16 bits for a model in float32")
+    lines += [f"not by {ENGINES[n].title}, which {why}" for n, why in refusals.items() if why]
+    return lines if lead != "to serve:" else [*lines, "to serve: merge it"]
+
+
+def commands(name: str, rank: int, dtype: str | None, output: str) -> list[str]:
+    """What to type so that an engine serves the LoRA of a rank in the folder `output` on a base of
+    a dtype.
+
+    >>> commands("vllm", 11, "float32", "OUT")[0][:47]
+    'vllm serve MODEL --dtype float32 --enable-lora '
+    """
+    return [
+        line.format(
+            output=output, rank=rank, served=served_rank(rank),
+            dtype=dtype or "DTYPE", outtype=_OUTTYPES.get(dtype or "", "OUTTYPE"),
+        )
+        for line in _START.get(name, ())
+    ]  # fmt: skip
 
 
 def merge_summary(receipt: Mapping[str, object], output: str) -> list[str]:
@@ -348,7 +381,7 @@ def merge_summary(receipt: Mapping[str, object], output: str) -> list[str]:
             )
     if receipt["dtype"] == "float32":
         lines.append(
-            "serve it with --dtype float32 (auto of vLLM and SGLang takes bfloat16), convert it "
+            "serve it with --dtype float32 (auto of vLLM and SGLang takes 16 bits), convert it "
             "with --outtype f32 (llama.cpp's converter takes f16)"
         )
     return lines

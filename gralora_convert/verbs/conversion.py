@@ -7,6 +7,7 @@ approximate Hybrid is asked for, or the source is a DoRA.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -58,7 +59,15 @@ from gralora_convert.output import (
     config_like,
     one_arithmetic_thread,
 )
-from gralora_convert.verbs.serving import refusals, serving_notes
+from gralora_convert.verbs.serving import (
+    ENGINES,
+    Exported,
+    largest_rank,
+    refusals,
+    require_engine,
+    serving_notes,
+)
+from gralora_convert.verbs.tailoring import tailored
 from gralora_convert.verbs.updates import Source
 
 
@@ -73,6 +82,7 @@ def convert(
     alpha: float | None = None,
     max_error: float | None = None,
     allow_inexact: bool = False,
+    server: str | None = None,
     dtype: str = "keep",
     device: str = "cpu",
     verify: bool = True,
@@ -94,6 +104,8 @@ def convert(
         max_error: instead of `r`, the smallest rank whose relative Frobenius error over all
             modules stays below.
         allow_inexact: approximate optimally where the shape cannot hold the update.
+        server: make a LoRA as vllm, sglang, llama.cpp or peft reads it, or refuse what it does not
+            serve (`verbs/serving.py`).
         device: where it is computed.
         key_map, fan_in_fan_out: as in `merge`.
         verify: compare the outputs of source and result (as stored) on probe inputs.
@@ -109,6 +121,10 @@ def convert(
     >>> convert("fixtures/peft-0.21.2/llama-hybrid", to="lora").files[0].parts[0].shape
     (11, 24)
     """
+    if server is not None:
+        require_engine(server)
+        if to != "lora":
+            raise MisuseError(f'`server={server!r}` goes with `to="lora"`, not {to!r}')
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
     wanted = Wanted(to, k, r, hybrid_r, alpha, max_error)
     written_dtype(dtype, "F32")
@@ -124,9 +140,12 @@ def convert(
     with one_arithmetic_thread():
         shape = _shape(source, wanted)
         notes = [] if source.base else _completeness(opened, reading)
+        if server is not None and r is None and max_error is None:
+            shape = _within(server, source, shape)
         if not allow_inexact and max_error is None:
             _require_exact(source, shape)
-    return _plan(source, shape, dtype, verify, notes)
+    plan = _plan(source, shape, dtype, verify, notes)
+    return plan if server is None else tailored(plan, server, _exported(source, shape))
 
 
 def _shape(source: Source, wanted: Wanted) -> Shape:
@@ -187,14 +206,46 @@ def _require_exact(source: Source, shape: Shape) -> None:
         needed = max(short)
     else:  # the numerical rank of the blocks
         needed = shape.k * smallest_rank(_tails(source, shape.k), EXACT)
+    whole = max(short)
+    more = f" (to {EXACT:g}; {whole} hold any such factors)" if whole > needed else ""
     raise InexactError(
         f"r={shape.r} cannot hold the update exactly: the relative error would be "
-        f"{error:.3g}; exact from r={needed}",
+        f"{error:.3g}; exact from r={needed}{more}",
         where=source.adapter.path,
         hint=f"Give `r={needed}` or leave it out, or accept the error with `allow_inexact=True`.",
         exact_rank=needed,
         error=error,
     )
+
+
+def _within(server: str, source: Source, shape: Shape) -> Shape:
+    """The shape, at the largest rank that an engine takes if that loses nothing.
+
+    Raises:
+        InexactError: it would.
+    """
+    largest = largest_rank(server)
+    if largest is None or shape.r <= largest:
+        return shape
+    smaller = replace(shape, r=largest)
+    try:
+        _require_exact(source, smaller)
+    except InexactError as problem:
+        raise InexactError(
+            f"{ENGINES[server].title} takes ranks up to {largest}: {problem.message}",
+            where=problem.where,
+            hint=f"Accept the error with `r={largest}` and `allow_inexact=True`, or merge.",
+            exact_rank=problem.exact_rank, error=problem.error,
+        ) from None  # fmt: skip
+    return smaller
+
+
+def _exported(source: Source, shape: Shape) -> Exported:
+    """The result, a LoRA, as engines look at it."""
+    config, adapter = _config(source, shape), source.adapter
+    assert isinstance(config, LoraConfig)
+    values = [*adapter.values, *([f"{adapter.modules[0]}.bias"] * source.has_bias)]
+    return Exported(config, adapter.modules, values, source.base or _at_hand(adapter))
 
 
 def _needed(source: Source, shape: Shape, module: str) -> int | None:
@@ -211,10 +262,10 @@ def _plan(source: Source, shape: Shape, dtype: str, verify: bool, notes: Sequenc
     adapter, base = source.adapter, source.base
     lost: dict[str, Loss] = {}  # by the modules that are made
     modules = {name: _new(source, shape, name, dtype, verify, lost) for name in adapter.modules}
-    extras = bool(adapter.biases or adapter.saved or source.has_bias)
+    exported = _exported(source, shape) if shape.kind == "lora" else None
     told = [*notes, *_left_out(adapter.ignored), *map(str, chain_findings(adapter))]
-    if shape.kind == "lora":
-        told += serving_notes(shape.r, extras=extras)
+    if exported is not None:
+        told += serving_notes(exported)
 
     def receipt() -> dict[str, object]:
         inputs: dict[str, object] = {
@@ -224,10 +275,10 @@ def _plan(source: Source, shape: Shape, dtype: str, verify: bool, notes: Sequenc
         }  # fmt: skip
         if base is not None:
             inputs["base"] = {"source": base.source, "headers_sha256": base.digest()}
-        servers = refusals(shape.r, adapter.modules, extras=extras)
         return {
             "inputs": inputs, "notes": told, "dtype": dtype, **shape.as_json(), **loss_json(lost),
-            "serving": servers if shape.kind == "lora" else None,
+            "serving": None if exported is None else refusals(exported),
+            "base_dtype": None if exported is None else exported.dtype,
         }  # fmt: skip
 
     return adapter_plan(
@@ -315,16 +366,21 @@ def _completeness(adapter: Adapter, reading: Reading) -> list[str]:
         InvalidAdapterError: the base that it names is at hand, it fits there, and says that
             tensors are missing.
     """
-    try:
-        base = model_at_hand(model_below(adapter))
-    except (UnreadableError, UnsupportedError):
-        base = None  # it was not asked for
+    base = _at_hand(adapter)
     if base is None:
         return [str(finding) for finding in suspicions(adapter)]
     _, report = place(adapter, base, reading)
     if all(finding.code in INCOMPLETE for finding in report.errors):
         report.require_ok(adapter.path)
     return []
+
+
+def _at_hand(adapter: Adapter) -> Checkpoint | None:
+    """The base that an adapter names, if it is here and can be read; it was not asked for."""
+    try:
+        return model_at_hand(model_below(adapter))
+    except (UnreadableError, UnsupportedError):
+        return None
 
 
 def _left_out(ignored: Mapping[str, str]) -> list[str]:

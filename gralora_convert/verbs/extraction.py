@@ -13,6 +13,7 @@ from typing import get_args
 
 import torch
 
+from gralora_convert.adapters import LoraConfig
 from gralora_convert.base import Reading, quantised_by
 from gralora_convert.delta import (
     Gralora,
@@ -43,7 +44,7 @@ from gralora_convert.output import (
     one_arithmetic_thread,
 )
 from gralora_convert.verbs.differences import Differences, Module
-from gralora_convert.verbs.serving import refusals, serving_notes
+from gralora_convert.verbs.serving import Exported, refusals, serving_notes
 
 DEFAULT_RANK = 32
 
@@ -173,17 +174,20 @@ def _plan(before: Checkpoint, after: Checkpoint, found: Differences, how: _How) 
     }  # fmt: skip
     biases = {f"{module}.bias": spec for module, spec in found.biases.items()}
     values = biases | found.saved
-    if shape.kind == "lora":
-        found.notes += serving_notes(shape.r, extras=bool(values))
     config = config_like(
         shape, 0.0, target_modules=list(modules), bias="all" if biases else "none",
         modules_to_save=sorted(found.entries) or None,
         fan_in_fan_out=any(module.transposed for module in found.modules),
         base_model_name_or_path=before.source,
     )  # fmt: skip
+    exported = None
+    if isinstance(config, LoraConfig):
+        exported = Exported(config, list(modules), list(values), before)
+        found.notes += serving_notes(exported)
     inputs = {"base": before, "tuned": after}
     return adapter_plan(
-        "extract", modules, values, config, partial(_receipt, inputs, found, how, losses),
+        "extract", modules, values, config,
+        partial(_receipt, inputs, found, how, losses, exported),
         card=adapter_card(shape.kind, before.source),
         inputs=(*before.layout.values(), *after.layout.values()),
         protected=(before.path, after.path),
@@ -192,7 +196,11 @@ def _plan(before: Checkpoint, after: Checkpoint, found: Differences, how: _How) 
 
 
 def _receipt(
-    inputs: Mapping[str, Checkpoint], found: Differences, how: _How, losses: _Losses
+    inputs: Mapping[str, Checkpoint],
+    found: Differences,
+    how: _How,
+    losses: _Losses,
+    exported: Exported | None,
 ) -> dict[str, object]:
     receipt: dict[str, object] = {
         "inputs": {
@@ -205,10 +213,8 @@ def _receipt(
     }  # fmt: skip
     if losses.of_lora:
         receipt["lora_error"] = relative(losses.of_lora)
-    if how.shape.kind == "lora":
-        names = [module.name for module in found.modules]
-        extras = bool(found.biases or found.saved)
-        receipt["serving"] = refusals(how.shape.r, names, extras=extras)
+    if exported is not None:
+        receipt |= {"serving": refusals(exported), "base_dtype": exported.dtype}
     if losses.floor:
         receipt["rounding_floor"] = relative(losses.floor)
     return receipt

@@ -11,6 +11,7 @@ from pathlib import Path
 from gralora_convert.adapters import (
     CONFIG_NAME,
     Adapter,
+    LoraConfig,
     chain_findings,
     model_below,
     parse_key,
@@ -27,12 +28,14 @@ from gralora_convert.disk import (
 )
 from gralora_convert.errors import ConvertError, Finding, Report, error, note, warning
 from gralora_convert.output import adapter_receipt_findings, checkpoint_receipt_findings
+from gralora_convert.verbs.serving import ENGINES, Exported, reasons, require_engine
 
 
 def validate(
     adapter: str | Path | Adapter,
     base: str | Path | Checkpoint | None = None,
     *,
+    server: str | None = None,
     key_map: Mapping[str, str] | None = None,
     fan_in_fan_out: Mapping[str, bool] | None = None,
     trust_remote_code: bool = False,
@@ -41,6 +44,8 @@ def validate(
 
     Without `base` the adapter is checked against the model that it names, if that is a local
     folder, and on its own otherwise. The values of all tensors are read once.
+
+    `server` asks besides whether vllm, sglang, llama.cpp or peft serves the adapter as it is.
 
     A checkpoint that this tool merged is checked against its receipt instead.
 
@@ -64,6 +69,7 @@ def validate(
         findings += chain_findings(scan.adapter)
         findings += _receipt_findings(scan.adapter)
         findings += _fit_findings(scan.adapter, base, reading)
+        findings += [] if server is None else _server_findings(scan.adapter, base, server)
     elif base is not None and not isinstance(base, Checkpoint):
         Checkpoint.open(base)  # an unreadable base is a refusal, whatever the adapter's state
     return Report.of(findings)
@@ -105,6 +111,30 @@ def _fit_findings(
     opened = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     _, report = place(adapter, opened, reading)
     yield from report.findings
+
+
+def _server_findings(
+    adapter: Adapter, base: str | Path | Checkpoint | None, server: str
+) -> Iterator[Finding]:
+    """What keeps an engine from serving an adapter as it is."""
+    require_engine(server)
+    engine, config = ENGINES[server], adapter.config
+    if not isinstance(config, LoraConfig):
+        if server != "peft":
+            yield error(
+                "server-refuses", CONFIG_NAME, f"{engine.title} serves LoRA, and this is none",
+                f"`convert` it with `to=\"lora\"` and `server={server!r}`.",
+            )  # fmt: skip
+        return
+    if base is None:
+        try:
+            base = model_at_hand(model_below(adapter))
+        except ConvertError:  # told by the fit
+            base = None
+    held = base if base is None or isinstance(base, Checkpoint) else Checkpoint.open(base)
+    values = list(adapter.values)
+    for reason in reasons(server, Exported(config, adapter.modules, values, held)):
+        yield error("server-refuses", CONFIG_NAME, f"{engine.title} {engine.version} {reason}")
 
 
 def _value_findings(file: TensorFile) -> Iterator[Finding]:

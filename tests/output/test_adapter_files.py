@@ -117,16 +117,20 @@ def test_the_check_finds_what_is_wrong(k: int) -> None:
     ("rank", "vllm"), [(1, 1), (2, 8), (48, 64), (256, 256), (257, 320), (512, 512), (513, None)]
 )
 def test_the_flags_fit_the_rank(rank: int, vllm: int | None) -> None:
+    config = LoraConfig(r=rank, target_modules=["gate_proj"])
+    lora = Exported(config, ["layers.0.mlp.gate_proj"])
     receipt: dict[str, object] = {
         "to": "lora", "r": rank, "k": 1, "hybrid_r": 0, "error": 0.0, "modules": [],
-        "serving": refusals(rank, ["mlp.gate_proj"], extras=False),
+        "serving": refusals(lora),
     }  # fmt: skip
     text = "\n".join(adapter_summary(receipt, "OUT"))
-    assert f"sglang.launch_server --model-path MODEL --enable-lora --max-lora-rank {rank} " in text
-    assert ("vllm" in text) is (vllm is not None)
+    options = f"--model-path MODEL --dtype DTYPE --enable-lora --max-lora-rank {rank} "
+    assert f"sglang serve {options}" in text
+    assert ("vllm serve" in text) is (vllm is not None)
     assert ("not by vLLM, which takes ranks up to 512" in text) is (vllm is None)
-    assert vllm is None or f"vllm serve MODEL --enable-lora --max-lora-rank {vllm} " in text
-    notes = " ".join(serving_notes(rank, extras=False))
+    served = f"vllm serve MODEL --dtype DTYPE --enable-lora --max-lora-rank {vllm} "
+    assert vllm is None or served in text
+    notes = " ".join(serving_notes(lora))
     assert ("vLLM" in notes) is (rank > 512)
     assert ("LoRAX" in notes) is (rank > 128)
-    assert "merge" in serving_notes(8, extras=True)[0]
+    assert "merge" in serving_notes(Exported(config, [], ["lm_head.weight"]))[-1]

@@ -358,16 +358,20 @@ def test_an_update_of_zero_is_converted(tmp_path: Path) -> None:
 
 
 def test_the_closing_lines_say_how_to_serve(tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter", {"a": random_delta(96, 96, r=24, k=2)})
+    adapter = write_adapter(
+        tmp_path / "adapter", {"layers.0.o_proj": random_delta(96, 96, r=24, k=2)}
+    )
     done = run_ok("convert", adapter, "--to", "lora", "-o", tmp_path / "new")
     assert "--max-lora-rank 64" in done.stdout  # vLLM's next choice after 48
     assert "--max-lora-rank 48" in done.stdout  # SGLang takes any
     assert "--max-loras" in done.stdout
-    large = write_adapter(tmp_path / "large", {"a": random_delta(1100, 1100, r=260, k=4)})
+    large = write_adapter(
+        tmp_path / "large", {"layers.0.o_proj": random_delta(1100, 1100, r=260, k=4)}
+    )
     done = run_ok("convert", large, "--to", "lora", "-o", tmp_path / "served")
     assert "above vLLM's largest, 512" in done.stderr
     assert "LoRAX" in done.stderr
-    assert "vllm" not in done.stdout
+    assert "vllm serve" not in done.stdout
 
 
 def test_bytes_do_not_depend_on_jobs(tmp_path: Path) -> None:

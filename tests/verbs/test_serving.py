@@ -1,15 +1,27 @@
 """Exported LoRAs under the rules of the servers: what vLLM checks, what llama.cpp scales by."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 
-from gralora_convert.verbs.serving import SERVED_RANKS, refusals, served_rank
+from gralora_convert.adapters import LoraConfig
+from gralora_convert.cli.pages import commands
+from gralora_convert.disk import Checkpoint
+from gralora_convert.verbs.serving import (
+    SERVED_RANKS,
+    Exported,
+    refusals,
+    served_rank,
+)
 from tests.command import run_ok
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
+SERVERS = ["vllm", "sglang", "llama.cpp"]
 SOURCES = [
     "llama-hybrid", "llama-k4", "llama-regex", "llama-bf16-factors", "gpt2-hybrid-k4", "lora",
     "lora-patterns", "lora-rslora",
@@ -57,45 +69,90 @@ def test_served_ranks() -> None:
     assert served_rank(SERVED_RANKS[-1] + 1) is None
 
 
-LAYER = "model.layers.0"
+ATTENTION = ["q_proj", "k_proj", "v_proj"]
+
+
+def exported(
+    *leaves: str, values: Sequence[str] = (), base: str | None = None, **fields: Any
+) -> Exported:
+    """A LoRA on these layers of the first block, and on others by their whole names."""
+    parents = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn"}
+    modules = [
+        leaf
+        if "." in leaf or leaf == "lm_head"
+        else f"model.layers.0.{parents.get(leaf, 'mlp')}.{leaf}"
+        for leaf in leaves
+    ]
+    config = LoraConfig(**{"r": 16, "target_modules": list(leaves), **fields})
+    held = None if base is None else Checkpoint.open(FIXTURES / "bases" / base)
+    return Exported(config, modules, values, held)
 
 
 @pytest.mark.parametrize(
-    ("rank", "modules", "extras", "vllm", "sglang"),
+    ("lora", "reasons"),
     [
-        (16, ["self_attn.q_proj", "self_attn.v_proj"], False, "", ""),
-        (16, ["mlp.gate_proj"], False, "", ""),
-        (16, ["self_attn.q_proj"], False, "", "v_proj where q_proj"),
-        (16, ["self_attn.k_proj", "self_attn.v_proj"], False, "", "q_proj where k_proj"),
-        (16, ["mlp.up_proj"], False, "", "gate_proj where up_proj"),
-        (513, ["mlp.gate_proj"], False, "ranks up to 512", ""),
-        (16, ["mlp.gate_proj"], True, "biases or saved modules", "biases or saved modules"),
-        (16, ["attn.c_attn"], False, "layers of GPT-2", "layers of GPT-2"),
+        (exported(*ATTENTION, "gate_proj", "down_proj"), {}),
+        (exported("q_proj"), {"sglang": "v_proj where q_proj"}),
+        (exported("k_proj", "v_proj"), {"sglang": "q_proj where k_proj"}),
+        (exported("up_proj"), {"sglang": "gate_proj where up_proj"}),
+        (exported("gate_proj", r=513), {"vllm": "ranks up to 512: `r=512`"}),
+        (exported("gate_proj", rank_pattern={"gate_proj": 600}),
+         {"vllm": "ranks up to 512", "sglang": "global fields alone"}),
+        (exported("gate_proj", use_rslora=True),
+         {"sglang": "global fields alone", "llama.cpp": "lora_alpha alone"}),
+        (exported("gate_proj", target_modules=".*gate_proj"), {"sglang": "no pattern"}),
+        (exported("gate_proj", bias="all"), dict.fromkeys(SERVERS, "does not load biases")),
+        (exported("gate_proj", values=["lm_head.weight"], modules_to_save=["lm_head"]),
+         dict.fromkeys(SERVERS, "does not load saved modules")),
+        (exported("gate_proj", values=["score.weight"], modules_to_save=["score"]),
+         dict.fromkeys(SERVERS[1:], "does not load saved modules")),
+        (exported("gate_proj", use_dora=True), dict.fromkeys(SERVERS, "does not load use_dora")),
+        (exported("transformer.h.0.attn.c_attn"),
+         {"vllm": "no LoRA for GPT2LMHeadModel", "sglang": "names (c_attn)",
+          "llama.cpp": "factors of c_attn transposed"}),
+        (exported("transformer.h.0.attn.c_attn", base="llama"), {"sglang": "names (c_attn)"}),
+        (exported("encoder.layer.0.query", base="bert"), {"sglang": "names (query)"}),
+        (exported("blocks.0.gate_proj"), {"sglang": "not below layers.N"}),
+        (exported("lm_head", base="llama"), {}),
+        (exported("lm_head", base="llama-tied"), {"llama.cpp": "head that is tied"}),
+        (exported(*(f"layers.0.experts.{n}.w{i}" for n in (0, 1) for i in (1, 2, 3))),
+         {"sglang": "names (w1, w2, w3)"}),
+        (exported(*(f"layers.0.experts.{n}.w{i}" for n in (0, 1) for i in (1, 3))),
+         {"sglang": "names (w1, w3)", "llama.cpp": "all three layers of all experts"}),
     ],
-)
-def test_each_server_takes_it_or_says_why_not(
-    rank: int, modules: list[str], extras: bool, vllm: str, sglang: str
-) -> None:
-    found = refusals(rank, [f"{LAYER}.{module}" for module in modules], extras=extras)
-    for server, reason in (("vllm", vllm), ("sglang", sglang)):
-        assert reason in found[server]
-        assert bool(reason) == bool(found[server])
+    ids=lambda value: " ".join(value.modules) if isinstance(value, Exported) else "",
+)  # fmt: skip
+def test_each_engine_takes_it_or_says_why_not(lora: Exported, reasons: dict[str, str]) -> None:
+    found = {name: why for name, why in refusals(lora).items() if why}
+    assert found.keys() == reasons.keys()
+    assert all(reason in found[name] for name, reason in reasons.items()), found
 
 
-def test_no_line_is_printed_for_what_a_server_refuses(tmp_path: Path) -> None:
+def test_no_line_is_printed_for_what_an_engine_refuses(tmp_path: Path) -> None:
     fixtures = FIXTURES / "peft-0.21.2"
-    for name, refused in (("gpt2-gralora", "GPT-2"), ("llama-saved-head", "saved modules")):
+    for name, refused in (("gpt2-gralora", "has no LoRA"), ("llama-saved-head", "does not load")):
         told = run_ok("convert", fixtures / name, "--to", "lora", "-o", tmp_path / name).stdout
-        assert "vllm serve" not in told
-        assert "sglang.launch_server" not in told
-        assert f"not by vLLM, which {'has no' if refused == 'GPT-2' else 'does not load'}" in told
+        assert not any(start in told for start in ("vllm serve", "sglang serve", "llama-server"))
+        assert f"not by vLLM, which {refused}" in told
         assert "to serve: merge it" in told
-    told = run_ok(
-        "convert", fixtures / "llama-all-linear", "--to", "lora", "-o", tmp_path / "all"
-    ).stdout
-    assert "to serve: vllm serve MODEL --enable-lora" in told
-    assert "python -m sglang.launch_server" in told
-    assert "--dtype float32 for a model in float32" in told
+    out = tmp_path / "all"
+    told = run_ok("convert", fixtures / "llama-all-linear", "--to", "lora", "-o", out).stdout
+    for engine in SERVERS:
+        for line in commands(engine, 8, "float32", str(out)):
+            assert line in told
+    assert "DTYPE" not in told
+
+
+def test_the_dtype_is_the_bases_own(tmp_path: Path) -> None:
+    adapter = shutil.copytree(FIXTURES / "peft-0.21.2/llama-bf16", tmp_path / "adapter")
+    told = run_ok("convert", adapter, "--to", "lora", "-o", tmp_path / "here").stdout
+    assert "vllm serve MODEL --dtype bfloat16 " in told
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    told = run_ok("convert", adapter, "--to", "lora", "-o", tmp_path / "elsewhere").stdout
+    assert "vllm serve MODEL --dtype DTYPE " in told
+    assert "DTYPE is MODEL's own" in told
 
 
 def test_a_merge_in_float32_says_how_it_stays_so(tmp_path: Path) -> None:
