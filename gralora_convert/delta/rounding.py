@@ -123,6 +123,24 @@ def tolerance(
     return bound
 
 
+def rounding_lengths(
+    after: Tensor, moved: Tensor, *, terms: int, dtype: torch.dtype, dim: int
+) -> Tensor:
+    """Euclidean lengths over `dim` of the `tolerance` of stored values that are right, from above:
+
+    |half_ulp(after)| + (terms + 4) u (|after| + 2 |moved|), |after| <= 4 half_ulp(after) / eps
+
+    `moved` is what was added; it stands for the sums of absolute products behind it.
+
+    >>> one = torch.ones(4, 1)
+    >>> rounding_lengths(one, one, terms=0, dtype=torch.bfloat16, dim=0) * 2**7
+    tensor([1.0005])
+    """
+    unit = _unit(dtype) * (2 if after.dtype == torch.float32 else 1) * (terms + 4)
+    halves, added = ((v * v).sum(dim).sqrt_() for v in (half_ulp(after, dtype), moved))
+    return halves.mul_(1 + 4 * unit / torch.finfo(dtype).eps).add_(added, alpha=2 * unit)
+
+
 def _unit(dtype: torch.dtype) -> float:
     """The unit roundoff of the sums behind a stored `dtype`."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2

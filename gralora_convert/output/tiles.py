@@ -180,9 +180,10 @@ class _Tiles:
         start = tile * self.tile_rows
         return start, min(start + self.tile_rows, self.rows)
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start:stop` as stored (codes: as what they mean), in this worker's buffer."""
-        stored = _buffers.get("stored", stop - start, self.columns, self.stored)
+    def read(self, start: int, stop: int, purpose: str = "stored") -> torch.Tensor:
+        """Rows `start:stop` as stored (codes: as what they mean), in this worker's buffer for that
+        purpose."""
+        stored = _buffers.get(purpose, stop - start, self.columns, self.stored)
         if self.spec.scale is not None:
             codes = _buffers.get("codes", stop - start, self.columns, torch.int8)
             halves = _buffers.get("halves", stop - start, self.columns, torch.int16)

@@ -23,7 +23,7 @@ from gralora_convert.delta.exact import (
     with_scaling,
 )
 from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, is_finite, require_device
-from gralora_convert.delta.products import add_rows_, delta_weight, dense, rows
+from gralora_convert.delta.products import add_rows_, delta_weight, dense, elements, rows
 from gralora_convert.errors import MisuseError
 from tests import oracle
 
@@ -109,6 +109,10 @@ def test_rows_of_any_cut_are_rows_of_the_dense_delta(
     stop = data.draw(st.integers(start + 1, len(whole)))
     weight = data.draw(st.sampled_from([1.0, -1.0, 0.5]))
     forms: list[Delta] = [delta, lora, Dense(truth(delta))]
+    places = torch.randint(len(whole), (3,)), torch.randint(whole.shape[1], (3,))
+    for factors in (delta, lora):
+        found = elements(factors, *(places[::-1] if transposed else places))
+        assert torch.equal(found, whole[places])
     for form in forms:
         tile = torch.full((stop - start, whole.shape[1]), 3.0, dtype=torch.float64)
         add_rows_(tile, form, start, transposed=transposed, weight=weight)

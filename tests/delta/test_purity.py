@@ -94,6 +94,8 @@ def calls(make: Maker) -> Iterator[Call]:
         yield from each(one, make.deltas())
     yield from each(m.to_device, make.deltas(), "cpu")
     yield from each(m.forward_path, make.deltas(), make.wide(3, IN))
+    ends = torch.tensor([0, OUT - 1]), torch.tensor([IN - 1, 0])
+    yield from each(m.elements, make.factored(), *ends)
     for blockwise in (m.block_norms, m.energies):
         yield from each(blockwise, [make.gralora(), make.lora()])
     for to in ("lora", "gralora", "hybrid"):
@@ -148,6 +150,8 @@ def checks(make: Maker) -> Iterator[Call]:
 
         yield tolerated, (after, exact, magnitude.abs(), delta)
         yield admitted, (exact, delta, magnitude.abs())
+        lengths = partial(m.rounding_lengths, terms=3, dtype=to, dim=1)
+        yield lengths, (after, delta)
         yield m.worst_ratio, (after, exact, magnitude.abs())
         yield m.survival, (after, exact, delta)
     for quick in (False, True):

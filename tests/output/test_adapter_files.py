@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gralora_convert.adapters import LoraConfig
 from gralora_convert.cli.pages import adapter_summary
 from gralora_convert.delta.fit import to_gralora, to_lora
 from gralora_convert.delta.forms import Dense, Gralora, Lora
@@ -18,7 +19,7 @@ from gralora_convert.errors import CheckFailedError
 from gralora_convert.output.adapter_files import New, Workshop
 from gralora_convert.output.plan import Plan
 from gralora_convert.output.writing import OutputFile
-from gralora_convert.verbs.serving import refusals, serving_notes
+from gralora_convert.verbs.serving import Exported, refusals, serving_notes
 from tests.builders import random_delta
 
 

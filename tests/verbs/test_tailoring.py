@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import gralora_convert as gc
 from gralora_convert.adapters import key_of
 from gralora_convert.errors import ConvertError, InexactError, MisuseError, UnsupportedError
+from gralora_convert.output.adapter_files import New, adapter_plan
 from tests.command import run, run_ok
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
@@ -115,9 +116,7 @@ def wide(folder: Path, *, rank: int) -> Path:
     left = torch.linalg.lstsq(mix.T, b.T, driver="gelsd").solution.T
     config = gc.LoraConfig(r=600, lora_alpha=600, target_modules=["q_proj"])
     lora = gc.Lora(mix @ a, left, 1.0)
-    from gralora_convert.output.adapter_files import folder_of
-
-    folder_of(config, {"layers.0.q_proj": lora}, {}).write(folder)
+    adapter_plan("test", {"layers.0.q_proj": New(lora)}, {}, config, dict).write(folder)
     return folder
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -14,13 +14,23 @@ from benchmarks import peft_merges
 from gralora_convert.delta.products import dense
 from gralora_convert.disk.checkpoint import Checkpoint
 from gralora_convert.disk.specs import Rows
-from gralora_convert.verbs.verification.comparison import Comparison, Factored
+from gralora_convert.verbs.verification import audit as auditing
+from gralora_convert.verbs.verification.comparison import Comparison
+from gralora_convert.verbs.verification.factored import Factored
 from tests.builders import random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok
 from tests.merges import WRONG, Setting, Tensors, applies, setting, wrong_modules
 from tests.zoo import ARCHITECTURES, save_base, train
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=[True, False], ids=["compared", "measured"])
+def compared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Small matrices are measured, element by element; `compared` is what becomes of large ones."""
+    if request.param:
+        monkeypatch.setattr(auditing, "WHOLE", 0)
+    return bool(request.param)
 
 
 def audit(setting: Setting, merged: Tensors, level: str = "modules") -> gc.Equivalence:
@@ -43,6 +53,8 @@ def audit(setting: Setting, merged: Tensors, level: str = "modules") -> gc.Equiv
     hybrid_r=st.sampled_from([0, 4]),
     transposed=st.booleans(),
 )
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("compared")
 def test_right_merges_raise_no_alarm(
     tmp_path_factory: pytest.TempPathFactory,
     seed: int, dtype: torch.dtype, written: torch.dtype | None, log_rho: float, k: int,
@@ -57,6 +69,7 @@ def test_right_merges_raise_no_alarm(
     assert found.as_json()["weights"]["rows"]  # type: ignore[index]
 
 
+@pytest.mark.usefixtures("compared")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_update_that_was_rounded_to_the_adapters_16_bits_is_right(
     dtype: torch.dtype, tmp_path: Path
@@ -71,7 +84,7 @@ def test_an_update_that_was_rounded_to_the_adapters_16_bits_is_right(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mistake", WRONG)
 def test_every_mistake_is_found_and_named(
-    mistake: str, dtype: torch.dtype, transposed: bool, tmp_path: Path
+    mistake: str, dtype: torch.dtype, transposed: bool, compared: bool, tmp_path: Path
 ) -> None:
     made, wrong = setting(tmp_path, dtype=dtype, transposed=transposed), WRONG[mistake]
     merged = made.write(wrong.make(made))
@@ -86,6 +99,8 @@ def test_every_mistake_is_found_and_named(
     modules = wrong_modules(wrong)
     assert modules is None or {row["module"] for row in rows} == modules
     assert weights["worst_module"] in {row["module"] for row in rows}
+    if compared:
+        return
     text = run(*arguments, "--level", "weights")
     assert text.status == 1
     assert text.stdout.endswith("NOT the same function\n")
@@ -169,6 +184,22 @@ def test_merges_by_peft_and_the_same_with_a_fault(
     assert not wrong.weights_ok
     assert wrong.model is not None
     assert not wrong.model.ok
+
+
+@pytest.mark.parametrize("height", [16, 512, 600, 1408])
+def test_a_sample_has_rows_of_every_block_and_few_of_all(height: int) -> None:
+    delta = random_delta(4 * height, 8, k=4)
+    update = Factored("w", delta, Rows("w", 100, 4 * height))
+    whole = [row for run in update.sampled(100, 100 + 4 * height) for row in range(*run)]
+    in_tiles = [
+        row
+        for start in range(100, 100 + 4 * height, 7)
+        for run in update.sampled(start, min(start + 7, 100 + 4 * height))
+        for row in range(*run)
+    ]
+    assert whole == in_tiles
+    assert {(row - 100) // height for row in whole} == {0, 1, 2, 3}
+    assert len(whole) <= max(4, 4 * height / 40)
 
 
 def test_rows_of_a_fused_matrix_are_judged_one_by_one(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """One pass over a merged checkpoint: every tensor against what base and adapter say it must be."""
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -10,14 +12,12 @@ from gralora_convert.adapters import Adapter
 from gralora_convert.base import Kept, Merged, Patched, Recipe, Replaced, misread, spellings
 from gralora_convert.delta import Survival
 from gralora_convert.disk import FLOATING, Checkpoint, TensorSpec, read_torch
-from gralora_convert.verbs.verification.comparison import (
-    WRONG,
-    Comparison,
-    Factored,
-    Others,
-    difference,
-)
+from gralora_convert.output import default_jobs
+from gralora_convert.verbs.verification.comparison import Comparison, Others, difference
+from gralora_convert.verbs.verification.expected import Expected
+from gralora_convert.verbs.verification.factored import WRONG, Factored
 
+WHOLE = 1 << 16  # elements: a matrix up to here is measured whole, of a larger one a sample
 NEIGHBOURS = 64  # modules of the same shape that a wrong one is compared with
 SUM_ELEMENTS = 1 << 22  # of a replaced tensor: enough to see that a value was added
 _COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "position_ids")
@@ -54,6 +54,7 @@ class _Audit:
     probe: bool
     device: str
     progress: Callable[[int], None]
+    each: Callable[..., Iterator[Any]]  # map, by several workers
 
     def find(self, name: str) -> TensorSpec | None:
         found = self.names.get(name)
@@ -69,7 +70,14 @@ def audited(
     progress: Callable[[int], None],
 ) -> Iterator[Row]:
     """A row for every tensor of the recipe, and for each one that is in `merged` besides."""
-    audit = _Audit(recipe, merged, _names_in(merged, recipe), probe, device, progress)
+    one_thread = partial(torch.set_num_threads, 1)  # of arithmetic: the workers are many enough
+    with ThreadPoolExecutor(default_jobs(), initializer=one_thread) as workers:
+        names = _names_in(merged, recipe)
+        yield from _rows(_Audit(recipe, merged, names, probe, device, progress, workers.map))
+
+
+def _rows(audit: _Audit) -> Iterator[Row]:
+    recipe, merged = audit.recipe, audit.merged
     old_head = _old_head(recipe)
     for name, entry in recipe.tensors.items():
         match entry:
@@ -105,9 +113,11 @@ def _merged(audit: _Audit, output: str, entry: Merged) -> Iterator[Row]:
         what = f"is {after.dtype} {after.shape}, {entry.dtype} {before.shape} was needed"
         yield Row(output, module, WRONG, what)
         return
+    is_large = before.numel > WHOLE
     comparison = Comparison(
         before, after, [Factored.of(update, audit.device) for update in entry.updates],
-        probe=audit.probe, device=audit.device, progress=audit.progress,
+        Expected(before, after, entry.updates, audit.device) if is_large else None,
+        probe=audit.probe, device=audit.device, progress=audit.progress, each=audit.each,
     )  # fmt: skip
     adapters = {update.module: update.adapter for update in entry.updates}
     for found in comparison.found(lambda module: _others(adapters[module], module)):
@@ -141,7 +151,7 @@ def _why_not_replaced(before: TensorSpec | None, source: TensorSpec, after: Tens
     what = "is not the value that the adapter brings"
     if before is None or before.shape != after.shape:
         return what
-    if difference(before, after, _ignore) == 0:
+    if difference(before, after) == 0:
         return f"{what}: it was not replaced, the base's value is still there"
     if after.numel <= SUM_ELEMENTS and after.dtype in FLOATING and before.dtype in FLOATING:
         total = read_torch(before).double() + read_torch(source).double()
@@ -165,7 +175,7 @@ def _patched(audit: _Audit, output: str, entry: Patched) -> Row:
     found = read_torch(after)
     if torch.equal(found, wanted.to(found.dtype)):
         return Row(output, module, 0.0)
-    if difference(entry.spec, after, _ignore) == 0:
+    if difference(entry.spec, after) == 0:
         return Row(output, module, WRONG, "was not replaced, the base's value is still there")
     return Row(output, module, WRONG, "is not the value that the adapter brings")
 
@@ -196,7 +206,7 @@ def _extra(audit: _Audit, name: str) -> Row:
         for other in audit.recipe.base.tensors.values()
         if other.shape == spec.shape and leaf == other.name.rpartition(".")[2]
     ]
-    if name.endswith(_TIED) and any(difference(twin, spec, _ignore) == 0 for twin in twins):
+    if name.endswith(_TIED) and any(difference(twin, spec) == 0 for twin in twins):
         return Row(name, _module_of(name), 0.0, kept=True)
     what = "is in the merged checkpoint, but neither in base nor adapter"
     if name in audit.recipe.base.tensors:
@@ -243,10 +253,6 @@ def _is_droppable(name: str, spec: TensorSpec, base: Checkpoint) -> bool:
     if name.endswith(_COMPUTED):
         return True
     return name.endswith(_TIED) and any(
-        other.name != name and other.shape == spec.shape and difference(other, spec, _ignore) == 0
+        other.name != name and other.shape == spec.shape and difference(other, spec) == 0
         for other in base.tensors.values()
     )
-
-
-def _ignore(count: int) -> None:
-    pass

@@ -1,40 +1,33 @@
 """One stored matrix against the base's and the updates that belong in it, tile by tile.
 
-The verdict is one pass of cheap arithmetic. Only where it is no, a second pass finds out why.
+What is there as a merge would write it, bit for bit, needs no bound; a sample of it is measured, by
+another formula. The rest is measured element by element. Only where the verdict is no, a second
+pass finds out why.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from gralora_convert.adapters import Update
 from gralora_convert.delta import (
-    Addend,
     BlockSums,
     Delta,
     Evidence,
     Gralora,
-    Lora,
     Survival,
     Verdict,
     compare,
     explain,
-    features,
-    forward_path,
     half_ulp,
-    to_device,
     tolerance,
     worst_ratio,
 )
 from gralora_convert.disk import (
     DTYPE_BITS,
     FLOATING,
-    Rows,
     TensorSpec,
     bytes_of,
     read_bytes,
@@ -42,7 +35,9 @@ from gralora_convert.disk import (
     read_rows,
     torch_dtype,
 )
-from gralora_convert.system import usable_cpus
+from gralora_convert.verbs.verification.expected import Expected, Stored
+from gralora_convert.verbs.verification.factored import WRONG, Factored, worst_of
+from gralora_convert.verbs.verification.probes import Outputs, Probe
 
 TILE_ELEMENTS = 1 << 17  # half a MiB of float32: what is made of a tile stays in the cache
 # Rows of a wide matrix are looked at together where they fit: the lengths of the factors' columns,
@@ -50,51 +45,9 @@ TILE_ELEMENTS = 1 << 17  # half a MiB of float32: what is made of a tile stays i
 TILE_ROWS, WIDE_ELEMENTS = 8, 1 << 20
 EVIDENCE_ELEMENTS = 1 << 19
 RUN = 8  # rows of a large matrix that are looked at together
-PROBES = 4
-# |sum of x_i e_i| for normal x exceeds 8 |e| once in 8e14 draws, whatever e is (Gaussian tail).
-DEVIATIONS = 8.0
-WRONG = sys.float_info.max  # the ratio of what is missing or not finite; JSON has no infinity
 
 Progress = Callable[[int], None]
 Others = Iterable[tuple[str, Callable[[], Delta]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Factored:
-    """An update with its delta on the device, its weight in the scaling: `rows` of a stored matrix
-    get the rows of the delta (its transpose, for `transposed`) that they name. `rounded` is the
-    dtype that the delta may have been rounded to."""
-
-    module: str
-    delta: Gralora | Lora
-    rows: Rows
-    transposed: bool = False
-    rounded: torch.dtype | None = None
-
-    @classmethod
-    def of(cls, update: Update, device: str) -> "Factored":
-        delta, short = update.delta(device), update.adapter.short_dtype(update.module)
-        return cls(
-            update.module, replace(delta, scaling=delta.scaling * update.weight), update.in_order,
-            update.transposed, None if short is None else torch_dtype(short),
-        )  # fmt: skip
-
-    @property
-    def delta_rows(self) -> int:
-        """The rows of the whole delta (of its transpose, for `transposed`)."""
-        return features(self.delta)[0 if self.transposed else 1]
-
-    def span(self, start: int, stop: int) -> tuple[int, int]:
-        """The rows of the delta that belong to rows `start:stop` of the matrix."""
-        begin = start - self.rows.start + self.rows.first
-        return begin, begin + stop - start
-
-    def addend(self, start: int, stop: int) -> Addend | None:
-        """What rows `start:stop` of the matrix get of it."""
-        met = self.rows.meet(start, stop)
-        if met is None or not isinstance(met[1], slice):
-            return None
-        return Addend(self.delta, met[0], met[1].start, self.transposed, rounded=self.rounded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,54 +62,57 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class _Outputs:
-    """What some rows of a stored weight do to the probes: outputs after minus before, and the sums
-    that bound them."""
+class _Seen:
+    """What is found of some rows that an update adds to."""
 
-    place: slice
-    moved: Tensor
-    sums: Tensor
-    squares: Tensor
+    worst: float = 0.0
+    survival: Survival = field(default_factory=Survival)
+    outputs: tuple[Outputs, ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    worst: float
-    survival: Survival
-    nbytes: int
-    outputs: _Outputs | None
+    def __add__(self, other: "_Seen") -> "_Seen":
+        worst, survival = max(self.worst, other.worst), self.survival + other.survival
+        return _Seen(worst, survival, self.outputs + other.outputs)
 
 
 class Comparison:
-    """A stored matrix `after` against `before` + `updates`."""
+    """A stored matrix `after` against `before` + `updates`. Without `expected`, what a merge would
+    write, every element is measured. `each` is `map`, or that of several workers."""
 
     def __init__(
         self,
         before: TensorSpec,
         after: TensorSpec,
         updates: Sequence[Factored],
+        expected: Expected | None = None,
         *,
         probe: bool = False,
         device: str = "cpu",
         progress: Progress = lambda count: None,
+        each: Callable[..., Iterator[list[_Seen]]] = map,
     ) -> None:
-        self.before, self.after, self.updates = before, after, updates
-        self.probe, self.device, self.progress = probe, device, progress
+        self.before, self.after, self.updates, self.expected = before, after, updates, expected
+        self.probe, self.device, self.progress, self.each = probe, device, progress, each
         self.dtype = torch_dtype(after.dtype)
         wide = "F64" in (before.dtype, after.dtype) or after.dtype == "F32"
         self.wide = torch.float64 if wide else torch.float32
 
     def found(self, others: Callable[[str], Others] = lambda module: ()) -> Iterator[Found]:
         """What became of each update; and of the rows that get none, under an empty name, if they
-        are not the base's."""
+        changed."""
         for rows_ in self._idle():
-            ratio = difference(self.before, self.after, self.progress, rows_)
-            if ratio:
-                yield Found(
-                    "", ratio, "rows that no adapter touches were changed", Survival(), None
-                )
-        for update in self.updates:
-            yield self._compared(update, others)
+            if ratio := difference(self.before, self.after, rows=rows_):
+                what = "rows that no adapter touches were changed"
+                yield Found("", ratio, what, Survival(), None)
+        found = self._passed(self.expected)
+        if self.expected and any(seen.worst <= 1 < (out or 0.0) for seen, out in found):
+            found = self._passed(None)  # the quick bound of the outputs says no: take the full one
+        for update, (seen, output) in zip(self.updates, found, strict=True):
+            what, kept = "", seen.survival
+            if seen.worst == WRONG:
+                what = "holds NaN or infinity"
+            elif seen.worst > 1:
+                what, kept = self._explained(update, others(update.module))
+            yield Found(update.module, seen.worst, what, kept, output)
 
     def _idle(self) -> Iterator[tuple[int, int]]:
         """The rows that no update touches."""
@@ -168,47 +124,83 @@ class Comparison:
         if position < self.before.shape[0]:
             yield position, self.before.shape[0]
 
-    def _tiles(self, update: Factored) -> Iterator[tuple[int, int]]:
+    def _tiles(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         columns = self.before.shape[1]
         wide = min(TILE_ROWS, WIDE_ELEMENTS // columns)
         count = max(1, TILE_ELEMENTS // columns, wide)
-        for start in range(update.rows.start, update.rows.stop, count):
-            yield start, min(start + count, update.rows.stop)
+        for start in range(first, last, count):
+            yield start, min(start + count, last)
 
-    def _compared(self, update: Factored, others: Callable[[str], Others]) -> Found:
-        worst, kept = 0.0, Survival()
-        probe = _Probe(update, self.updates, self.before.shape[1]) if self.probe else None
-        measure = partial(self._tile, update, probe)
-        with ThreadPoolExecutor(usable_cpus()) as workers:
-            for tile in workers.map(measure, self._tiles(update)):
-                worst, kept = max(worst, tile.worst), kept + tile.survival
-                if probe is not None and tile.outputs is not None:
-                    probe.add(tile.outputs)
-                self.progress(tile.nbytes)
-        what = ""
-        if worst == WRONG:
-            what = "holds NaN or infinity"
-        elif worst > 1:
-            what = self._explained(update, others(update.module))
-        return Found(update.module, worst, what, kept, None if probe is None else probe.worst())
+    def _passed(self, expected: Expected | None) -> list[tuple[_Seen, float | None]]:
+        """What one pass finds of each update, and the largest ratio of its outputs."""
+        height, columns = self.before.shape
+        probes = [Probe(u, self.updates, columns) if self.probe else None for u in self.updates]
+        spans = expected.spans if expected else [*self._tiles(0, height)]
+        totals = [_Seen() for _ in self.updates]
+        look = partial(self._looked, expected, probes)
+        for span, found in zip(spans, self.each(look, range(len(spans)), spans), strict=True):
+            for place, (probe, seen) in enumerate(zip(probes, found, strict=True)):
+                totals[place] += replace(seen, outputs=())
+                if probe:
+                    probe.add(seen.outputs)
+            self.progress((span[1] - span[0]) * self.after.nbytes // height)
+        return [(seen, p.worst() if p else None) for seen, p in zip(totals, probes, strict=True)]
 
-    def _tile(self, update: Factored, probe: "_Probe | None", span: tuple[int, int]) -> "_Tile":
-        """What is found of rows `start:stop`; float32 decides where it can."""
-        before, after, found = self._measured(*span, self.wide)
-        if self.wide != torch.float64 and not (found.worst < WRONG and found.survival.energy > 0):
-            before, after, found = self._measured(*span, torch.float64)
-        outputs = None
-        if probe is not None:
-            one, two, bound = (t.cpu().double() for t in (before, after, found.bound))
-            outputs = probe.outputs(one, two, bound, *span)
-        nbytes = (span[1] - span[0]) * self.after.nbytes // self.after.shape[0]
-        return _Tile(min(found.worst, WRONG), found.survival, nbytes, outputs)
+    def _looked(
+        self,
+        expected: Expected | None,
+        probes: Sequence[Probe | None],
+        tile: int,
+        span: tuple[int, int],
+    ) -> list[_Seen]:
+        """What is found of the rows of one tile, by update."""
+        stored = expected.compared(tile) if expected else None
+        found = []
+        for update, probe in zip(self.updates, probes, strict=True):
+            rows = max(span[0], update.rows.start), min(span[1], update.rows.stop)
+            if rows[0] >= rows[1]:
+                found.append(_Seen())
+            elif stored is None:
+                found.append(self._measured(self._tiles(*rows), probe))
+            else:
+                sample = self._measured(update.sampled(*rows))
+                found.append(sample + replace(self._rest(stored, rows, probe), survival=Survival()))
+        return found
+
+    def _rest(self, stored: Stored, rows: tuple[int, int], probe: Probe | None) -> _Seen:
+        """What is found of rows beside what their sample says: of its elements that are unlike, or
+        of all where one of those might be wrong."""
+        unlike = stored.unlike and stored.unlike.within(*rows)
+        is_coded = self.before.scale is not None and unlike is not None and len(unlike.rows)
+        worst = WRONG if unlike is None else worst_of(unlike, self.updates, self.dtype)
+        if worst > 1 or is_coded:  # others round decoded codes first
+            return self._measured(self._tiles(*rows), probe)
+        if probe is None:
+            return _Seen(worst)
+        outputs = []
+        for start, stop in self._tiles(*rows):
+            pair = stored.rows(start, stop, self.device, self.wide)
+            outputs.append(probe.outputs_of_right(*pair, self.dtype, start))
+        return _Seen(worst, outputs=tuple(outputs))
+
+    def _measured(self, tiles: Iterable[tuple[int, int]], probe: Probe | None = None) -> _Seen:
+        """What is found where every element is measured; float32 decides where it can."""
+        seen = _Seen()
+        for tile in tiles:
+            before, after, found = self._judged(*tile, self.wide)
+            if self.wide != torch.float64 and not (
+                found.worst < WRONG and found.survival.energy > 0
+            ):
+                before, after, found = self._judged(*tile, torch.float64)
+            outputs = (probe.outputs(before, after, found.bound, tile[0]),) if probe else ()
+            seen += _Seen(min(found.worst, WRONG), found.survival, outputs)
+        return seen
 
     def _read(self, start: int, stop: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
         one = _rows(self.before, start, stop).to(self.device, wide)
         return one, _rows(self.after, start, stop).to(self.device, wide)
 
-    def _measured(
+    def _judged(
         self, start: int, stop: int, wide: torch.dtype, *, quick: bool = True
     ) -> tuple[Tensor, Tensor, Verdict]:
         """Rows `start:stop` before and after, and what `compare` says of them."""
@@ -224,12 +216,13 @@ class Comparison:
 
     # Only for what is wrong ----------------------------------------------------------------------
 
-    def _explained(self, update: Factored, others: Others) -> str:
-        """What happened, in a clause."""
-        delta = update.delta
+    def _explained(self, update: Factored, others: Others) -> tuple[str, Survival]:
+        """What happened, in a clause, and what is there of the update."""
+        delta, kept = update.delta, Survival()
         sums, wrong = BlockSums(delta.k if isinstance(delta, Gralora) else 1), list[int]()
-        for start, stop in self._tiles(update):
-            before, after, found = self._measured(start, stop, torch.float64, quick=False)
+        for start, stop in self._tiles(update.rows.start, update.rows.stop):
+            before, after, found = self._judged(start, stop, torch.float64, quick=False)
+            kept += found.survival
             exact = before + found.delta
             outside = (after - exact).abs() > found.bound
             wrong += (outside.any(1).nonzero().flatten() + start).tolist()
@@ -239,7 +232,7 @@ class Comparison:
                 start=update.span(start, stop)[0], total=update.delta_rows,
                 transposed=update.transposed,
             )  # fmt: skip
-        return explain(self._evidence(update, wrong), sums, others)
+        return explain(self._evidence(update, wrong), sums, others), kept
 
     def _evidence(self, update: Factored, wrong: Sequence[int]) -> Evidence:
         """All rows of a small matrix; of a large one runs from everywhere, half of them where it
@@ -267,65 +260,11 @@ class Comparison:
         )
 
 
-class _Probe:
-    """Probe inputs through a module: base + full adapter path against the merged weight.
-
-    The inputs are normal and know nothing of the weights; so the sum of x_i e_i over errors that
-    each keep their bound is at most 8 |bound|, but for one draw in 10^15, and never more than
-    |x| . bound.
-    """
-
-    def __init__(self, update: Factored, updates: Sequence[Factored], columns: int) -> None:
-        self.update = update
-        n_in = update.rows.count if update.transposed else columns
-        n_out = columns if update.transposed else update.rows.count
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(PROBES, n_in, dtype=torch.float64, generator=generator)
-        self.squares = torch.zeros(n_out, dtype=torch.float64)
-        self.sums = torch.zeros(PROBES, n_out, dtype=torch.float64)
-        self.difference = torch.zeros(PROBES, n_out, dtype=torch.float64)
-        for one in updates:  # all that is added to these rows
-            if met := one.rows.meet(update.rows.start, update.rows.stop):
-                self.difference -= self._path(one, met[0])
-
-    def _path(self, one: Factored, place: slice) -> Tensor:
-        """What `one` makes of the probes in these rows: at `place` among them are its own."""
-        delta = to_device(one.delta, "cpu")
-        begin = self.update.rows.start + place.start - one.rows.start + one.rows.first
-        own = slice(begin, begin + place.stop - place.start)
-        if one.transposed:  # rows of the stored weight are inputs
-            x = torch.zeros(PROBES, delta.in_features, dtype=torch.float64)
-            x[:, own] = self.x[:, place]
-            return forward_path(delta, x)
-        path = torch.zeros(PROBES, self.update.rows.count, dtype=torch.float64)
-        path[:, place] = forward_path(delta, self.x)[:, own]
-        return path
-
-    def outputs(
-        self, before: Tensor, after: Tensor, bound: Tensor, start: int, stop: int
-    ) -> "_Outputs":
-        """What rows `start:stop` of the stored weight contribute."""
-        place = slice(start - self.update.rows.start, stop - self.update.rows.start)
-        if self.update.transposed:
-            x, everywhere = self.x[:, place], slice(None)
-            moved, sums = x @ after - x @ before, x.abs() @ bound
-            return _Outputs(everywhere, moved, sums, bound.square().sum(0))
-        moved, sums = self.x @ after.T - self.x @ before.T, self.x.abs() @ bound.T
-        return _Outputs(place, moved, sums, bound.square().sum(1))
-
-    def add(self, outputs: "_Outputs") -> None:
-        self.difference[:, outputs.place] += outputs.moved
-        self.sums[:, outputs.place] += outputs.sums
-        self.squares[outputs.place] += outputs.squares
-
-    def worst(self) -> float:
-        bound = torch.minimum(self.sums, DEVIATIONS * self.squares.sqrt())
-        zero = torch.zeros_like(self.difference)
-        return min(worst_ratio(self.difference, zero, bound), WRONG)
-
-
 def difference(
-    one: TensorSpec, other: TensorSpec, progress: Progress, rows: tuple[int, int] | None = None
+    one: TensorSpec,
+    other: TensorSpec,
+    progress: Progress = lambda count: None,
+    rows: tuple[int, int] | None = None,
 ) -> float:
     """0 when `other` is `one`, bit for bit, or in another dtype `one` rounded to it; else the
     largest difference in units of half the last place of `other`'s dtype, at least 2; WRONG where

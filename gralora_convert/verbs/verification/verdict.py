@@ -26,8 +26,9 @@ from gralora_convert.disk import FLOATING, Checkpoint
 from gralora_convert.errors import MisuseError, is_number, printable
 from gralora_convert.output import one_arithmetic_thread
 from gralora_convert.verbs.verification.audit import Row, audited
-from gralora_convert.verbs.verification.comparison import PROBES, WRONG
+from gralora_convert.verbs.verification.factored import WRONG
 from gralora_convert.verbs.verification.outputs import ModelComparison, NotRun, compare_models
+from gralora_convert.verbs.verification.probes import PROBES
 
 LEVELS = ("weights", "modules", "model")
 SHOWN = 20  # wrong tensors in the text; JSON has all
