@@ -5,6 +5,8 @@ from torch import Tensor
 
 from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora
 
+ROWS = 256  # of a dense weight that are cast together
+
 
 def gralora_product(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """What the block factors of one module do to activations, without the scaling.

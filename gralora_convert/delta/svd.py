@@ -19,6 +19,9 @@ Method = Literal["auto", "exact", "randomised"]
 EXACT_SIDE = 512  # up to this block side the exact SVD costs no more than the randomised one
 OVERSAMPLE = 16
 POWER_ITERATIONS = 2
+# Shares of the squared norm: what is lost is that of the rest, formed where less is left than the
+# difference of two norms can tell, and found in float64 where float32 cannot hold it.
+RESIDUAL, SINGLE = 1e-3, 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,7 @@ def blocks_of(delta: Delta, k: int, rank: int, options: Options) -> Iterator[Blo
         case Dense(weight=weight):
             for block_rows in weight.chunk(k):
                 for block in block_rows.chunk(k, dim=1):
-                    yield _project(finite(block.double()), rank, options)
+                    yield _project(finite(block), rank, options)
         case Lora(A=A, B=B):
             lefts = [_qr(x) for x in (delta.scaling * B.double()).chunk(k)]
             rights = [_qr(x.T) for x in A.double().chunk(k, dim=1)]
@@ -190,19 +193,37 @@ def _extend(basis: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 def _project(block: Tensor, rank: int, options: Options) -> Block:
     """A dense block, or its projection on a randomised basis of `rank` + 16 directions.
 
-    The range finder with power iterations of Halko, Martinsson, Tropp, arXiv 0909.4061, alg. 4.4.
+    In float32 where the block is, and something is lost that float32 can tell from rounding. The
+    range finder with power iterations of Halko, Martinsson, Tropp, arXiv 0909.4061, alg. 4.4.
     """
     width, side = rank + OVERSAMPLE, min(block.shape)
     small = side <= EXACT_SIDE or 2 * width >= side
     if options.method == "exact" or (options.method == "auto" and small) or width >= side:
-        return Block(block)
+        return Block(block.double())
+    block = block.to(torch.promote_types(block.dtype, torch.float32))
     start = torch.randn(block.shape[1], width, dtype=block.dtype, generator=options.generator)
     basis = _qr(block @ start.to(block.device))[0]
     for _ in range(POWER_ITERATIONS):
         basis = _qr(block @ _qr(block.T @ basis)[0])[0]
     core = basis.T @ block
-    lost = torch.addmm(block, basis, core, alpha=-1)
-    return Block(core, basis, None, float(lost.square().sum()))
+    lost2, norm2 = _lost(block, basis, core)
+    if lost2 <= SINGLE * norm2 and block.dtype == torch.float32:
+        return _project(block.double(), rank, options)
+    return Block(core.double(), basis.double(), None, lost2)
+
+
+def _lost(block: Tensor, basis: Tensor, core: Tensor) -> tuple[float, float]:
+    """|block - basis @ core|^2 and |block|^2, where core is basis.T @ block."""
+    norm2 = _square(block)
+    lost2 = norm2 - _square(core)
+    if lost2 < RESIDUAL * norm2:
+        lost2 = _square(torch.addmm(block, basis, core, alpha=-1))
+    return lost2, norm2
+
+
+def _square(matrix: Tensor) -> float:
+    """The squared Frobenius norm, row by row in the matrix's dtype, then in float64."""
+    return float(matrix.square().sum(1).double().sum())
 
 
 def block_norms(delta: Gralora | Lora) -> Tensor:

@@ -52,7 +52,7 @@ def look(spec: TensorSpec) -> tuple[bool, bool]:
     return True, bool(zero)
 
 
-COMPARED_ELEMENTS = 4 * 1024 * 1024  # of two tensors, at a time
+COMPARED_ELEMENTS = 512 * 1024  # of two tensors, at a time
 
 
 def is_zero(spec: TensorSpec) -> bool:
@@ -84,10 +84,10 @@ def same_values(one: TensorSpec, other: TensorSpec) -> bool:
     return True
 
 
-def _bytes(spec: TensorSpec, start: int, stop: int) -> bytes:
+def _bytes(spec: TensorSpec, start: int, stop: int) -> bytearray:
     """The bytes of elements `start:stop`."""
     size = spec.nbytes // max(spec.numel, 1)
-    return bytes(read_bytes(spec, start * size, stop * size))
+    return read_bytes(spec, start * size, stop * size)
 
 
 def _wide(spec: TensorSpec, start: int, stop: int) -> "numpy.ndarray":

@@ -29,8 +29,15 @@ class Module:
     before: Tensors = field(repr=False)
     after: Tensors = field(repr=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 holds the difference of two weights of 16 bits far below their rounding."""
+        specs = [held[part.tensor] for part in self.parts for held in (self.before, self.after)]
+        short = all(spec.dtype in ("BF16", "F16") for spec in specs)
+        return torch.float32 if short else torch.float64
+
     def delta(self, device: str) -> Dense:
-        difference = read_parameter(self.parts, self.after).to(device).double()
+        difference = read_parameter(self.parts, self.after).to(device, self.dtype)
         difference -= read_parameter(self.parts, self.before).to(device)
         if not is_finite(difference):
             raise InvalidAdapterError(
@@ -43,7 +50,7 @@ class Module:
     def nbytes(self) -> int:
         """Bytes of the difference."""
         rows, columns = self.shape
-        return 8 * rows * columns
+        return self.dtype.itemsize * rows * columns
 
     def rounding2(self) -> float | None:
         """The squared norm that rounding the tuned weight to 16 bits accounts for: a twelfth of
@@ -54,8 +61,8 @@ class Module:
         weight = read_parameter(self.parts, self.after)
         found = 0.0
         for start in range(0, len(weight), ROWS):
-            unit = 2 * half_ulp(weight[start : start + ROWS].double(), torch_dtype(dtype))
-            found += float(unit.square().sum()) / 12
+            unit = 2 * half_ulp(weight[start : start + ROWS].float(), torch_dtype(dtype))
+            found += float(unit.square_().sum()) / 12
         return found
 
 
