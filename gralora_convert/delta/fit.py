@@ -18,7 +18,16 @@ from torch import Tensor
 from gralora_convert.delta.exact import check_divides
 from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora
 from gralora_convert.delta.products import add_rows_, dense
-from gralora_convert.delta.svd import Method, blocks_of, finite, options_of, shape_of, truncate
+from gralora_convert.delta.svd import (
+    SINGLE,
+    Method,
+    blocks_of,
+    finite,
+    options_of,
+    shape_of,
+    squared_norm,
+    truncate,
+)
 
 Fitted = TypeVar("Fitted", Gralora, Lora)
 
@@ -59,6 +68,7 @@ def to_lora(
     dtype: torch.dtype = torch.float32,
     method: Method = "auto",
     generator: torch.Generator | None = None,
+    near: Lora | None = None,
 ) -> Fit[Lora]:
     """The LoRA of rank r nearest to the delta in the Frobenius norm.
 
@@ -66,9 +76,10 @@ def to_lora(
 
     From factors by QR and the SVD of their core, never through the dense matrix. A dense delta
     with a side above 512 takes a randomised SVD (oversampling 16, two power iterations, about
-    0.03 % above the optimum) unless `method` is "exact". The factors are balanced, sqrt(S) on
-    both sides, computed in float64 and rounded to `dtype`; where the delta has rank below r, new
-    rows of A are as PEFT starts them and B is zero there. A missing generator is seed 0.
+    0.03 % above the optimum) unless `method` is "exact"; `near`, a fit of rank r to nearly the same
+    delta, stands for the iterations. The factors are balanced, sqrt(S) on both sides, and rounded
+    to `dtype`; where the delta has rank below r, new rows of A are as PEFT starts them and B is
+    zero there. A missing generator is seed 0.
 
     Raises:
         ValueError: r < 1, a zero scaling, or a delta that is not finite.
@@ -82,7 +93,7 @@ def to_lora(
     """
     options = options_of(scaling, dtype, method, generator)
     check_divides(1, r)
-    block = next(blocks_of(delta, 1, r, options))
+    block = next(blocks_of(delta, 1, r, options, near))
     left, right, error2, norm2 = truncate(block, r, options)
     return Fit(Lora(right.T.to(dtype), left.to(dtype), scaling), error2, norm2)
 
@@ -96,13 +107,14 @@ def to_gralora(
     dtype: torch.dtype = torch.float32,
     method: Method = "auto",
     generator: torch.Generator | None = None,
+    near: Gralora | None = None,
 ) -> Fit[Gralora]:
     """The pure GraLoRA of k and r nearest to the delta in the Frobenius norm.
 
     LoRA A (l, in), B (out, l), dense (out, in), any GraLoRA  ->  A (k, in/k, r), B (k, r, out/k)
 
     The optimum for this k and r: each block is truncated to rank r/k. It is exact from
-    `exact_rank` on. Factors, dtypes, method and generator are as in `to_lora`.
+    `exact_rank` on. Factors, dtypes, method, generator and `near` are as in `to_lora`.
 
     Raises:
         ValueError: k does not divide in, out and r, r < k, a zero scaling, or a delta that is
@@ -122,7 +134,7 @@ def to_gralora(
     s, error2, norm2 = r // k, 0.0, 0.0
     a = torch.empty(k, n_in // k, k, s, dtype=dtype)  # n, i, j, t
     b = torch.empty(k, k, s, n_out // k, dtype=dtype)  # j, n, t, o
-    for place, block in enumerate(blocks_of(delta, k, s, options)):
+    for place, block in enumerate(blocks_of(delta, k, s, options, near)):
         j, n = divmod(place, k)
         left, right, lost2, size2 = truncate(block, s, options)
         a[n, :, j], b[j, n] = right, left.T
@@ -148,8 +160,9 @@ def to_hybrid(
 
     Each half sweep is the best fit of one part to what the other leaves, beginning with the
     general part, so the error never grows; it ends after `sweeps`, or when a sweep gains less
-    than 0.1 % of the error. A local optimum. The dense matrix is formed in float64. Factors,
-    dtypes, method and generator are as in `to_lora`.
+    than 0.1 % of the error. A local optimum. The dense matrix is formed, in float64 unless it comes
+    in float32. Factors, dtypes, method and generator are as in `to_lora`; randomised SVDs begin
+    where the last sweep has ended.
 
     Raises:
         ValueError: as `to_gralora`, or hybrid_r < 1 or sweeps < 1.
@@ -162,29 +175,36 @@ def to_hybrid(
     arXiv 2505.20355, section 3.
     """
     check_divides(1, hybrid_r, sweeps)
-    options = options_of(scaling, torch.float64, method, generator)
-    target = dense(delta, torch.float64)
+    options = vars(options_of(scaling, torch.float64, method, generator))
+    is_single = isinstance(delta, Dense) and delta.weight.dtype == torch.float32
+    target = dense(delta, torch.float32 if is_single else torch.float64)
+    size2 = squared_norm(Dense(target))
 
     def residual(part: Gralora | Lora) -> Dense:
         rest = target.clone()
         add_rows_(rest, part, 0, weight=-1.0)
         return Dense(rest)
 
-    def sweep(rest: Dense) -> tuple[Lora, Fit[Gralora]]:
-        general = to_lora(rest, hybrid_r, **vars(options)).delta
-        return general, to_gralora(residual(general), k, r, **vars(options))
-
-    general, blocks = sweep(Dense(target))
+    general = to_lora(Dense(target), hybrid_r, **options).delta
+    blocks = to_gralora(residual(general), k, r, **options)
     for _ in range(sweeps - 1):
-        following = sweep(residual(blocks.delta))
-        before, after = math.sqrt(blocks.error2), math.sqrt(following[1].error2)
-        if after < before:
-            general, blocks = following
+        last = general, blocks
+        general = to_lora(residual(blocks.delta), hybrid_r, near=general, **options).delta
+        blocks = to_gralora(residual(general), k, r, near=blocks.delta, **options)
+        before, after = math.sqrt(last[1].error2), math.sqrt(blocks.error2)
+        if after >= before:
+            general, blocks = last
         if before - after <= LEAST_GAIN * before:
             break
+    if is_single and blocks.error2 <= SINGLE * size2:
+        whole = Dense(target.double())
+        return to_hybrid(
+            whole, k, r, hybrid_r, sweeps=sweeps, scaling=scaling, dtype=dtype, method=method,
+            generator=generator,
+        )  # fmt: skip
     a, b = blocks.delta.A.to(dtype), blocks.delta.B.to(dtype)
     hybrid = Gralora(a, b, scaling, general.A.to(dtype), general.B.to(dtype))
-    return Fit(hybrid, blocks.error2, float(target.square().sum()))
+    return Fit(hybrid, blocks.error2, size2)
 
 
 # --- ranks ---

@@ -71,11 +71,14 @@ def shape_of(delta: Delta) -> tuple[int, int]:
     return delta.out_features, delta.in_features
 
 
-def blocks_of(delta: Delta, k: int, rank: int, options: Options) -> Iterator[Block]:
+def blocks_of(
+    delta: Delta, k: int, rank: int, options: Options, near: Gralora | Lora | None = None
+) -> Iterator[Block]:
     """The k*k blocks of the delta, in the order (0, 0), (0, 1), ... of (j, n).
 
-    `rank` is what a randomised decomposition of a dense block must reach. A GraLoRA of another k
-    is taken as its LoRA, restricted to each block.
+    `rank` is what a randomised decomposition of a dense block must reach; `near`, a fit of these
+    k and rank to almost the same delta, is where it begins. A GraLoRA of another k is taken as its
+    LoRA, restricted to each block.
     """
     if not isinstance(delta, Dense):
         general = () if isinstance(delta, Lora) else (delta.general_A, delta.general_B)
@@ -84,9 +87,10 @@ def blocks_of(delta: Delta, k: int, rank: int, options: Options) -> Iterator[Blo
                 finite(factor)
     match delta:
         case Dense(weight=weight):
+            starts = iter([]) if near is None else (right.T for _, right in _slots(near))
             for block_rows in weight.chunk(k):
                 for block in block_rows.chunk(k, dim=1):
-                    yield _project(finite(block), rank, options)
+                    yield _project(finite(block), rank, options, next(starts, None))
         case Lora(A=A, B=B):
             lefts = [_qr(x) for x in (delta.scaling * B.double()).chunk(k)]
             rights = [_qr(x.T) for x in A.double().chunk(k, dim=1)]
@@ -112,9 +116,7 @@ def squared_norm(delta: Delta) -> float:
     match delta:
         case Dense(weight=weight):
             return float(weight.double().square().sum())
-        case Lora(A=A, B=B):
-            pairs = [(delta.scaling * B.double(), A.double())]
-        case Gralora():
+        case _:
             pairs = list(_slots(delta))
     # |L R|^2 = <L'L, RR'>; rounding may leave a tiny negative number for a zero product
     return max(sum(float(((x.T @ x) * (y @ y.T)).sum()) for x, y in pairs), 0.0)
@@ -125,14 +127,28 @@ def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return q, r
 
 
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, singular values and v (not transposed), by a QR first: several times faster where one
+    side is much the longer."""
+    if matrix.shape[0] < matrix.shape[1]:
+        v, values, u = _svd(matrix.T)
+        return u, values, v
+    q, r = _qr(matrix)
+    u, values, vh = torch.linalg.svd(r)
+    return q @ u, values, vh.T
+
+
 def _from_product(left: Tensor, right: Tensor) -> Block:
     """The block left (p, c) @ right (c, m)."""
     (ql, rl), (qr, rr) = _qr(left), _qr(right.T)
     return Block(rl @ rr.T, ql, qr)
 
 
-def _slots(delta: Gralora) -> Iterator[tuple[Tensor, Tensor]]:
+def _slots(delta: Gralora | Lora) -> Iterator[tuple[Tensor, Tensor]]:
     """The factors (p, s + h), (s + h, m) of each block."""
+    if isinstance(delta, Lora):
+        yield delta.scaling * delta.B.double(), delta.A.double()
+        return
     k, s = delta.k, delta.s
     a4 = delta.A.double().reshape(k, -1, k, s)
     b4 = delta.scaling * delta.B.double().reshape(k, k, s, -1)
@@ -190,25 +206,29 @@ def _extend(basis: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([basis, q], dim=1), torch.cat([within + again, r])
 
 
-def _project(block: Tensor, rank: int, options: Options) -> Block:
+def _project(block: Tensor, rank: int, options: Options, near: Tensor | None = None) -> Block:
     """A dense block, or its projection on a randomised basis of `rank` + 16 directions.
 
     In float32 where the block is, and something is lost that float32 can tell from rounding. The
-    range finder with power iterations of Halko, Martinsson, Tropp, arXiv 0909.4061, alg. 4.4.
+    range finder with power iterations of Halko, Martinsson, Tropp, arXiv 0909.4061, alg. 4.4; with
+    `near` (m, rank), which has nearly the directions of its rows, no iterations are needed.
     """
     width, side = rank + OVERSAMPLE, min(block.shape)
-    small = side <= EXACT_SIDE or 2 * width >= side
+    small = (side <= EXACT_SIDE and near is None) or 2 * width >= side
     if options.method == "exact" or (options.method == "auto" and small) or width >= side:
         return Block(block.double())
     block = block.to(torch.promote_types(block.dtype, torch.float32))
-    start = torch.randn(block.shape[1], width, dtype=block.dtype, generator=options.generator)
-    basis = _qr(block @ start.to(block.device))[0]
-    for _ in range(POWER_ITERATIONS):
+    size = block.shape[1], width if near is None else OVERSAMPLE
+    start = torch.randn(size, dtype=block.dtype, generator=options.generator).to(block.device)
+    if near is not None:
+        start = torch.cat([_qr(near.to(block))[0], start / math.sqrt(size[0])], dim=1)
+    basis = _qr(block @ start)[0]
+    for _ in range(POWER_ITERATIONS if near is None else 0):
         basis = _qr(block @ _qr(block.T @ basis)[0])[0]
     core = basis.T @ block
     lost2, norm2 = _lost(block, basis, core)
     if lost2 <= SINGLE * norm2 and block.dtype == torch.float32:
-        return _project(block.double(), rank, options)
+        return _project(block.double(), rank, options, near)
     return Block(core.double(), basis.double(), None, lost2)
 
 
@@ -223,7 +243,7 @@ def _lost(block: Tensor, basis: Tensor, core: Tensor) -> tuple[float, float]:
 
 def _square(matrix: Tensor) -> float:
     """The squared Frobenius norm, row by row in the matrix's dtype, then in float64."""
-    return float(matrix.square().sum(1).double().sum())
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 def block_norms(delta: Gralora | Lora) -> Tensor:
@@ -234,11 +254,8 @@ def block_norms(delta: Gralora | Lora) -> Tensor:
     tensor([[7.7460, 7.7460],
             [7.7460, 7.7460]], dtype=torch.float64)
     """
-    if isinstance(delta, Lora):
-        slots, k = [(delta.scaling * delta.B.double(), delta.A.double())], 1
-    else:
-        slots, k = list(_slots(delta)), delta.k
-    squares = [float(((left.T @ left) * (right @ right.T)).sum()) for left, right in slots]
+    k = 1 if isinstance(delta, Lora) else delta.k
+    squares = [float(((left.T @ left) * (right @ right.T)).sum()) for left, right in _slots(delta)]
     return torch.tensor(squares, dtype=torch.float64).clamp(min=0).sqrt().view(k, k)
 
 
@@ -280,8 +297,8 @@ def truncate(block: Block, rank: int, options: Options) -> tuple[Tensor, Tensor,
 
     Eckart-Young; numerical rank as of numpy.linalg.matrix_rank (eps * side * sigma_1).
     """
-    u, values, vh = torch.linalg.svd(finite(block.core), full_matrices=False)
-    left, right = u[:, :rank], vh[:rank].T
+    u, values, v = _svd(finite(block.core))
+    left, right = u[:, :rank], v[:, :rank]
     left = left if block.left is None else block.left @ left
     right = right if block.right is None else block.right @ right
     norm2 = float(values.square().sum()) + block.lost2

@@ -316,6 +316,32 @@ def test_randomised_recovery_of_a_known_gralora() -> None:
     assert distance2(source, fit.delta) < 1e-24 * fit.norm2
 
 
+@pytest.mark.parametrize("decay", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("k", [1, 2])
+def test_float32_is_as_near_and_knows_its_error(k: int, decay: float) -> None:
+    """Down to where float32 cannot tell what is lost, which is then found in float64."""
+    source = power_law(240, 180, decay=decay)
+    single = Dense(source.weight.float())
+    exact = to_gralora(single, k, 16, method="exact")
+    near = to_gralora(single, k, 16, method="randomised", dtype=DOUBLE)
+    assert exact.relative_error * (1 - 1e-5) <= near.relative_error <= 1.01 * exact.relative_error
+    assert distance2(single, near.delta) == pytest.approx(near.error2, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_sweeps_that_begin_where_the_last_one_ended_are_as_good(
+    noise: float, dtype: torch.dtype
+) -> None:
+    parts = [dense(gralora(2, 4, 90, 120), DOUBLE), dense(lora(4, 180, 240, scaling=0.2), DOUBLE)]
+    more = torch.randn(240, 180, generator=torch.Generator().manual_seed(4), dtype=DOUBLE)
+    source = Dense((parts[0] + parts[1] + noise * more).to(dtype))
+    exact = to_hybrid(source, 2, 8, 4, method="exact")
+    near = to_hybrid(source, 2, 8, 4, method="randomised", dtype=DOUBLE)
+    assert near.relative_error <= 1.01 * exact.relative_error + 1e-9
+    assert distance2(source, near.delta) == pytest.approx(near.error2, rel=1e-3)
+
+
 def test_large_sides_are_randomised_unless_asked_not_to_be() -> None:
     draw = torch.Generator().manual_seed(2)
     source = Dense(torch.randn(520, 530, generator=draw))
