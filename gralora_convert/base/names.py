@@ -273,6 +273,12 @@ class Names:
         {} when it does not know the architecture."""
         return {} if self.blueprint is None else self.blueprint.origins
 
+    @property
+    def layout(self) -> Mapping[str, tuple[Rows, ...]]:
+        """As `origins`, with the stacks that are several tensors on disk, by the rows of their
+        matrices."""
+        return {} if self.blueprint is None else {**self.blueprint.stacks, **self.origins}
+
     def disk_name(self, parameter: str) -> str:
         """The name that a parameter which is not on disk gets there."""
         if self._by_blueprint and self.mapped(parameter) == parameter:

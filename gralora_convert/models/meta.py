@@ -227,6 +227,26 @@ class Blueprint:
     def origins(self) -> Mapping[str, tuple[Rows, ...]]:
         """Name of a parameter -> where its rows lie on disk. Parameters whose values do not lie
         there as whole rows are left out."""
+        found, moved = dict(self._read[0]), self._read[1]
+        for name, keys in moved.items():
+            if self.state[name].ndim <= 2:  # stacks of experts cannot be adapted
+                found |= self._followed(name, keys)
+        return found
+
+    @cached_property
+    def stacks(self) -> Mapping[str, tuple[Rows, ...]]:
+        """Stack of matrices (experts) -> where its rows, one matrix after the other, lie on disk,
+        where that is not one tensor."""
+        found: dict[str, tuple[Rows, ...]] = {}
+        for name, keys in self._read[1].items():
+            if self.state[name].ndim == 3:
+                found |= self._followed(name, keys)
+        return found
+
+    @cached_property
+    def _read(self) -> tuple[dict[str, tuple[Rows, ...]], dict[str, list[tuple[str, str]]]]:
+        """Parameters that are one tensor on disk; and others, by the tensors and patterns of the
+        conversion that makes them."""
         from transformers.core_model_loading import dot_natural_key
 
         found: dict[str, tuple[Rows, ...]] = {}
@@ -239,10 +259,7 @@ class Blueprint:
                 moved[name].append((key, pattern))
             elif self.base.tensors[key].shape:
                 found.setdefault(name, (Rows(key, 0, self.base.tensors[key].shape[0]),))
-        for name, keys in moved.items():
-            if self.state[name].ndim <= 2:  # stacks of experts cannot be adapted
-                found |= self._followed(name, keys)
-        return found
+        return found, moved
 
     def _followed(
         self, first: str, keys: Sequence[tuple[str, str]]
@@ -271,13 +288,15 @@ class Blueprint:
         found = {}
         for name, value in made.items():
             tensor = value[0] if isinstance(value, list) else value
-            if name in self.state and tuple(tensor.shape) == self._numbered_shape(name):
+            if name in self.state and tuple(tensor.shape) in self._numbered_shapes(name):
                 found[name] = tuple(_segments(tensor.flatten().tolist(), starts, names))
         return found
 
-    def _numbered_shape(self, name: str) -> tuple[int, ...]:
+    def _numbered_shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """Of a parameter by its rows, and of a stack by the rows of its matrices."""
         shape = tuple(self.state[name].shape)
-        return shape[:1] + (1,) * (len(shape) - 1)
+        rows = shape[:1] + (1,) * (len(shape) - 1)
+        return (rows, (*shape[:2], 1)) if len(shape) == 3 else (rows,)
 
     def disk_name(self, parameter: str) -> str:
         """The name under which a parameter that is not on disk is loaded when it is put there."""

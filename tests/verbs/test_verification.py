@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import GraloraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import gralora_convert as gc
@@ -357,3 +359,46 @@ def test_weighted_sums_are_audited(dtype: str, tmp_path: Path) -> None:
         assert wrong.model is not None
         assert not wrong.model.ok
     assert not gc.verify(adapters[0], base=base, merged=merged, weights=[0.7]).ok
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("apart", ["base", "merged"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_apart_and_stacked_are_one_model(
+    apart: str, family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """transformers 5 stacks experts in memory, and writes either layout."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=32, hidden_size=32, intermediate_size=48, moe_intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_experts=3, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
+    layouts = {"base": apart == "base", "merged": apart == "merged"}
+    model.save_pretrained(tmp_path / "base", save_original_format=layouts["base"])
+    adapter = GraloraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, adapter)
+    for name, parameter in adapted.named_parameters():
+        if "gralora" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    right = adapted.merge_and_unload()
+
+    def found(level: str) -> gc.Equivalence:
+        right.save_pretrained(tmp_path / "merged", save_original_format=layouts["merged"])
+        return gc.verify(
+            tmp_path / "adapter", base=tmp_path / "base", merged=tmp_path / "merged", level=level
+        )
+
+    same = found("model")
+    assert same.ok, same.as_text()
+    assert same.untouched > 2 * 3 * 3
+    stack = right.model.layers[1].mlp.experts.gate_up_proj.data
+    stack[2, 50, 7] += 1
+    wrong = found("weights").wrong
+    assert [row.module.rpartition("experts.2.")[2] for row in wrong] == [
+        {"Mixtral": "w3", "Qwen3Moe": "up_proj"}[family]
+    ]
+    assert "layers.1" in wrong[0].tensor
+    assert "no adapter touches it" in wrong[0].what

@@ -1,6 +1,6 @@
 """One pass over a merged checkpoint: every tensor against what base and adapter say it must be."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from gralora_convert.adapters import Adapter
-from gralora_convert.base import Kept, Merged, Patched, Recipe, Replaced, misread, spellings
+from gralora_convert.base import Kept, Merged, Patched, Recipe, Replaced, misread
 from gralora_convert.delta import Survival
 from gralora_convert.disk import FLOATING, Checkpoint, TensorSpec, read_torch
 from gralora_convert.output import default_jobs
 from gralora_convert.verbs.verification.comparison import Comparison, Others, difference
 from gralora_convert.verbs.verification.expected import Expected
 from gralora_convert.verbs.verification.factored import WRONG, Factored
+from gralora_convert.verbs.verification.pairs import Pairs
 
 WHOLE = 1 << 16  # elements: a matrix up to here is measured whole, of a larger one a sample
 NEIGHBOURS = 64  # modules of the same shape that a wrong one is compared with
@@ -50,15 +51,14 @@ class _Audit:
 
     recipe: Recipe
     merged: Checkpoint
-    names: Mapping[str, str]  # as expected -> in the merged checkpoint
+    pairs: Pairs
     probe: bool
     device: str
     progress: Callable[[int], None]
     each: Callable[..., Iterator[Any]]  # map, by several workers
 
     def find(self, name: str) -> TensorSpec | None:
-        found = self.names.get(name)
-        return None if found is None else self.merged.tensors[found]
+        return self.pairs.found.get(name)
 
 
 def audited(
@@ -72,14 +72,13 @@ def audited(
     """A row for every tensor of the recipe, and for each one that is in `merged` besides."""
     one_thread = partial(torch.set_num_threads, 1)  # of arithmetic: the workers are many enough
     with ThreadPoolExecutor(default_jobs(), initializer=one_thread) as workers:
-        names = _names_in(merged, recipe)
-        yield from _rows(_Audit(recipe, merged, names, probe, device, progress, workers.map))
+        pairs = Pairs.of(recipe, merged)
+        yield from _rows(_Audit(recipe, merged, pairs, probe, device, progress, workers.map))
 
 
 def _rows(audit: _Audit) -> Iterator[Row]:
-    recipe, merged = audit.recipe, audit.merged
-    old_head = _old_head(recipe)
-    for name, entry in recipe.tensors.items():
+    old_head = _old_head(audit.recipe)
+    for name, entry in audit.pairs.expected.items():
         match entry:
             case Merged():
                 yield from _merged(audit, name, entry)
@@ -90,13 +89,11 @@ def _rows(audit: _Audit) -> Iterator[Row]:
             case Kept():
                 yield from _kept(audit, name, entry.spec, name in old_head)
     yield from (
-        Row(audit.names[name], _module_of(name), WRONG, why)
-        for name, why in misread(recipe.scales, merged)
+        Row(name, _module_of(name), WRONG, why)
+        for name, why in misread(audit.recipe.scales, audit.merged)
     )
-    known = set(audit.names.values())
-    for name in merged.tensors:
-        if name not in known:
-            yield _extra(audit, name)
+    for name in audit.pairs.others:
+        yield _extra(audit, name)
 
 
 # Adapted tensors ----------------------------------------------------------------------------------
@@ -216,17 +213,6 @@ def _extra(audit: _Audit, name: str) -> Row:
 
 def _module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0] or tensor
-
-
-def _names_in(merged: Checkpoint, recipe: Recipe) -> Mapping[str, str]:
-    """Expected name -> name in the merged checkpoint, which may carry the base-model prefix."""
-    names = {}
-    for name in recipe.tensors:
-        candidates = spellings(name, recipe.prefixes)
-        found = next((c for c in candidates if c in merged.tensors), None)
-        if found is not None:
-            names[name] = found
-    return names
 
 
 def _old_head(recipe: Recipe) -> frozenset[str]:
