@@ -15,6 +15,12 @@ ADVICE = (
     "one. A merge that is quantised back to the grid of its base loses the update."
 )
 
+# transformers 5.23 writes codes under the old names, and no quantization_config
+RESAVED = (
+    "Was it saved by transformers after dequantising? That folder is broken: give the original "
+    "base, or save it again with save_original_format=False."
+)
+
 
 class _Sign(NamedTuple):
     """A tensor `STEM.leaf` that only this method writes, if one of `beside` stands beside it."""

@@ -12,7 +12,7 @@ from gralora_convert.adapters import Adapter
 from gralora_convert.base import Kept, Merged, Patched, Recipe, Replaced, misread
 from gralora_convert.delta import Survival
 from gralora_convert.disk import FLOATING, Checkpoint, TensorSpec, read_torch
-from gralora_convert.output import default_jobs
+from gralora_convert.system import usable_cpus
 from gralora_convert.verbs.verification.comparison import Comparison, Others, difference
 from gralora_convert.verbs.verification.expected import Expected
 from gralora_convert.verbs.verification.factored import WRONG, Factored
@@ -71,7 +71,7 @@ def audited(
 ) -> Iterator[Row]:
     """A row for every tensor of the recipe, and for each one that is in `merged` besides."""
     one_thread = partial(torch.set_num_threads, 1)  # of arithmetic: the workers are many enough
-    with ThreadPoolExecutor(default_jobs(), initializer=one_thread) as workers:
+    with ThreadPoolExecutor(usable_cpus(), initializer=one_thread) as workers:
         pairs = Pairs.of(recipe, merged)
         yield from _rows(_Audit(recipe, merged, pairs, probe, device, progress, workers.map))
 
