@@ -42,7 +42,7 @@ from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
     from gralora_convert.delta import Method
-    from gralora_convert.verbs import Equivalence, Inspection
+    from gralora_convert.verbs import Inspection
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -340,7 +340,7 @@ def verify(
     Exits 0 when they do, 1 when they do not (then it says what happened), 2 when there is no
     answer.
     """
-    from gralora_convert.cli.plots import require_drawable
+    from gralora_convert.cli.plots import draw_equivalence, require_drawable
     from gralora_convert.disk import Checkpoint
     from gralora_convert.verbs import verify
 
@@ -360,13 +360,6 @@ def verify(
             **said.as_arguments(),
             progress=advance,
         )
-    _print_equivalence(found, plot, as_json)
-    return EXIT_REFUSED if found.ok is None else 0 if found.ok else EXIT_NO
-
-
-def _print_equivalence(found: "Equivalence", plot: str | None, as_json: bool) -> None:
-    from gralora_convert.cli.plots import draw_equivalence
-
     show_notes(found.notes)
     if plot is not None:
         draw_equivalence(found, plot)
@@ -375,3 +368,4 @@ def _print_equivalence(found: "Equivalence", plot: str | None, as_json: bool) ->
         show_json(found.as_json())
     else:
         show(*found.as_text().split("\n"))
+    return EXIT_REFUSED if found.ok is None else 0 if found.ok else EXIT_NO

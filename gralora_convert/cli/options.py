@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
 import click
 
 from gralora_convert.cli.terminal import (
+    EXIT_REFUSED,
     Choice,
     Line,
     bar,
@@ -27,20 +28,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _options(
-    *options: Callable[[Callable[P, T]], Callable[P, T]],
-) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Several options as one decorator, in the order in which the help shows them."""
-    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
-
-
 def _gathered(
     name: str,
     into: type[object],
     *options: Callable[[Callable[..., int]], Callable[..., int]],
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Several options as one decorator; the command gets their values as one `into`, the argument
-    `name`. Those that are no field of it stay arguments."""
+    """Several options as one decorator, in the order in which the help shows them; the command
+    gets their values as one `into`, the argument `name`. Those that are no field of it stay
+    arguments."""
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(command)
@@ -50,7 +45,7 @@ def _gathered(
             )
             return command(**given, **{name: value})
 
-        return _options(*options)(gathering)
+        return functools.reduce(lambda made, option: option(made), reversed(options), gathering)
 
     return decorate
 
@@ -67,7 +62,6 @@ def some_base_option(meaning: str) -> Callable[[Callable[P, T]], Callable[P, T]]
     return click.option("--base", type=PATH, metavar="MODEL", help=meaning)
 
 
-EXIT_UNTOLD = 2  # as for an output that cannot be told of for any other reason
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 PATH = click.Path()  # no check here: it may be a Hub id; a shell completes names of files
 json_option = click.option(
@@ -166,7 +160,7 @@ class Run:
             place = printable(self.output)
             told = f"{place}: is complete, but telling so was interrupted."
             show(Line(told, severity="error"), err=True)
-            return EXIT_UNTOLD
+            return EXIT_REFUSED  # as for an output that cannot be told of for any other reason
         return 0
 
     def _print_plan(self, plan: "Plan") -> None:
