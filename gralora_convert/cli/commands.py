@@ -60,7 +60,7 @@ def commands() -> None:
 @click.argument("path", type=PATH)
 @plot_option
 @some_base_option(
-    "For --plot: norms against this model's.  [default: the adapter's, if it is here]"
+    help="For --plot: norms against this model's.  [default: the adapter's, if it is here]"
 )
 @progress_option
 @quiet_option
@@ -223,7 +223,7 @@ def merge(
 @click.option("--allow-inexact", is_flag=True,
               help="Approximate optimally, print the error.  [default: off]")  # fmt: skip
 @some_base_option(
-    "The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  [default: none]"
+    help="The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  [default: none]"
 )
 @writing_options
 @reading_options

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 
@@ -23,9 +23,6 @@ from gralora_convert.errors import MisuseError, printable
 if TYPE_CHECKING:
     from gralora_convert.delta import Kind
     from gralora_convert.output import Plan, Ranks
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 def _gathered(
@@ -57,18 +54,15 @@ def examples(*lines: str) -> str:
     )
 
 
-def some_base_option(meaning: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """`--base`, which has another default where a base is not always needed."""
-    return click.option("--base", type=PATH, metavar="MODEL", help=meaning)
-
-
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 PATH = click.Path()  # no check here: it may be a Hub id; a shell completes names of files
+# `--base`, which has another default where a base is not always needed
+some_base_option = functools.partial(click.option, "--base", type=PATH, metavar="MODEL")
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON document on stdout.  [default: off]"
 )
 base_option = some_base_option(
-    "Base model: folder, file or Hub id.  [default: the adapter's base_model_name_or_path]"
+    help="Base model: folder, file or Hub id.  [default: the adapter's base_model_name_or_path]"
 )
 weight_option = click.option(
     "--weight", "weights", type=float, multiple=True, metavar="FLOAT",
