@@ -249,7 +249,11 @@ class Places:
         factors = [spec for roles in self.roles.values() for spec in roles.values()]
         self.findings += shapes.tensor_findings(factors, self.biases.values(), self.saved.values())
         try:
-            self.findings += self._shape_findings()
+            if self.is_lora:
+                config = self.config if isinstance(self.config, LoraConfig) else None
+                self.findings += shapes.lora_shape_findings(self.roles, config)
+            elif self.values:
+                self.findings += shapes.gralora_shape_findings(self.roles, self.values)
             self.findings += self._target_findings()
         except UnsupportedError as problem:  # a pattern that cannot be carried out
             self._say(error("target-regex-invalid", CONFIG_NAME, problem.message, problem.hint))
@@ -258,13 +262,6 @@ class Places:
         wrong = any(finding.severity == "error" for finding in self.findings)
         if not self.roles and not self.unsupported and self.config is not None and not wrong:
             self._say(error("missing-tensor", self.file.path.name, "holds no factors at all"))
-
-    def _shape_findings(self) -> Iterator[Finding]:
-        if self.is_lora:
-            config = self.config if isinstance(self.config, LoraConfig) else None
-            yield from shapes.lora_shape_findings(self.roles, config)
-        elif self.values:
-            yield from shapes.gralora_shape_findings(self.roles, self.values)
 
     def _check_features(self, config: LoraConfig) -> None:
         for feature in config.unsupported_features():

@@ -43,7 +43,7 @@ from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
     from gralora_convert.delta import Method
-    from gralora_convert.verbs import Equivalence, Inspection
+    from gralora_convert.verbs import Inspection
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -61,7 +61,7 @@ def commands() -> None:
 @click.argument("path", type=PATH)
 @plot_option
 @some_base_option(
-    "For --plot: norms against this model's.  [default: the adapter's, if it is here]"
+    help="For --plot: norms against this model's.  [default: the adapter's, if it is here]"
 )
 @progress_option
 @quiet_option
@@ -119,7 +119,7 @@ def _plot_adapter(
 )
 @click.argument("adapters", type=PATH, metavar="ADAPTER...", nargs=-1, required=True)
 @base_option
-@server_option("Does this engine serve it as it is?  [default: not asked]")
+@server_option(help="Does this engine serve it as it is?  [default: not asked]")
 @click.option("--format", "style", type=Choice(["text", "json", "github"]), default="text",
               show_default=True, help="github prints workflow annotations.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.  [default: off]")
@@ -228,9 +228,9 @@ def merge(
 @shape_options
 @click.option("--allow-inexact", is_flag=True,
               help="Approximate optimally, print the error.  [default: off]")  # fmt: skip
-@server_option("Make the LoRA as this engine reads it, or refuse.  [default: as PEFT does]")
+@server_option(help="Make the LoRA as this engine reads it, or refuse.  [default: as PEFT does]")
 @some_base_option(
-    "The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  [default: none]"
+    help="The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  [default: none]"
 )
 @writing_options
 @reading_options
@@ -349,7 +349,7 @@ def verify(
     Exits 0 when they do, 1 when they do not (then it says what happened), 2 when there is no
     answer.
     """
-    from gralora_convert.cli.plots import require_drawable
+    from gralora_convert.cli.plots import draw_equivalence, require_drawable
     from gralora_convert.disk import Checkpoint
     from gralora_convert.verbs import verify
 
@@ -369,13 +369,6 @@ def verify(
             **said.as_arguments(),
             progress=advance,
         )
-    _print_equivalence(found, plot, as_json)
-    return EXIT_REFUSED if found.ok is None else 0 if found.ok else EXIT_NO
-
-
-def _print_equivalence(found: "Equivalence", plot: str | None, as_json: bool) -> None:
-    from gralora_convert.cli.plots import draw_equivalence
-
     show_notes(found.notes)
     if plot is not None:
         draw_equivalence(found, plot)
@@ -384,3 +377,4 @@ def _print_equivalence(found: "Equivalence", plot: str | None, as_json: bool) ->
         show_json(found.as_json())
     else:
         show(*found.as_text().split("\n"))
+    return EXIT_REFUSED if found.ok is None else 0 if found.ok else EXIT_NO

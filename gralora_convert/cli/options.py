@@ -4,11 +4,12 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 
 from gralora_convert.cli.terminal import (
+    EXIT_REFUSED,
     Choice,
     Line,
     bar,
@@ -23,24 +24,15 @@ if TYPE_CHECKING:
     from gralora_convert.delta import Kind
     from gralora_convert.output import Plan, Ranks
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _options(
-    *options: Callable[[Callable[P, T]], Callable[P, T]],
-) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Several options as one decorator, in the order in which the help shows them."""
-    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
-
 
 def _gathered(
     name: str,
     into: type[object],
     *options: Callable[[Callable[..., int]], Callable[..., int]],
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Several options as one decorator; the command gets their values as one `into`, the argument
-    `name`. Those that are no field of it stay arguments."""
+    """Several options as one decorator, in the order in which the help shows them; the command
+    gets their values as one `into`, the argument `name`. Those that are no field of it stay
+    arguments."""
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(command)
@@ -50,7 +42,7 @@ def _gathered(
             )
             return command(**given, **{name: value})
 
-        return _options(*options)(gathering)
+        return functools.reduce(lambda made, option: option(made), reversed(options), gathering)
 
     return decorate
 
@@ -62,25 +54,18 @@ def examples(*lines: str) -> str:
     )
 
 
-def some_base_option(meaning: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """`--base`, which has another default where a base is not always needed."""
-    return click.option("--base", type=PATH, metavar="MODEL", help=meaning)
-
-
-def server_option(meaning: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """`--for`, an engine that serves LoRAs."""
-    return click.option("--for", "server", type=Choice(SERVERS), help=meaning)
-
-
-EXIT_UNTOLD = 2  # as for an output that cannot be told of for any other reason
 SERVERS = ("vllm", "sglang", "llama.cpp", "peft")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 PATH = click.Path()  # no check here: it may be a Hub id; a shell completes names of files
+# `--base`, which has another default where a base is not always needed
+some_base_option = functools.partial(click.option, "--base", type=PATH, metavar="MODEL")
+# `--for`, an engine that serves LoRAs
+server_option = functools.partial(click.option, "--for", "server", type=Choice(SERVERS))
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON document on stdout.  [default: off]"
 )
 base_option = some_base_option(
-    "Base model: folder, file or Hub id.  [default: the adapter's base_model_name_or_path]"
+    help="Base model: folder, file or Hub id.  [default: the adapter's base_model_name_or_path]"
 )
 weight_option = click.option(
     "--weight", "weights", type=float, multiple=True, metavar="FLOAT",
@@ -172,7 +157,7 @@ class Run:
             place = printable(self.output)
             told = f"{place}: is complete, but telling so was interrupted."
             show(Line(told, severity="error"), err=True)
-            return EXIT_UNTOLD
+            return EXIT_REFUSED  # as for an output that cannot be told of for any other reason
         return 0
 
     def _print_plan(self, plan: "Plan") -> None:
