@@ -172,18 +172,16 @@ def _environment() -> dict[str, str]:
     }  # fmt: skip
 
 
-_REASON = re.compile(
-    r"(?:\w*Error|Exception)\b.*: \S|^error:| E .*(?:error|fail|exist)|: error|does not"
-)
+_REASON = re.compile(r"\bERROR:|\w+Error: |\berror: |\bE .*(failed|error)")
 
 
 def _reason(text: str) -> str:
     """The line of an engine's log that says why, without places and times."""
-    lines = [line.strip() for line in text.splitlines() if _REASON.search(line)]
-    told = [x for x in lines if "Engine core initialization" not in x and "traceback" not in x]
-    line = (told or lines or text.splitlines() or ["(nothing)"])[-1 if "error:" in text else 0]
-    line = re.sub(r"^.*?(?=\w*Error\b: |\berror: |E )", "", line)
-    return re.sub(r"/\S*/", "", line)[:300]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["(nothing)"]
+    line = next((line for line in lines if _REASON.search(line)), lines[-1])
+    start = re.search(r"\w+Error: |\bERROR:\S*?:|\berror: |\bE ", line)
+    line = line if start is None else line[start.start() :]
+    return re.sub(r"(?<![\w.])/\S*/", "", line)[:300].replace("|", "\\|")
 
 
 @contextmanager

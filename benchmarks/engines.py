@@ -84,8 +84,8 @@ def mixtral() -> Any:
 
 def gpt2() -> Any:
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=128, n_embd=128, n_layer=2, n_head=4, bos_token_id=0,
-        eos_token_id=1, pad_token_id=3,
+        vocab_size=VOCABULARY, n_positions=128, n_ctx=128, n_embd=128, n_layer=2, n_head=4,
+        bos_token_id=0, eos_token_id=1, pad_token_id=3,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
