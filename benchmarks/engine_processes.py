@@ -1,0 +1,270 @@
+"""vLLM and llama.cpp as processes: each model, adapter and command in one of its own."""
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOKENS, PROMPTS, LENGTH = 16, 6, 8
+WAIT = 300.0  # seconds for a server to start
+
+Run = list[tuple[list[int], list[float]]]  # tokens and their log-probabilities, prompt by prompt
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(4, 260, (PROMPTS, LENGTH - 1), generator=generator)
+    return [[0, *row] for row in drawn.tolist()]
+
+
+# The test models have a vocabulary of their own, which the converter cannot recognise: it is told.
+# Each command runs in a process of its own: forked, so that torch is imported once.
+CONVERTER = """
+import contextlib, json, os, pathlib, runpy, sys, traceback
+source = sys.argv[1]
+sys.path[:0] = [source, source + "/gguf-py"]
+import torch, transformers
+from conversion import base, get_model_class
+
+def carried_out(script, *words):
+    base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+    folder = next(w for w in words if pathlib.Path(w, "config.json").is_file())
+    config = json.loads(pathlib.Path(folder, "config.json").read_text())
+    for cls in get_model_class(config["architectures"][0]).__mro__:
+        if "set_vocab" in vars(cls) and issubclass(cls, base.TextModel):
+            cls.set_vocab = base.TextModel._set_vocab_gpt2
+    sys.argv = [script, *words]
+    runpy.run_path(source + "/" + script, run_name="__main__")
+
+for line in sys.stdin:
+    command, log = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        status = 0
+        with open(log, "w", buffering=1) as file, contextlib.redirect_stderr(file):
+            try:
+                carried_out(*command)
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+# Of each job (model, adapter or None, largest rank, prompts), in a process of its own: forked, so
+# that vLLM is imported once.
+WORKER = """
+import json, os, sys, traceback
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+import vllm, vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker
+from vllm.lora.request import LoRARequest
+
+def done(job):
+    loras = {"enable_lora": True, "max_lora_rank": job["rank"], "max_loras": 1}
+    more = loras if job["lora"] else {}
+    model = vllm.LLM(job["model"], dtype=job["dtype"], max_model_len=64, max_num_seqs=4,
+                     enforce_eager=True, **more)
+    how = vllm.SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=1, ignore_eos=True)
+    asked = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    lora = LoRARequest("it", 1, job["lora"]) if job["lora"] else None
+    told = []
+    for answer in model.generate(asked, how, lora_request=lora, use_tqdm=False):
+        out = answer.outputs[0]
+        ids = list(out.token_ids)
+        told.append([ids, [step[i].logprob for i, step in zip(ids, out.logprobs)]])
+    return told
+
+for job in json.load(open(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = {"run": done(job)}
+        except BaseException as problem:
+            first = problem
+            while first.__cause__ is not None:
+                first = first.__cause__
+            answer = {"refused": f"{type(first).__name__}: {first}"}
+            traceback.print_exc()
+        with open(job["answer"], "w") as file:
+            json.dump(answer, file)
+        sys.stdout.flush()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status:
+        with open(job["answer"], "w") as file:
+            json.dump({"refused": f"ended by signal {status}"}, file)
+"""
+
+
+class RefusedError(Exception):
+    """What an engine, or this tool, says when it does not serve something."""
+
+
+@dataclass
+class Engines:
+    vllm: str
+    source: str
+    server: str
+    converter: "subprocess.Popen[str] | None" = None
+
+    def converted(self, words: Sequence[str], folder: Path) -> None:
+        """Carries out a command of llama.cpp's converters."""
+        if self.converter is None:
+            self.converter = subprocess.Popen(
+                [self.vllm, "-c", CONVERTER, self.source], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=_environment(),
+            )  # fmt: skip
+        assert self.converter.stdin is not None
+        assert self.converter.stdout is not None
+        log = folder / "converter.log"
+        self.converter.stdin.write(json.dumps([words, str(log)]) + "\n")
+        self.converter.stdin.flush()
+        if int(self.converter.stdout.readline()):
+            raise RefusedError(_reason(log.read_text()))
+
+    def typed(self, line: str, folder: Path) -> list[str]:
+        """A printed line as it is carried out."""
+        words = shlex.split(line.replace("MODEL", str(folder / "model")).replace("NAME", "it"))
+        if words[0] == "vllm":
+            return [str(Path(self.vllm).with_name("vllm")), *words[1:]]
+        return [self.server, *words[1:]] if words[0] == "llama-server" else words
+
+    def by_llama_cpp(self, lines: Sequence[str], folder: Path) -> Run:
+        *before, last = [self.typed(line, folder) for line in lines]
+        for command in before:
+            self.converted(command[1:], folder)
+        with _server([*last, "--ctx-size", "256", "--threads", "2"]) as port:
+            return _by_llama_cpp(port)
+
+    def by_vllm_server(self, line: str, folder: Path) -> Run:
+        sizes = ["--max-model-len", "64", "--max-num-seqs", "4", "--enforce-eager"]
+        how = [*sizes, "--return-tokens-as-token-ids"]
+        with _server([*self.typed(line, folder), *how]) as port:
+            return _by_vllm(port)
+
+    def by_vllm(self, jobs: Sequence[Mapping[str, Any]], folder: Path) -> None:
+        """Writes the answers of jobs where they want them."""
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        log = (folder / "vllm.log").open("w")
+        subprocess.run(
+            [self.vllm, "-c", WORKER, str(folder / "jobs.json")],
+            stdout=log, stderr=subprocess.STDOUT, check=True, env=_environment(), cwd=folder,
+        )  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+
+
+_REASON = re.compile(r"\bERROR:|\w+Error: |\berror: |\bE .*(failed|error)")
+
+
+def _reason(text: str) -> str:
+    """The line of an engine's log that says why, without places and times."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["(nothing)"]
+    line = next((line for line in lines if _REASON.search(line)), lines[-1])
+    start = re.search(r"\w+Error: |\bERROR:\S*?:|\berror: |\bE ", line)
+    line = line if start is None else line[start.start() :]
+    return re.sub(r"(?<![\w.])/\S*/", "", line)[:300].replace("|", "\\|")
+
+
+@contextmanager
+def _server(command: Sequence[str]) -> Iterator[int]:
+    """A server that answers, on a free port of this machine; it is ended with the block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    log = Path(f"/tmp/engine-{port}.log")
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True,
+        )  # fmt: skip
+    try:
+        until = time.monotonic() + WAIT
+        while not _answers(port):
+            if process.poll() is not None or time.monotonic() > until:
+                raise RefusedError(_reason(log.read_text(errors="replace")))
+            time.sleep(0.5)
+        yield port
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        log.unlink()
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _ask(port: int, path: str, question: Mapping[str, Any]) -> Any:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", json.dumps(question).encode(),
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+    except OSError as problem:
+        told = problem.read().decode() if isinstance(problem, urllib.error.HTTPError) else problem
+        raise RefusedError(f"when asked: {str(told)[:200]}") from problem
+
+
+def _by_vllm(port: int) -> Run:
+    found: Run = []
+    for prompt in prompts():
+        told = _ask(port, "/v1/completions", {
+            "model": "it", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1,
+            "ignore_eos": True,
+        })["choices"][0]["logprobs"]  # fmt: skip
+        ids = [int(token.removeprefix("token_id:")) for token in told["tokens"]]
+        found.append((ids, told["token_logprobs"]))
+    return found
+
+
+def _by_llama_cpp(port: int) -> Run:
+    found: Run = []
+    for prompt in prompts():
+        told = _ask(port, "/completion", {
+            "prompt": prompt, "n_predict": TOKENS, "temperature": 0, "n_probs": 1,
+            "cache_prompt": False, "ignore_eos": True,
+        })["completion_probabilities"]  # fmt: skip
+        found.append(([step["id"] for step in told], [step["logprob"] for step in told]))
+    return found
+
+
+def answer(file: Path) -> Run:
+    """What a job of vLLM left.
+
+    Raises:
+        RefusedError: it says why not.
+    """
+    told = json.loads(file.read_text())
+    if "refused" in told:
+        raise RefusedError(_reason(told["refused"]))
+    return [(ids, scores) for ids, scores in told["run"]]
