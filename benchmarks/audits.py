@@ -2,6 +2,9 @@
 
     python -m benchmarks.audits --rounds 200
     python -m benchmarks.audits --by peft --rounds 200
+    python -m benchmarks.audits FOLDER --against ../worktree-of-another-revision
+
+With a FOLDER (for the inputs; kept for the next run) the table is of costs, see `costs`.
 
 Right merges are made by torch alone (one rounding to the stored dtype, or to another one), by this
 program, and with the update rounded to the adapter's 16 bits first, as PEFT does. Wrong ones are
@@ -23,6 +26,7 @@ from pathlib import Path
 import torch
 
 import gralora_convert as gc
+from benchmarks.costs import print_costs
 from benchmarks.peft_merges import audit_peft
 from gralora_convert.delta.products import dense
 from tests.merges import WRONG, Setting, Tensors, applies, setting, wrong_modules
@@ -48,7 +52,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--wrong", type=int, default=10, help="settings with all mistakes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--by", choices=["torch", "peft"], default="torch", help="who merges")
+    parser.add_argument("folder", type=Path, nargs="?", help="print what audits cost instead")
+    parser.add_argument("--against", type=Path, help="a worktree of another revision")
+    parser.add_argument("--layers", type=int, default=22, help="of the model whose costs are taken")
+    parser.add_argument("--runs", type=int, default=3, help="of each command")
     options = parser.parse_args(arguments)
+    if options.folder is not None:
+        print_costs(options.folder, options.against, layers=options.layers, runs=options.runs)
+        return 0
     random.seed(options.seed)
     if options.by == "peft":
         return audit_peft(options.rounds)
