@@ -419,12 +419,14 @@ def verify(
     """
     from gralora_convert.cli.plots import require_drawable
     from gralora_convert.disk import Checkpoint
+    from gralora_convert.output import Ranks
     from gralora_convert.verbs import verify
 
     if plot is not None:
         require_drawable(plot)
     opened = Checkpoint.open(merged)
-    with bar(opened.nbytes, progress) as advance:
+    ranks = Ranks.from_environment()
+    with bar(opened.nbytes, progress if ranks.is_leader else False) as advance:
         found = verify(
             *adapters,
             base=base,
@@ -436,7 +438,10 @@ def verify(
             text=text,
             **said.as_arguments(),
             progress=advance,
+            ranks=ranks,
         )
+    if not ranks.is_leader:
+        return 0
     _print_equivalence(found, plot, as_json)
     return EXIT_REFUSED if found.ok is None else 0 if found.ok else EXIT_NO
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from gralora_convert.output.adapter_files import Workshop, config_of, copied, folder_of
     from gralora_convert.output.cards import CARD_NAME, adapter_card, merged_card
     from gralora_convert.output.plan import Plan
-    from gralora_convert.output.ranks import Ranks
+    from gralora_convert.output.ranks import Ranks, meeting
     from gralora_convert.output.receipt import adapter_receipt_findings, checkpoint_receipt_findings
     from gralora_convert.output.shards import index_json, index_name, lay_out
     from gralora_convert.output.tiles import (
@@ -24,7 +24,7 @@ __all__ = [
     "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "OutputFile",
     "Part", "PatchedTensor", "Plan", "Ranks", "Workshop", "adapter_card",
     "adapter_receipt_findings", "checkpoint_receipt_findings", "config_of", "copied",
-    "folder_of", "index_json", "index_name", "lay_out", "merged_card",
+    "folder_of", "index_json", "index_name", "lay_out", "meeting", "merged_card",
     "one_arithmetic_thread", "taken",
 ]  # fmt: skip
 
@@ -32,7 +32,7 @@ __getattr__ = opened(__name__, {
     "adapter_files": "Workshop config_of copied folder_of",
     "cards": "CARD_NAME adapter_card merged_card",
     "plan": "Plan",
-    "ranks": "Ranks",
+    "ranks": "Ranks meeting",
     "receipt": "adapter_receipt_findings checkpoint_receipt_findings",
     "shards": "index_json index_name lay_out",
     "tiles": "CastTensor MergedTensor PatchedTensor taken",

@@ -11,17 +11,18 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gralora_convert.errors import ConvertError, MisuseError, OutputError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
+T = TypeVar("T")
 # What launchers set: this process's number, how many there are, and how many on this machine.
 _VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),  # torchrun
@@ -73,13 +74,19 @@ class Ranks:
     def is_leader(self) -> bool:
         return self.rank == 0
 
-    def has(self, place: int, total: int) -> bool:
-        """Whether `place`, from 0 on below `total`, lies in this rank's share of it.
+    def share(self, items: Callable[[], Iterable[T]], cost: Callable[[T], int]) -> Iterator[T]:
+        """This rank's run of all `items`, which come in order at each call: the runs of all ranks
+        have the same cost, as far as the items allow.
 
-        >>> [place for place in range(10) if Ranks(1, 3).has(place, 10)]
-        [4, 5, 6]
+        >>> [list(Ranks(rank, 2).share(lambda: "abcde", ord)) for rank in range(2)]
+        [['a', 'b', 'c'], ['d', 'e']]
         """
-        return place * self.size // total == self.rank
+        total, before = sum(map(cost, items())), 0
+        for item in items():
+            middle = 2 * before + cost(item)
+            before += cost(item)
+            if middle * self.size // (2 * total) == self.rank:
+                yield item
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
@@ -222,7 +229,7 @@ class Meeting:
         for rank, (other, _) in enumerate(said):
             if other != plan:
                 raise MisuseError(
-                    f"rank {max(rank, self.ranks.rank)} would write something else than rank "
+                    f"rank {max(rank, self.ranks.rank)} would do something else than rank "
                     f"{min(rank, self.ranks.rank)}",
                     where=self.output,
                     hint="Give all processes the same arguments, inputs and version of the tool.",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from gralora_convert.adapters import Adapter
 from gralora_convert.base import Kept, Merged, Patched, Recipe, Replaced, spellings
 from gralora_convert.delta import Survival
 from gralora_convert.disk import FLOATING, Checkpoint, TensorSpec, read_torch
+from gralora_convert.output import Ranks
 from gralora_convert.verbs.verification.comparison import (
     WRONG,
     Comparison,
@@ -36,6 +38,12 @@ class Row:
     survival: Survival | None = None
     output_worst: float | None = None
     kept: bool = False  # a tensor that no adapter touches
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Row":
+        """The row of which `dataclasses.asdict` made these."""
+        survival = fields["survival"]
+        return cls(**fields | {"survival": survival and Survival(**survival)})
 
     def as_json(self) -> dict[str, object]:
         row: dict[str, object] = {"tensor": self.tensor, "module": self.module, "worst": self.worst}
@@ -67,11 +75,13 @@ def audited(
     probe: bool,
     device: str,
     progress: Callable[[int], None],
+    ranks: Ranks,
 ) -> Iterator[Row]:
-    """A row for every tensor of the recipe, and for each one that is in `merged` besides."""
+    """A row for every tensor of the recipe, and for each one that is in `merged` besides: those
+    that this rank looks at."""
     audit = _Audit(recipe, merged, _names_in(merged, recipe), probe, device, progress)
     old_head = _old_head(recipe)
-    for name, entry in recipe.tensors.items():
+    for name, entry in ranks.share(recipe.tensors.items, _cost):
         match entry:
             case Merged():
                 yield from _merged(audit, name, entry)
@@ -83,8 +93,14 @@ def audited(
                 yield from _kept(audit, name, entry.spec, name in old_head)
     known = set(audit.names.values())
     for name in merged.tensors:
-        if name not in known:
+        if name not in known and ranks.rank == ranks.size - 1:
             yield _extra(audit, name)
+
+
+def _cost(tensor: tuple[str, Kept | Merged | Patched | Replaced]) -> int:
+    """What looking at a tensor takes, in bytes compared."""
+    _, entry = tensor
+    return 1 + entry.spec.nbytes * (4 if isinstance(entry, Merged) else 1)
 
 
 # Adapted tensors ----------------------------------------------------------------------------------
