@@ -260,7 +260,6 @@ def merge(
     processes share the work, a file at a time.
     """
     from gralora_convert.cli.pages import merge_summary
-    from gralora_convert.output import Ranks
     from gralora_convert.verbs import merge
 
     plan = merge(
@@ -275,8 +274,7 @@ def merge(
         labels=None if labels is None else labels.split(","),
         **said.as_arguments(),
     )
-    ranks = Ranks.from_environment()
-    return run.carry_out(plan, merge_summary, resume=resume, digests=digests, ranks=ranks)
+    return run.carry_out(plan, merge_summary, resume=resume, digests=digests)
 
 
 @commands.command(

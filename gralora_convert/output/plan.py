@@ -277,7 +277,10 @@ class Plan:
         if type(jobs) is not int or jobs < 1:
             raise MisuseError(f"{jobs!r} jobs were asked for, a whole number from 1 on is needed")
         if not self.resumable and (resume or ranks.size > 1):
-            raise MisuseError(f"{self.command} runs in one process and in one go")
+            raise MisuseError(
+                f"{self.command} runs in one process and in one go",
+                hint="" if resume else "Start it without a launcher.",
+            )
 
     def _protected(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys((*self.protected, *(file.path for file in self.inputs))))

@@ -33,10 +33,12 @@ _VARIABLES = (
 )
 # What tells one launch from the next, where no address for the processes to meet at is given.
 _LAUNCHES = ("SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
+_JOBS = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # whose steps are counted from 0
+_MEETINGS = itertools.count()  # of this process: a launcher's store outlives them
 JOIN_SECONDS = 120.0  # until all are there
 WORK_SECONDS = 3600.0  # that one may write longer than another
 HEARD_SECONDS = 5.0  # that the store of rank 0 outlives its work, for the others to read
-_AGAIN = "Run all of them again; with `resume=True` what is done is not done again."
+_AGAIN = "Run all of them again, a merge with `resume=True`: what is done is not done again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ def _store(ranks: Ranks, output: Path) -> "Store":
                 f"{ranks.size} processes were started, and nothing says where they meet",
                 hint="Set MASTER_ADDR and MASTER_PORT alike for all of them, or use torchrun.",
             )
+        launch += [os.environ.get(name, "") for name in _JOBS]
         job = hashlib.sha256(repr([str(output), *launch]).encode()).hexdigest()[:16]
         folder = next(folder for folder in output.parents if folder.is_dir())
         return dist.FileStore(str(folder / f".gralora-convert-{job}"), ranks.size)
@@ -161,7 +164,7 @@ def _store(ranks: Ranks, output: Path) -> "Store":
             f"the processes cannot meet at {address}:{port}: {str(error).splitlines()[0]}",
             where=output, hint="Unset RANK and WORLD_SIZE to run alone.",
         ) from error  # fmt: skip
-    return dist.PrefixStore(f"gralora-convert/{attempt}", store)
+    return dist.PrefixStore(f"gralora-convert/{attempt}/{next(_MEETINGS)}", store)
 
 
 @contextlib.contextmanager
@@ -196,27 +199,32 @@ class Meeting:
         names = [f"{step}-{rank}" for rank in range(self.ranks.size)]
         with _lost(self.output):
             self.store.set(names[self.ranks.rank], json.dumps(value))
-            self._wait(names)
+            self._come(names) if self.group is None else self._meet(self.group)
             return [json.loads(self.store.get(name)) for name in names]
 
-    def _wait(self, names: list[str], seconds: float = JOIN_SECONDS) -> None:
-        """Waits until these are said: by gloo, which sees who has gone, once all are there."""
-        import torch.distributed as dist
-
+    def _come(self, names: list[str]) -> None:
         assert self.store is not None
-        said = dist.barrier(self.group, async_op=True) if self.group else None
-        until = time.monotonic() + seconds
-        while not (said.is_completed() if said else self.store.check(names)):
+        until = time.monotonic() + JOIN_SECONDS
+        while not self.store.check(names):
             self.require_others()
-            if said is None and time.monotonic() > until:
+            if time.monotonic() > until:
                 absent = next(r for r, name in enumerate(names) if not self.store.check([name]))
                 raise OutputError(
                     f"rank {absent} of {self.ranks.size} did not come", where=self.output,
                     hint="Start all of them, or unset RANK and WORLD_SIZE to run alone.",
                 )  # fmt: skip
             time.sleep(0.02)
-        if said is not None:
-            said.wait()
+
+    def _meet(self, group: "ProcessGroup") -> None:
+        """A barrier of gloo, which sees who has gone without a word."""
+        import torch.distributed as dist
+
+        barrier = dist.barrier(group, async_op=True)
+        assert barrier is not None
+        while not barrier.is_completed():
+            self.require_others()
+            time.sleep(0.02)
+        barrier.wait()
 
     def agree(self, plan: str, known: Any) -> Any:
         """What rank 0 knows, when all have come this far with the same plan.

@@ -326,6 +326,21 @@ def test_torchrun_heals_a_killed_worker(
     assert tree(tmp_path / "out") == whole
 
 
+def test_ranks_of_one_launch_meet_again(
+    inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    """The launcher's store outlives a meeting, and what was said there."""
+    (tmp_path / "twice.py").write_text(
+        "import sys; from gralora_convert.output import Ranks; from gralora_convert import merge\n"
+        "for name in 'ab':\n"
+        "    plan = merge(sys.argv[1], base=sys.argv[2], shard_size='3KB')\n"
+        "    plan.write(f'{sys.argv[3]}/{name}', ranks=Ranks.from_environment())"
+    )
+    arguments = [*torchrun(2), str(tmp_path / "twice.py"), inputs[1], inputs[3], str(tmp_path)]
+    subprocess.run(arguments, check=True, timeout=120, capture_output=True)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b") == whole
+
+
 def test_a_rank_that_refuses_is_heard(inputs: list[str], tmp_path: Path) -> None:
     arguments = [*inputs, "-o", str(tmp_path / "out")]
     other = [*arguments, "--weight", "2"]
@@ -443,6 +458,17 @@ def test_a_failure_of_rank_0_is_heard(
     assert [process.returncode for process in processes] == [status, 2], said
     assert heard in said[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_command_that_is_not_shared_says_so_at_once(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in launched(1, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    outcome = run("convert", inputs[1], "--to", "lora", "-o", tmp_path / "out")
+    assert outcome.status == 2
+    assert "convert runs in one process" in outcome.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # verify -------------------------------------------------------------------------------------------
