@@ -257,7 +257,7 @@ def merge(
     """Add ADAPTER's update to the base: a dense checkpoint that every server loads.
 
     Several adapters are summed in float32 and rounded once. Under torchrun, srun or mpirun the
-    processes share the work, a file at a time.
+    processes share the work, and the files.
     """
     from gralora_convert.cli.pages import merge_summary
     from gralora_convert.verbs import merge
