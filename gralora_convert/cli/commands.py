@@ -196,10 +196,9 @@ def merge(
     """Add ADAPTER's update to the base: a dense checkpoint that every server loads.
 
     Several adapters are summed in float32 and rounded once. Under torchrun, srun or mpirun the
-    processes share the work, a file at a time.
+    processes share the work, and the files.
     """
     from gralora_convert.cli.pages import merge_summary
-    from gralora_convert.output import Ranks
     from gralora_convert.verbs import merge
 
     plan = merge(
@@ -214,8 +213,7 @@ def merge(
         labels=None if labels is None else labels.split(","),
         **said.as_arguments(),
     )
-    ranks = Ranks.from_environment()
-    return run.carry_out(plan, merge_summary, resume=resume, digests=digests, ranks=ranks)
+    return run.carry_out(plan, merge_summary, resume=resume, digests=digests)
 
 
 @commands.command(
@@ -351,12 +349,14 @@ def verify(
     """
     from gralora_convert.cli.plots import draw_equivalence, require_drawable
     from gralora_convert.disk import Checkpoint
+    from gralora_convert.output import Ranks
     from gralora_convert.verbs import verify
 
     if plot is not None:
         require_drawable(plot)
     opened = Checkpoint.open(merged)
-    with bar(opened.nbytes, progress) as advance:
+    ranks = Ranks.from_environment()
+    with bar(opened.nbytes, progress if ranks.is_leader else False) as advance:
         found = verify(
             *adapters,
             base=base,
@@ -368,7 +368,10 @@ def verify(
             text=text,
             **said.as_arguments(),
             progress=advance,
+            ranks=ranks,
         )
+    if not ranks.is_leader:
+        return 0
     show_notes(found.notes)
     if plot is not None:
         draw_equivalence(found, plot)

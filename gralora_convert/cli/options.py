@@ -22,7 +22,7 @@ from gralora_convert.errors import MisuseError, printable
 
 if TYPE_CHECKING:
     from gralora_convert.delta import Kind
-    from gralora_convert.output import Plan, Ranks
+    from gralora_convert.output import Plan
 
 
 def _gathered(
@@ -122,9 +122,11 @@ class Run:
         *,
         resume: bool = False,
         digests: bool | None = None,
-        ranks: "Ranks | None" = None,
     ) -> int:
-        is_speaker = ranks is None or ranks.is_leader
+        from gralora_convert.output import Ranks
+
+        ranks = Ranks.from_environment()
+        is_speaker = ranks.is_leader
         if self.dry_run:
             plan.require_allowed(self.output, overwrite=self.overwrite)
             if is_speaker:

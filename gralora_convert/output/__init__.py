@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from gralora_convert.output.adapter_files import New, adapter_plan, config_like
     from gralora_convert.output.cards import CARD_NAME, adapter_card, merged_card
     from gralora_convert.output.plan import Plan
-    from gralora_convert.output.ranks import Ranks
+    from gralora_convert.output.ranks import Ranks, meeting
     from gralora_convert.output.receipt import adapter_receipt_findings, checkpoint_receipt_findings
     from gralora_convert.output.shards import index_json, index_name, lay_out
     from gralora_convert.output.tiles import (
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "New", "OutputFile", "Part",
     "PatchedTensor", "Plan", "Ranks", "adapter_card", "adapter_plan", "adapter_receipt_findings",
-    "checkpoint_receipt_findings", "config_like", "index_json", "index_name", "lay_out",
+    "checkpoint_receipt_findings", "config_like", "index_json", "index_name", "lay_out", "meeting",
     "merged_card", "one_arithmetic_thread", "taken",
 ]  # fmt: skip
 
@@ -31,7 +31,7 @@ __getattr__ = opened(__name__, {
     "adapter_files": "New adapter_plan config_like",
     "cards": "CARD_NAME adapter_card merged_card",
     "plan": "Plan",
-    "ranks": "Ranks",
+    "ranks": "Ranks meeting",
     "receipt": "adapter_receipt_findings checkpoint_receipt_findings",
     "shards": "index_json index_name lay_out",
     "tiles": "CastTensor MergedTensor PatchedTensor taken",

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from gralora_convert.adapters import CONFIG_NAME, scan_adapter
@@ -259,27 +260,27 @@ class Plan:
             self._restore({("", name): state for name, state in states.items()})
 
     def share(self, done: Done, ranks: Ranks) -> Iterator[tuple[OutputFile, list[Piece]]]:
-        """The pieces that are not done, cut into shares of one cost: this rank's, by file."""
+        """What of the pieces that are not done this rank makes, by file."""
 
-        def todo(file: OutputFile) -> Iterator[Piece]:
-            return (p for p in pieces(file) if not done.has(file.name, p.start, p.stop))
+        def todo() -> Iterator[tuple[OutputFile, Piece]]:
+            for file in self.files:
+                for piece in pieces(file):
+                    if not done.has(file.name, piece.start, piece.stop):
+                        yield file, piece
 
-        total = sum(piece.cost for file in self.files for piece in todo(file))
-        place = 0
-        for file in self.files:
-            mine = []
-            for piece in todo(file):
-                place += piece.cost
-                if ranks.has(2 * place - piece.cost, 2 * total):  # its middle
-                    mine.append(piece)
-            if mine:
-                yield file, mine
+        mine = ranks.share(todo, lambda one: one[1].cost)
+        for _, group in groupby(mine, lambda one: one[0].name):
+            held = list(group)
+            yield held[0][0], [piece for _, piece in held]
 
     def _require_possible(self, jobs: int, resume: bool, ranks: Ranks) -> None:
         if type(jobs) is not int or jobs < 1:
             raise MisuseError(f"{jobs!r} jobs were asked for, a whole number from 1 on is needed")
         if not self.resumable and (resume or ranks.size > 1):
-            raise MisuseError(f"{self.command} runs in one process and in one go")
+            raise MisuseError(
+                f"{self.command} runs in one process and in one go",
+                hint="" if resume else "Start it without a launcher.",
+            )
 
     def _protected(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys((*self.protected, *(file.path for file in self.inputs))))

@@ -11,17 +11,18 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gralora_convert.errors import ConvertError, MisuseError, OutputError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
+T = TypeVar("T")
 # What launchers set: this process's number, how many there are, and how many on this machine.
 _VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),  # torchrun
@@ -32,10 +33,12 @@ _VARIABLES = (
 )
 # What tells one launch from the next, where no address for the processes to meet at is given.
 _LAUNCHES = ("SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
+_JOBS = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # whose steps are counted from 0
+_MEETINGS = itertools.count()  # of this process: a launcher's store outlives them
 JOIN_SECONDS = 120.0  # until all are there
 WORK_SECONDS = 3600.0  # that one may write longer than another
 HEARD_SECONDS = 5.0  # that the store of rank 0 outlives its work, for the others to read
-_AGAIN = "Run all of them again; with `resume=True` what is done is not done again."
+_AGAIN = "Run all of them again, a merge with `resume=True`: what is done is not done again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +76,19 @@ class Ranks:
     def is_leader(self) -> bool:
         return self.rank == 0
 
-    def has(self, place: int, total: int) -> bool:
-        """Whether `place`, from 0 on below `total`, lies in this rank's share of it.
+    def share(self, items: Callable[[], Iterable[T]], cost: Callable[[T], int]) -> Iterator[T]:
+        """This rank's run of all `items`, which come in order at each call: the runs of all ranks
+        have the same cost, as far as the items allow.
 
-        >>> [place for place in range(10) if Ranks(1, 3).has(place, 10)]
-        [4, 5, 6]
+        >>> [list(Ranks(rank, 2).share(lambda: "abcde", ord)) for rank in range(2)]
+        [['a', 'b', 'c'], ['d', 'e']]
         """
-        return place * self.size // total == self.rank
+        total, before = sum(map(cost, items())), 0
+        for item in items():
+            middle = 2 * before + cost(item)
+            before += cost(item)
+            if middle * self.size // (2 * total) == self.rank:
+                yield item
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
@@ -137,6 +146,7 @@ def _store(ranks: Ranks, output: Path) -> "Store":
                 f"{ranks.size} processes were started, and nothing says where they meet",
                 hint="Set MASTER_ADDR and MASTER_PORT alike for all of them, or use torchrun.",
             )
+        launch += [os.environ.get(name, "") for name in _JOBS]
         job = hashlib.sha256(repr([str(output), *launch]).encode()).hexdigest()[:16]
         folder = next(folder for folder in output.parents if folder.is_dir())
         return dist.FileStore(str(folder / f".gralora-convert-{job}"), ranks.size)
@@ -154,7 +164,7 @@ def _store(ranks: Ranks, output: Path) -> "Store":
             f"the processes cannot meet at {address}:{port}: {str(error).splitlines()[0]}",
             where=output, hint="Unset RANK and WORLD_SIZE to run alone.",
         ) from error  # fmt: skip
-    return dist.PrefixStore(f"gralora-convert/{attempt}", store)
+    return dist.PrefixStore(f"gralora-convert/{attempt}/{next(_MEETINGS)}", store)
 
 
 @contextlib.contextmanager
@@ -189,27 +199,32 @@ class Meeting:
         names = [f"{step}-{rank}" for rank in range(self.ranks.size)]
         with _lost(self.output):
             self.store.set(names[self.ranks.rank], json.dumps(value))
-            self._wait(names)
+            self._come(names) if self.group is None else self._meet(self.group)
             return [json.loads(self.store.get(name)) for name in names]
 
-    def _wait(self, names: list[str], seconds: float = JOIN_SECONDS) -> None:
-        """Waits until these are said: by gloo, which sees who has gone, once all are there."""
-        import torch.distributed as dist
-
+    def _come(self, names: list[str]) -> None:
         assert self.store is not None
-        said = dist.barrier(self.group, async_op=True) if self.group else None
-        until = time.monotonic() + seconds
-        while not (said.is_completed() if said else self.store.check(names)):
+        until = time.monotonic() + JOIN_SECONDS
+        while not self.store.check(names):
             self.require_others()
-            if said is None and time.monotonic() > until:
+            if time.monotonic() > until:
                 absent = next(r for r, name in enumerate(names) if not self.store.check([name]))
                 raise OutputError(
                     f"rank {absent} of {self.ranks.size} did not come", where=self.output,
                     hint="Start all of them, or unset RANK and WORLD_SIZE to run alone.",
                 )  # fmt: skip
             time.sleep(0.02)
-        if said is not None:
-            said.wait()
+
+    def _meet(self, group: "ProcessGroup") -> None:
+        """A barrier of gloo, which sees who has gone without a word."""
+        import torch.distributed as dist
+
+        barrier = dist.barrier(group, async_op=True)
+        assert barrier is not None
+        while not barrier.is_completed():
+            self.require_others()
+            time.sleep(0.02)
+        barrier.wait()
 
     def agree(self, plan: str, known: Any) -> Any:
         """What rank 0 knows, when all have come this far with the same plan.
@@ -222,7 +237,7 @@ class Meeting:
         for rank, (other, _) in enumerate(said):
             if other != plan:
                 raise MisuseError(
-                    f"rank {max(rank, self.ranks.rank)} would write something else than rank "
+                    f"rank {max(rank, self.ranks.rank)} would do something else than rank "
                     f"{min(rank, self.ranks.rank)}",
                     where=self.output,
                     hint="Give all processes the same arguments, inputs and version of the tool.",

@@ -20,6 +20,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import inputs as inputs_of_benchmarks
 from benchmarks.planning import make_hollow
@@ -324,6 +326,21 @@ def test_torchrun_heals_a_killed_worker(
     assert tree(tmp_path / "out") == whole
 
 
+def test_ranks_of_one_launch_meet_again(
+    inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    """The launcher's store outlives a meeting, and what was said there."""
+    (tmp_path / "twice.py").write_text(
+        "import sys; from gralora_convert.output import Ranks; from gralora_convert import merge\n"
+        "for name in 'ab':\n"
+        "    plan = merge(sys.argv[1], base=sys.argv[2], shard_size='3KB')\n"
+        "    plan.write(f'{sys.argv[3]}/{name}', ranks=Ranks.from_environment())"
+    )
+    arguments = [*torchrun(2), str(tmp_path / "twice.py"), inputs[1], inputs[3], str(tmp_path)]
+    subprocess.run(arguments, check=True, timeout=120, capture_output=True)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b") == whole
+
+
 def test_a_rank_that_refuses_is_heard(inputs: list[str], tmp_path: Path) -> None:
     arguments = [*inputs, "-o", str(tmp_path / "out")]
     other = [*arguments, "--weight", "2"]
@@ -331,7 +348,7 @@ def test_a_rank_that_refuses_is_heard(inputs: list[str], tmp_path: Path) -> None
     processes = [start(arguments, 0, 2, port), start(other, 1, 2, port)]
     said = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
-    assert "rank 1 would write something else than rank 0" in said[0]
+    assert "rank 1 would do something else than rank 0" in said[0]
     assert "Traceback" not in "".join(said)
     assert not (tmp_path / "out").exists()
 
@@ -388,11 +405,16 @@ def test_numbers_of_a_launcher_that_are_none(rank: str, size: str) -> None:
         Ranks.from_environment({"RANK": rank, "WORLD_SIZE": size})
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 30])
-def test_every_place_has_one_rank_and_shares_are_even(size: int) -> None:
-    shares = [sum(Ranks(rank, size).has(place, 20) for place in range(20)) for rank in range(size)]
-    assert sum(shares) == 20
-    assert max(shares) - min(shares) <= 1
+@given(st.lists(st.integers(1, 50)), st.integers(1, 9))
+def test_runs_of_ranks_are_all_and_even(costs: list[int], size: int) -> None:
+    def share(rank: int) -> list[tuple[int, int]]:
+        items = list(enumerate(costs))
+        return list(Ranks(rank, size).share(lambda: items, lambda item: item[1]))
+
+    shares = [share(rank) for rank in range(size)]
+    assert [item for held in shares for item in held] == list(enumerate(costs))
+    for held in shares:
+        assert abs(sum(cost for _, cost in held) - sum(costs) / size) <= max(costs, default=0)
 
 
 def test_an_output_that_exists_is_refused_by_every_rank_at_once(
@@ -436,3 +458,55 @@ def test_a_failure_of_rank_0_is_heard(
     assert [process.returncode for process in processes] == [status, 2], said
     assert heard in said[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_command_that_is_not_shared_says_so_at_once(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in launched(1, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    outcome = run("convert", inputs[1], "--to", "lora", "-o", tmp_path / "out")
+    assert outcome.status == 2
+    assert "convert runs in one process" in outcome.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# verify -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_ranks_verify_as_one_process(
+    is_right: bool, single: tuple[list[str], dict[str, bytes | None]], tmp_path: Path
+) -> None:
+    if not is_right:  # one weight, of which one rank knows
+        path = tmp_path / "single/model.safetensors"
+        path.write_bytes(path.read_bytes()[:-2] + b"\x00\x41")
+    arguments = ["verify", *single[0][1:], "--merged", str(tmp_path / "single"), "--json",
+                 "--level", "weights"]  # fmt: skip
+    alone, port = run(*arguments), free_port()
+    processes = [start(arguments, rank, 3, port) for rank in range(3)]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert alone.status == (0 if is_right else 1)
+    assert [process.returncode for process in processes] == [alone.status, 0, 0], said
+    assert json.loads(said[0][0]) == alone.json
+    assert said[1:] == [("", "")] * 2
+
+
+def test_ranks_that_verify_hear_of_a_failure(
+    single: tuple[list[str], dict[str, bytes | None]], tmp_path: Path
+) -> None:
+    program = (
+        "from gralora_convert.errors import UnreadableError\n"
+        "from gralora_convert.verbs.verification import verdict\n"
+        "def audited(*_, ranks, **__):\n"
+        "    if ranks.rank == 1: raise UnreadableError('the disk fails')\n"
+        "    return iter(())\n"
+        "verdict.audited = audited\n"
+        "from gralora_convert.cli.entry import run; run()"
+    )
+    arguments = ["verify", *single[0][1:], "--merged", str(tmp_path / "single")]
+    port = free_port()
+    processes = [start(arguments, rank, 2, port, "-c", program) for rank in range(2)]
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert "rank 1 failed: the disk fails" in said[0][1]

@@ -12,6 +12,7 @@ from gralora_convert.adapters import Adapter
 from gralora_convert.base import Kept, Merged, Patched, Recipe, Replaced, misread
 from gralora_convert.delta import Survival
 from gralora_convert.disk import FLOATING, Checkpoint, TensorSpec, read_torch
+from gralora_convert.output import Ranks
 from gralora_convert.system import usable_cpus
 from gralora_convert.verbs.verification.comparison import Comparison, Others, difference
 from gralora_convert.verbs.verification.expected import Expected
@@ -37,6 +38,12 @@ class Row:
     survival: Survival | None = None
     output_worst: float | None = None
     kept: bool = False  # a tensor that no adapter touches
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Row":
+        """The row of which `dataclasses.asdict` made these."""
+        survival = fields["survival"]
+        return cls(**fields | {"survival": survival and Survival(**survival)})
 
     def as_json(self) -> dict[str, object]:
         row: dict[str, object] = {"tensor": self.tensor, "module": self.module, "worst": self.worst}
@@ -68,17 +75,19 @@ def audited(
     probe: bool,
     device: str,
     progress: Callable[[int], None],
+    ranks: Ranks,
 ) -> Iterator[Row]:
-    """A row for every tensor of the recipe, and for each one that is in `merged` besides."""
+    """A row for every tensor of the recipe, and for each one that is in `merged` besides: those
+    that this rank looks at."""
     one_thread = partial(torch.set_num_threads, 1)  # of arithmetic: the workers are many enough
     with ThreadPoolExecutor(usable_cpus(), initializer=one_thread) as workers:
         pairs = Pairs.of(recipe, merged)
-        yield from _rows(_Audit(recipe, merged, pairs, probe, device, progress, workers.map))
+        yield from _rows(_Audit(recipe, merged, pairs, probe, device, progress, workers.map), ranks)
 
 
-def _rows(audit: _Audit) -> Iterator[Row]:
+def _rows(audit: _Audit, ranks: Ranks) -> Iterator[Row]:
     old_head = _old_head(audit.recipe)
-    for name, entry in audit.pairs.expected.items():
+    for name, entry in ranks.share(audit.pairs.expected.items, _cost):
         match entry:
             case Merged():
                 yield from _merged(audit, name, entry)
@@ -88,12 +97,18 @@ def _rows(audit: _Audit) -> Iterator[Row]:
                 yield _patched(audit, name, entry)
             case Kept():
                 yield from _kept(audit, name, entry.spec, name in old_head)
-    yield from (
-        Row(name, _module_of(name), WRONG, why)
-        for name, why in misread(audit.recipe.scales, audit.merged)
-    )
+    if ranks.rank < ranks.size - 1:
+        return
+    for name, why in misread(audit.recipe.scales, audit.merged):
+        yield Row(name, _module_of(name), WRONG, why)
     for name in audit.pairs.others:
         yield _extra(audit, name)
+
+
+def _cost(tensor: tuple[str, Kept | Merged | Patched | Replaced]) -> int:
+    """What looking at a tensor takes, in bytes compared."""
+    _, entry = tensor
+    return 1 + entry.spec.nbytes * (4 if isinstance(entry, Merged) else 1)
 
 
 # Adapted tensors ----------------------------------------------------------------------------------

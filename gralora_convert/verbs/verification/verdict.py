@@ -6,7 +6,7 @@ inputs, in the same pass. Model: the two models' outputs, as transformers loads 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from gralora_convert.base import (
 from gralora_convert.delta import Survival, device_for
 from gralora_convert.disk import FLOATING, Checkpoint
 from gralora_convert.errors import MisuseError, is_number, printable
-from gralora_convert.output import one_arithmetic_thread
+from gralora_convert.output import Ranks, meeting, one_arithmetic_thread
 from gralora_convert.verbs.verification.audit import Row, audited
 from gralora_convert.verbs.verification.factored import WRONG
 from gralora_convert.verbs.verification.outputs import ModelComparison, NotRun, compare_models
@@ -204,6 +204,7 @@ def verify(
     fan_in_fan_out: Mapping[str, bool] | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Equivalence:
     """Whether `merged` is base + sum of weight * delta, by any tool that made it.
 
@@ -222,6 +223,7 @@ def verify(
     Raises:
         InvalidAdapterError: the adapter has errors or does not fit the base.
         UnreadableError, UnsupportedError: a checkpoint.
+        OutputError: another rank has failed, or is lost.
 
     The bound: half a unit in the last place of the stored dtype, plus the error of float32 sums,
     plus half a unit of the adapter's dtype where that has 16 bits (PEFT rounds the delta to it).
@@ -242,11 +244,16 @@ def verify(
     reading = Reading.of(key_map, fan_in_fan_out, trust_remote_code)
     placements = [place_in(one, source, reading) for one in opened]
     recipe = combine(placements, factors, plain=_made_plain(source, result))
-    with one_arithmetic_thread():
-        found = tuple(audited(
+    ranks = ranks or Ranks()
+    with meeting(ranks, result.path) as others, one_arithmetic_thread():
+        entries = [(name, one.spec.dtype, one.spec.shape) for name, one in recipe.tensors.items()]
+        others.agree(repr([level, factors, entries]), None)
+        mine = audited(
             recipe, result, probe=level != "weights", device=near,
-            progress=progress or (lambda count: None),
-        ))  # fmt: skip
+            progress=progress or (lambda count: None), ranks=ranks,
+        )  # fmt: skip
+        said_by = others.gather([asdict(row) for row in mine])
+    found = [Row.of(row) for rows in said_by for row in rows]
     rows = tuple(row for row in found if row.worst or not row.kept)
     untouched = len(found) - len(rows)
     rows = _with_base_hint(rows, slack)
@@ -258,7 +265,7 @@ def verify(
         *_receipt_notes(recipe, result),
         *_folder_notes(result),
     )
-    if level != "model":
+    if level != "model" or not ranks.is_leader:
         return Equivalence(rows, untouched, slack, level, None, notes)
     comparison, remarks = compare_models(
         recipe, result, slack=slack, device=device, text=text,
