@@ -108,7 +108,7 @@ CASES: Mapping[str, Case] = {
     "query": _case("Llama, q_proj alone", llama, ["q_proj"], r=32),
     "up": _case("Llama, up_proj alone", llama, ["up_proj"], r=32),
     "last": _case("Llama, the last layer", llama, ALL, layers_to_transform=[1]),
-    "wide": _case("Llama, r=128 k=8: rank 1024", llama, ["o_proj"], r=128, gralora_k=8),
+    "wide": _case("Llama, o_proj, r=128 k=8", llama, ["o_proj"], r=128, gralora_k=8),
     "head": _case("Llama, its head", llama, ["o_proj", "lm_head"]),
     "tied": _case(
         "Llama, its tied head", lambda: llama(tie_word_embeddings=True), ["o_proj", "lm_head"]
