@@ -107,6 +107,15 @@ class Adapter:
         return scan.adapter
 
     @property
+    def title(self) -> str:
+        """Its kind and sizes, in a line: `gralora, r = 64, k = 4, alpha = 128`."""
+        config = self.config
+        if not isinstance(config, GraloraConfig):
+            return f"{self.kind}, r = {config.r}, alpha = {config.lora_alpha:g}"
+        general = f", hybrid_r = {config.hybrid_r}" if config.hybrid_r else ""
+        return f"{self.kind}, r = {config.r}, k = {self.blocks}{general}, alpha = {config.alpha:g}"
+
+    @property
     def kind(self) -> Literal["gralora", "hybrid", "lora"]:
         """Which of the formats it is; GraLoRA with hybrid_r > 0 is `hybrid`."""
         if isinstance(self.config, LoraConfig):

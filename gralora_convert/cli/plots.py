@@ -67,7 +67,7 @@ def draw_anatomy(anatomy: "Anatomy", path: str | Path) -> None:
     _draw_spectra(energy, table, parts)
     _draw_ranks(ranks, table, parts, anatomy.exact_rank)
     count = len(parts)
-    figure.suptitle(f"{_short(anatomy.name)}: the update of {count} modules", fontsize=13)
+    figure.suptitle(f"{_short(anatomy.name)}: {anatomy.title}; {count} modules", fontsize=13)
     _save(figure, Path(path))
 
 
@@ -79,7 +79,8 @@ def draw_equivalence(found: "Equivalence", path: str | Path) -> None:
         OutputError: the file cannot be written.
     """
     require_drawable(path)
-    rows = {row.module or row.tensor: row for row in found.rows}
+    by_worst = sorted(found.rows, key=lambda row: (row.worst, row.survival is not None))
+    rows = {row.module or row.tensor: row for row in by_worst}  # of a module's tensors the worst
     table = _Table(list(rows))
     figure = _figure(13.5, 2.4 + 0.42 * len(table.kinds))
     errors, noise = figure.subplots(1, 2)
@@ -95,15 +96,18 @@ def draw_equivalence(found: "Equivalence", path: str | Path) -> None:
     )
 
     def noise_of(module: str) -> float:
-        survival = rows[module].survival
-        return 100 * survival.noise if survival is not None else float("nan")
+        row = rows[module]  # what is wrong by more than rounding says nothing about its cost
+        is_right = row.survival is not None and row.worst <= found.slack
+        return 100 * row.survival.noise if is_right and row.survival else float("nan")
 
     costs = table.grid(noise_of)
     top = max([1.0, *costs[costs == costs]])  # a scale below 1 % would make noise of nothing
     image = noise.imshow(costs, cmap="viridis", vmin=0, vmax=top, aspect="auto")
     _colour_bar(image, noise, "rounding noise / update, %")
-    table.label(noise, "What the stored dtype costs")
-    figure.suptitle(f"base + adapter against the merged checkpoint: {found.verdict}", fontsize=13)
+    of = " (right modules only)" if wrong else ""
+    table.label(noise, f"What the stored dtype costs{of}")
+    what = " + ".join(("base", *found.titles))
+    figure.suptitle(f"{what} against the merged checkpoint: {found.verdict}", fontsize=13)
     _save(figure, Path(path))
 
 
@@ -111,30 +115,37 @@ def draw_equivalence(found: "Equivalence", path: str | Path) -> None:
 
 
 class _Table:
-    """Modules by kind (rows) and layer (columns); those outside of layers are in column 0."""
+    """Modules by kind (rows) and layer (columns); those outside of layers (heads, embeddings) have
+    a column of their own before them."""
 
     def __init__(self, modules: Sequence[str]) -> None:
         self.places = {module: split(module) for module in modules}
         self.kinds = list(dict.fromkeys(kind for kind, _ in self.places.values()))
-        layers = [layer or 0 for _, layer in self.places.values()]
-        self.first, self.last = min(layers, default=0), max(layers, default=0)
+        layers = [layer for _, layer in self.places.values() if layer is not None]
+        self.first, self.last = min(layers, default=0), max(layers, default=-1)
+        self.outside = int(len(layers) < len(self.places) or not layers)
+
+    @property
+    def columns(self) -> list[str]:
+        return ["-"] * self.outside + [str(layer) for layer in range(self.first, self.last + 1)]
 
     def of_kind(self, kind: str) -> list[str]:
         return [module for module, place in self.places.items() if place[0] == kind]
 
     def cell(self, module: str) -> tuple[int, int]:
         kind, layer = self.places[module]
-        return self.kinds.index(kind), (layer or 0) - self.first
+        column = 0 if layer is None else layer - self.first + self.outside
+        return self.kinds.index(kind), column
 
     def grid(self, value: Callable[[str], float]) -> "numpy.ndarray":
         """kinds x layers; NaN where there is no module."""
         import numpy
 
-        grid = numpy.full((len(self.kinds), self.last - self.first + 1), numpy.nan)
+        grid = numpy.full((len(self.kinds), len(self.columns)), numpy.nan)
         for module in self.places:
             cell = self.cell(module)
             # modules that differ in a second number (experts) share a cell: the largest counts
-            grid[cell] = numpy.nanmax([grid[cell], value(module)])
+            grid[cell] = numpy.fmax(grid[cell], value(module))
         return grid
 
     def label(self, axes: "Axes", title: str, scale: int = 1) -> None:
@@ -142,12 +153,12 @@ class _Table:
         names = _without_common_start(self.kinds)
         middles = [scale * i + (scale - 1) / 2 for i in range(len(names))]
         axes.set_yticks(middles, names, fontsize=8)
-        count = self.last - self.first + 1
+        count = len(self.columns)
         step = next(s for s in (1, 2, 5, 10, 20, 50, count) if count <= 16 * s)
         shown = range(0, count, step)
         axes.set_xticks([scale * i + (scale - 1) / 2 for i in shown],
-                        [str(self.first + i) for i in shown], fontsize=8)  # fmt: skip
-        axes.set_xlabel("layer")
+                        [self.columns[i] for i in shown], fontsize=8)  # fmt: skip
+        axes.set_xlabel("layer (-: outside of layers)" if self.outside else "layer")
         axes.set_title(title, fontsize=11)
 
 
@@ -181,7 +192,7 @@ def _draw_blocks(axes: "Axes", table: _Table, parts: Mapping[str, "Spectrum"]) -
     import numpy
 
     k = max(part.blocks.shape[0] for part in parts.values())
-    rows, columns = len(table.kinds), table.last - table.first + 1
+    rows, columns = len(table.kinds), len(table.columns)
     mosaic = numpy.full((rows * k, columns * k), numpy.nan)
     for module, part in parts.items():
         row, column = table.cell(module)

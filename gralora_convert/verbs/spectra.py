@@ -38,6 +38,7 @@ class Anatomy:
     name: str
     exact_rank: int
     parts: tuple[Spectrum, ...]
+    title: str = ""  # kind, r, k and alpha
 
     @property
     def is_relative(self) -> bool:
@@ -78,7 +79,8 @@ def dissect(
             if progress is not None:
                 progress(opened.factor_bytes(module))
     ranks = [int((part.tails > 1e-12 * part.tails[0]).sum()) for part in parts]
-    return Anatomy(str(adapter if isinstance(adapter, str) else opened.path), max(ranks), (*parts,))
+    name = str(adapter if isinstance(adapter, str) else opened.path)
+    return Anatomy(name, max(ranks), (*parts,), opened.title)
 
 
 def _part(adapter: Adapter, module: str, base_norm: float | None) -> Spectrum:

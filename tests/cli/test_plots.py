@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gralora_convert.adapters.adapter import Adapter
+from gralora_convert.cli import plots
 from gralora_convert.delta.forms import Gralora, Lora
 from gralora_convert.delta.products import dense
 from gralora_convert.delta.svd import block_norms, energies
@@ -91,6 +92,14 @@ def test_many_kinds_and_modules_without_layers_are_drawn(tmp_path: Path) -> None
     folder = write_adapter(tmp_path / "a", {name: random_delta(8, 8, r=4) for name in names})
     run_ok("inspect", folder, "--plot", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_what_lies_outside_of_layers_is_in_none() -> None:
+    table = plots._Table(["x.0.q", "head", "x.1.q"])
+    assert table.columns == ["-", "0", "1"]
+    assert [table.cell(name) for name in table.places] == [(0, 1), (1, 0), (0, 2)]
+    assert plots._Table(["x.3.q"]).columns == ["3"]
+    assert plots._Table(["head"]).columns == ["-"]
 
 
 def test_verify_draws_right_and_wrong_merges(

@@ -47,6 +47,7 @@ class Equivalence:
     model: ModelComparison | None = None
     notes: tuple[str, ...] = field(default=())
     unanswered: str = ""
+    titles: tuple[str, ...] = ()  # kind, r, k and alpha of each adapter
 
     @property
     def weights_ok(self) -> bool:
@@ -128,7 +129,8 @@ class Equivalence:
 
     def _lines(self) -> Iterator[str]:
         for row in self.wrong[:SHOWN]:
-            inside = f" ({row.module})" if row.module not in row.tensor else ""
+            is_own = f".{row.tensor}".rpartition(".")[0].endswith(f".{row.module}")
+            inside = "" if is_own or not row.module else f" ({row.module})"
             yield f"{row.tensor}{inside}: {row.what} ({_times(row.worst)})"
         if len(self.wrong) > SHOWN:
             yield f"... and {len(self.wrong) - SHOWN} more tensors (the JSON lists all)"
@@ -265,8 +267,9 @@ def verify(
         *_receipt_notes(recipe, result),
         *_folder_notes(result),
     )
+    titles = tuple(one.title for one in opened)
     if level != "model" or not ranks.is_leader:
-        return Equivalence(rows, untouched, slack, level, None, notes)
+        return Equivalence(rows, untouched, slack, level, None, notes, titles=titles)
     comparison, remarks = compare_models(
         recipe, result, slack=slack, device=device, text=text,
         trust_remote_code=trust_remote_code,
@@ -276,10 +279,10 @@ def verify(
         why = f"the model was not run: {comparison.reason}"
         must_answer = comparison.is_blind or asked is not None
         blind = f'{why}. Compare without it: `level="modules"`' if must_answer else ""
-        return Equivalence(rows, untouched, slack, level, None, (*notes, why), blind)
+        return Equivalence(rows, untouched, slack, level, None, (*notes, why), blind, titles)
     if comparison.ok:
         notes += tuple(f"{setting}; the outputs agree" for setting in comparison.settings)
-    return Equivalence(rows, untouched, slack, level, comparison, notes)
+    return Equivalence(rows, untouched, slack, level, comparison, notes, titles=titles)
 
 
 def _made_plain(base: Checkpoint, merged: Checkpoint) -> list[str]:
