@@ -20,7 +20,8 @@ from gralora_convert.base import combine, near_misses, place_in
 from gralora_convert.delta.forms import Gralora
 from gralora_convert.disk.checkpoint import Checkpoint
 from gralora_convert.models import Blueprint, has_absurd_counts
-from gralora_convert.verbs.verification.outputs import NotRun, compare_models
+from gralora_convert.verbs.verification.agreement import NotRun
+from gralora_convert.verbs.verification.outputs import compare_models
 from tests.base.test_architectures import CAUSAL
 from tests.builders import SHAPES, random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
         written_settings,
     )
     from gralora_convert.base.identity import model_at_hand
-    from gralora_convert.base.names import NOTHING_SAID, Reading, near_misses, spellings
+    from gralora_convert.base.names import near_misses, spellings
     from gralora_convert.base.placement import place, place_in
     from gralora_convert.base.quantisation import quantised_by, unread_tensor
+    from gralora_convert.base.reading import NOTHING_SAID, Reading
     from gralora_convert.base.recipe import (
         Kept,
         Merged,
@@ -44,9 +45,10 @@ __getattr__ = opened(__name__, {
     "architecture": "Architecture",
     "edits": "Setting different_settings named_labels updated written_settings",
     "identity": "model_at_hand",
-    "names": "NOTHING_SAID Reading near_misses spellings",
+    "names": "near_misses spellings",
     "placement": "place place_in",
     "quantisation": "quantised_by unread_tensor",
+    "reading": "NOTHING_SAID Reading",
     "recipe": (
         "Kept Merged Patched Placement Recipe Replaced Target combine gathered read_parameter"
     ),

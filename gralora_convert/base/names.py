@@ -1,11 +1,9 @@
 """One mapper of names: parameters of the model in memory <-> tensors on disk.
 
-There are two ways to know. Headers alone say enough where the two differ by the base-model prefix
-at most; where transformers renames, cuts or joins tensors while it loads them, its model on the
-meta device is asked (`models/meta.py`, which imports torch and transformers).
+There are two ways to know: headers alone where the two differ by the base-model prefix at most;
+else transformers' model on the meta device (`models/meta.py`, which imports torch).
 """
 
-import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from gralora_convert.base.quantisation import nested
+from gralora_convert.base.reading import NOTHING_SAID, Reading
 from gralora_convert.base.source_text import SourceText
 from gralora_convert.disk import FLOATING, Checkpoint, Rows
 from gralora_convert.errors import Finding, error, nearest
@@ -45,42 +44,6 @@ class _Way:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the user says of a base that neither it nor an adapter tells.
-
-    `key_map` names modules on disk (values) that the adapter calls otherwise (keys: whole names, or
-    leading parts of names). `fan_in_fan_out` says by patterns of module names whether weights are
-    stored (in, out), as Conv1D has them, or (out, in), as nn.Linear; the first that matches counts.
-    """
-
-    key_map: Mapping[str, str] = field(default_factory=dict)
-    fan_in_fan_out: Mapping[str, bool] = field(default_factory=dict)
-    trust_remote_code: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        key_map: Mapping[str, str] | None,
-        fan_in_fan_out: Mapping[str, bool] | None,
-        trust_remote_code: bool,
-    ) -> "Reading":
-        """Raises `TypeError` for what are no mappings."""
-        if not isinstance(key_map or {}, Mapping):
-            raise TypeError("key_map is a mapping of names to names")
-        if not isinstance(fan_in_fan_out or {}, Mapping):
-            raise TypeError("fan_in_fan_out is a mapping of patterns to bools")
-        return cls(key_map or {}, fan_in_fan_out or {}, trust_remote_code)
-
-    def is_transposed(self, module: str) -> bool | None:
-        """What is said of the layout of a module; None when nothing is."""
-        found = (v for p, v in self.fan_in_fan_out.items() if fnmatch.fnmatchcase(module, p))
-        return next(found, None)
-
-
-NOTHING_SAID: Reading = Reading()
-
-
-@dataclass(frozen=True)
 class Names:
     """The names of one base, for an adapter whose `modules` are named as in memory.
 
@@ -101,9 +64,9 @@ class Names:
     @cached_property
     def text(self) -> SourceText:
         """What transformers' source text says of the base."""
-        inner = [config.get("model_type") for config in nested(self.base.config)]
-        types = (self.base.model_type, *(name for name in inner if isinstance(name, str)))
-        return SourceText(tuple(dict.fromkeys(types)))
+        inner = (config.get("model_type") for config in nested(self.base.config))
+        names = [name for name in inner if isinstance(name, str)]
+        return SourceText(tuple(dict.fromkeys((self.base.model_type, *names))))
 
     @cached_property
     def blueprint(self) -> "Blueprint | None":
@@ -133,8 +96,8 @@ class Names:
 
     @cached_property
     def _fitting(self) -> tuple["_Way", ...]:
-        """The ways from names in memory to names on disk that fit most modules; names as they are
-        if those fit, or if none does. A class that is known as a part of the base is that part."""
+        """The ways to names on disk that fit most modules; names as they are if those fit, or if
+        none does. A class that is known as a part of the base is that part."""
         ways = [_Way(str, "")]
         for prefix in dict.fromkeys((*self.text.prefixes, *self._parts)):
             ways.append(_Way(_stripper(prefix), f"without the prefix {prefix!r}", strips=prefix))
@@ -430,8 +393,7 @@ def near_misses(name: str, names: Sequence[str]) -> str:
 
 
 def spellings(name: str, prefixes: Sequence[str]) -> Iterator[str]:
-    """The names that a tensor may have in another checkpoint of the same model, its own first: with
-    or without the base-model prefix, and as norms were called once."""
+    """The names that a tensor may have in another checkpoint of the model, its own first."""
     found = [name]
     for prefix in prefixes:
         found += [f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]

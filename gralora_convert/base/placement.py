@@ -13,13 +13,13 @@ from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import head_edits, tie_edits, vocabulary_edits
 from gralora_convert.base.identity import identity_findings
 from gralora_convert.base.modules import Pair, target_of
-from gralora_convert.base.names import NOTHING_SAID, Reading
 from gralora_convert.base.quantisation import (
     RESAVED,
     is_config_alone,
     plain_under_packed_names,
     quantised_by,
 )
+from gralora_convert.base.reading import NOTHING_SAID, Reading
 from gralora_convert.base.recipe import Placement, Target
 from gralora_convert.base.replacements import Values
 from gralora_convert.base.sets import extra_weights, stray_adapter

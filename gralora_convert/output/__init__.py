@@ -7,6 +7,7 @@ from gralora_convert.doors import opened
 if TYPE_CHECKING:
     from gralora_convert.output.adapter_files import New, adapter_plan, config_like
     from gralora_convert.output.cards import CARD_NAME, adapter_card, merged_card
+    from gralora_convert.output.parts import Computed, Copied, OutputFile, Part
     from gralora_convert.output.plan import Plan
     from gralora_convert.output.ranks import Ranks, meeting
     from gralora_convert.output.receipt import adapter_receipt_findings, checkpoint_receipt_findings
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
         taken,
     )
     from gralora_convert.output.workers import one_arithmetic_thread
-    from gralora_convert.output.writing import Computed, Copied, OutputFile, Part
 
 __all__ = [
     "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "New", "OutputFile", "Part",
@@ -36,5 +36,5 @@ __getattr__ = opened(__name__, {
     "shards": "index_json index_name lay_out",
     "tiles": "CastTensor MergedTensor PatchedTensor taken",
     "workers": "one_arithmetic_thread",
-    "writing": "Computed Copied OutputFile Part",
+    "parts": "Computed Copied OutputFile Part",
 })  # fmt: skip

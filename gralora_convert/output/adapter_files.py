@@ -25,9 +25,9 @@ from gralora_convert.adapters import (
 from gralora_convert.delta import Gralora, Lora, Shape, tensors_of
 from gralora_convert.disk import DTYPE_OF_TORCH, TensorSpec, bytes_of
 from gralora_convert.output.cards import CARD_NAME
+from gralora_convert.output.parts import Computed, OutputFile, Part
 from gralora_convert.output.plan import Plan
 from gralora_convert.output.tiles import taken
-from gralora_convert.output.writing import Computed, OutputFile, Part
 from gralora_convert.version import __version__
 
 T = TypeVar("T")

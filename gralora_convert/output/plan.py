@@ -30,17 +30,13 @@ from gralora_convert.output.journal import (
     journal_names,
     read_journals,
 )
+from gralora_convert.output.parts import Account, Computed, OutputFile, Piece, pieces
 from gralora_convert.output.ranks import Meeting, Ranks, meeting
 from gralora_convert.output.staging import Staging
 from gralora_convert.output.writing import (
-    Account,
-    Computed,
-    OutputFile,
-    Piece,
     begin_files,
     begins_as,
     copy_file,
-    pieces,
     write_files,
     write_text,
 )

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from gralora_convert.disk import Checkpoint
 from gralora_convert.errors import MisuseError
-from gralora_convert.output.writing import OutputFile, Part
+from gralora_convert.output.parts import OutputFile, Part
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 

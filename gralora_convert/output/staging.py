@@ -1,7 +1,7 @@
 """An output folder that appears complete or not at all.
 
-It is made beside the output under a hidden name, locked while it is written, and renamed when it is
-whole. What a killed run has left is removed by the next run to the same output.
+It is made beside it under a hidden name, locked meanwhile, and renamed when it is whole. What a
+killed run has left is removed by the next run to the same output.
 """
 
 import contextlib
@@ -25,9 +25,7 @@ from gralora_convert.errors import (
 _MARGIN = 4 * 1024 * 1024  # bytes left free for the receipt and directory blocks
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # What file systems say that know no locks, or no flushing of folders.
-_NOT_OFFERED = frozenset(
-    {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
-)
+_NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 _ELSEWHERE = "Choose an output outside the input folders."
 _CHOOSE = "Choose another output, or replace it with `overwrite=True`."
 _DELETE = "Delete it yourself or choose another output."

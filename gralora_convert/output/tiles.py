@@ -9,8 +9,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import torch
 
@@ -35,14 +34,12 @@ from gralora_convert.disk import (
     bytes_of,
     decode,
     largest_magnitude,
-    open_regular,
-    pread_exact,
-    read_into,
     read_torch,
     torch_dtype,
 )
 from gralora_convert.errors import CheckFailedError, InvalidAdapterError, UnsupportedError
-from gralora_convert.output.writing import Account, Computed, Copied
+from gralora_convert.output.buffers import Buffer, Buffers
+from gralora_convert.output.parts import Account, Computed, Copied
 
 # Of sums. What fits a second-level cache is slower: small tiles make workers wait for Python's
 # lock, where most of a small tile's time goes.
@@ -85,50 +82,7 @@ class _Shared:
                 self._value = None
 
 
-class _Buffer(NamedTuple):
-    """A matrix in memory that is used again, and its bytes."""
-
-    tensor: torch.Tensor
-    data: memoryview
-
-
-class _Buffers(threading.local):
-    """Each worker's own memory, by purpose, which only grows, and the file that it reads.
-
-    Views are kept, too: whoever makes one lets go of Python's lock, and other workers wake for it.
-    """
-
-    def __init__(self) -> None:
-        self._memory: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._views: dict[tuple[str, torch.dtype, int, int], _Buffer] = {}
-        self._path: Path | None = None
-        self._file: BinaryIO | None = None
-
-    def read(self, spec: TensorSpec, start: int, buffer: memoryview) -> None:
-        """As `read_into`, but the file stays open for the next tile."""
-        if spec.strides is not None:
-            read_into(spec, start, buffer)
-            return
-        if self._file is None or self._path != spec.file:
-            self._file, self._path = open_regular(spec.file), spec.file
-        pread_exact(self._file.fileno(), buffer, spec.offset + start, spec.file)
-
-    def get(self, purpose: str, rows: int, columns: int, dtype: torch.dtype) -> _Buffer:
-        key = (purpose, dtype, rows, columns)
-        found = self._views.get(key)
-        if found is not None:
-            return found
-        count = rows * columns
-        memory = self._memory.get((purpose, dtype))
-        if memory is None or memory.numel() < count:
-            memory = self._memory[purpose, dtype] = torch.empty(count, dtype=dtype)
-            self._views = {k: v for k, v in self._views.items() if k[:2] != (purpose, dtype)}
-        tensor = memory[:count].view(rows, columns)
-        found = self._views[key] = _Buffer(tensor, bytes_of(tensor))
-        return found
-
-
-_buffers = _Buffers()
+_buffers = Buffers()
 
 
 class _Tiles:
@@ -201,7 +155,7 @@ class _Tiles:
         stored: Callable[[], torch.Tensor],
         *,
         keep_infinite: bool = False,
-    ) -> _Buffer:
+    ) -> Buffer:
         """The sums in the dtype that is written: the one rounding. `stored` reads them again.
 
         With `keep_infinite`, what was NaN or infinite may stay so (a mask, a buffer).
@@ -210,7 +164,7 @@ class _Tiles:
             CheckFailedError: a sum is no number or exceeds that dtype.
         """
         if self.written == sums.dtype and sums.device.type == "cpu":
-            written = _Buffer(sums, bytes_of(sums))
+            written = Buffer(sums, bytes_of(sums))
         else:
             written = _buffers.get("written", len(sums), self.columns, self.written)
             written.tensor.copy_(sums)

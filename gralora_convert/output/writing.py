@@ -9,167 +9,25 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 from gralora_convert.disk import (
-    TensorSpec,
-    encode_header,
     file_stamp,
     open_regular,
     pread_exact,
-    read_bytes,
     reading,
     require_stamp,
 )
 from gralora_convert.errors import OutputError
 from gralora_convert.output.journal import Journal
+from gralora_convert.output.parts import OutputFile, Piece
 from gralora_convert.output.workers import Task, carry_out
 from gralora_convert.system import ONE_CALL, copy_in_kernel, flush
 
-COPY_CHUNK = 32 * 1024 * 1024  # bytes per task: small enough for two workers to share one tensor
-COMPUTING = 4  # a byte computed takes so many copied: 1.4 s of CPU a GB, 0.3 s
 FLUSH_BYTES = 64 * 1024 * 1024  # flushed at a time, so that the disk writes while tiles are made
-
-
-class Account(Protocol):
-    """What making a tensor finds out (its check, its error), as JSON: kept in the journal."""
-
-    def save(self) -> Mapping[str, object]:
-        """What is known of the tiles that were made, at least."""
-        ...
-
-    def restore(self, saved: Mapping[str, object]) -> None:
-        """Learns, besides, what another run or rank knows of some tiles, maybe of the same ones."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Copied:
-    """The bytes of a tensor as they are; they are never decoded, so any dtype passes."""
-
-    spec: TensorSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """A tensor made tile by tile: `produce(i)` gives bytes `[i * tile_bytes, ...)` of it.
-
-    The buffer that it returns may be used again after the worker's next call. `memory` is what
-    the tiles of this tensor keep alive together beside one buffer, in bytes (its factors).
-    """
-
-    tile_bytes: int
-    produce: Callable[[int], memoryview]
-    memory: int = 0
-    account: Account | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One tensor of the output: what it is (now) and where its bytes come from (later)."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    source: Copied | Computed
-
-    @property
-    def account(self) -> Account | None:
-        return self.source.account if isinstance(self.source, Computed) else None
-
-
-@dataclass(frozen=True, slots=True)
-class OutputFile:
-    """One safetensors file of the output, its tensors in order."""
-
-    name: str
-    parts: tuple[Part, ...]
-    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
-
-    @property
-    def header(self) -> bytes:
-        return encode_header(
-            [(part.name, part.dtype, part.shape, part.nbytes) for part in self.parts], self.metadata
-        )
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.header) + self.data_nbytes
-
-    @property
-    def data_nbytes(self) -> int:
-        """Bytes of the tensors, without the header."""
-        return sum(part.nbytes for part in self.parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes `[start, stop)` of a file, made in one go: copied from a place in a file, or `made`."""
-
-    start: int
-    stop: int
-    copied: tuple[Path, int] | None = None
-    made: Callable[[], memoryview] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def cost(self) -> int:
-        """What making it takes, in bytes copied."""
-        return 1 + self.nbytes * (1 if self.copied else COMPUTING)
-
-
-def pieces(file: OutputFile) -> Iterator[Piece]:
-    """All of a file in the order of its bytes, each made by one worker; neighbouring copies are
-    joined."""
-    position = len(file.header)
-    run: Piece | None = None
-    for part in file.parts:
-        stop = position + part.nbytes
-        match part.source:
-            case Copied(spec=TensorSpec(strides=None) as spec):
-                if run and run.copied == (spec.file, spec.offset - run.nbytes):
-                    run = replace(run, stop=stop)
-                else:
-                    yield from _chunks(run)
-                    run = Piece(position, stop, copied=(spec.file, spec.offset))
-            case source:
-                yield from _chunks(run)
-                run = None
-                yield from _tiles(source, position, stop)
-        position = stop
-    yield from _chunks(run)
-
-
-def _chunks(run: Piece | None) -> Iterator[Piece]:
-    if run and run.copied:
-        (path, offset), end = run.copied, run.stop
-        for start in range(run.start, end, COPY_CHUNK):
-            place = (path, offset + start - run.start)
-            yield Piece(start, min(start + COPY_CHUNK, end), copied=place)
-
-
-def _tiles(source: Copied | Computed, position: int, end: int) -> Iterator[Piece]:
-    """A tensor that is computed, or whose elements are out of order in its file."""
-    size = source.tile_bytes if isinstance(source, Computed) else COPY_CHUNK
-    for tile, start in enumerate(range(position, end, max(size, 1))):
-        stop = min(start + size, end)
-        if isinstance(source, Computed):
-            made = partial(source.produce, tile)
-        else:
-            made = partial(_in_order, source.spec, start - position, stop - position)
-        yield Piece(start, stop, made=made)
-
-
-def _in_order(spec: TensorSpec, start: int, stop: int) -> memoryview:
-    return memoryview(read_bytes(spec, start, stop))
 
 
 def begin_files(folder: Path, files: Iterable[OutputFile]) -> None:

@@ -17,8 +17,8 @@ from gralora_convert.delta.forms import Dense, Gralora, Lora
 from gralora_convert.delta.resizing import Shape, require_same
 from gralora_convert.errors import CheckFailedError
 from gralora_convert.output.adapter_files import New, Workshop
+from gralora_convert.output.parts import OutputFile
 from gralora_convert.output.plan import Plan
-from gralora_convert.output.writing import OutputFile
 from gralora_convert.verbs.serving import Exported, refusals, serving_notes
 from tests.builders import random_delta
 

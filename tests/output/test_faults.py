@@ -29,8 +29,8 @@ from gralora_convert.output import journal as journal_module
 from gralora_convert.output import plan as plan_module
 from gralora_convert.output import staging as staging_module
 from gralora_convert.output import writing as writing_module
+from gralora_convert.output.parts import Computed, Copied, OutputFile, Part
 from gralora_convert.output.plan import Plan
-from gralora_convert.output.writing import Computed, Copied, OutputFile, Part
 from tests.faults import tree
 
 STRIDE = int(os.environ.get("FAULT_STRIDE", "7"))

@@ -32,10 +32,11 @@ from gralora_convert.errors import (
     UnreadableError,
 )
 from gralora_convert.output import writing as module
+from gralora_convert.output.parts import Computed, Copied, OutputFile, Part
 from gralora_convert.output.plan import Plan
 from gralora_convert.output.shards import index_json
 from gralora_convert.output.staging import Staging
-from gralora_convert.output.writing import Computed, Copied, OutputFile, Part, begins_as
+from gralora_convert.output.writing import begins_as
 from tests.builders import SHAPES, random_delta, write_adapter, write_base
 
 MiB = 1024 * 1024

@@ -13,9 +13,9 @@ import pytest
 from gralora_convert.errors import MisuseError, OutputError
 from gralora_convert.output import writing
 from gralora_convert.output.journal import Journal
+from gralora_convert.output.parts import Computed, Part
 from gralora_convert.output.plan import Plan
 from gralora_convert.output.ranks import Ranks
-from gralora_convert.output.writing import Computed, Part
 from gralora_convert.verbs.merging import merge
 from tests.builders import SHAPES, random_delta, write_adapter, write_base
 from tests.command import run, run_ok

@@ -25,9 +25,10 @@ from gralora_convert.delta import Survival, device_for
 from gralora_convert.disk import FLOATING, Checkpoint
 from gralora_convert.errors import MisuseError, is_number, printable
 from gralora_convert.output import Ranks, meeting, one_arithmetic_thread
+from gralora_convert.verbs.verification.agreement import ModelComparison, NotRun
 from gralora_convert.verbs.verification.audit import Row, audited
 from gralora_convert.verbs.verification.factored import WRONG
-from gralora_convert.verbs.verification.outputs import ModelComparison, NotRun, compare_models
+from gralora_convert.verbs.verification.outputs import compare_models
 from gralora_convert.verbs.verification.probes import PROBES
 
 LEVELS = ("weights", "modules", "model")
