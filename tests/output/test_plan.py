@@ -31,7 +31,6 @@ from gralora_convert.errors import (
     OutputError,
     UnreadableError,
 )
-from gralora_convert.output import writing as module
 from gralora_convert.output.parts import Computed, Copied, OutputFile, Part
 from gralora_convert.output.plan import Plan
 from gralora_convert.output.shards import index_json
@@ -93,7 +92,7 @@ def source(tmp_path: Path) -> TensorFile:
 def test_the_bytes_do_not_depend_on_the_number_of_jobs(
     jobs: int, chunk: int, source: TensorFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "COPY_CHUNK", chunk)
+    monkeypatch.setattr("gralora_convert.output.parts.COPY_CHUNK", chunk)
     specs = source.tensors
     first = OutputFile("one.safetensors", (
         copied(specs["c"]), computed("x", 1000, 64), copied(specs["a"]), copied(specs["b"]),

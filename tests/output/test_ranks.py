@@ -78,9 +78,9 @@ SMALL = """
 import os, sys, time
 from pathlib import Path
 from gralora_convert.cli.entry import run
-from gralora_convert.output import tiles, writing
+from gralora_convert.output import parts, tiles, writing
 folder, seconds = Path(sys.argv.pop(1)), float(sys.argv.pop(1))
-tiles.TILE_BYTES, writing.COPY_CHUNK, writing.FLUSH_BYTES = 512, 300, 1
+tiles.TILE_BYTES, parts.COPY_CHUNK, writing.FLUSH_BYTES = 512, 300, 1
 produce = tiles.MergedTensor.produce
 def slow(*arguments):
     time.sleep(seconds)
