@@ -1,7 +1,8 @@
 """The options that several commands share, and what those do alike that write."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -137,7 +138,8 @@ class Run:
         if resume and is_speaker and (left := plan.resumable_bytes(self.output)):
             show_notes([f"goes on: {left:,} bytes are there already"])
         tensors = sum(file.data_nbytes for file in plan.files)
-        with bar(tensors, self.progress if is_speaker else False) as advance:
+        shown = self.progress if is_speaker else False
+        with _resumable(plan.resumable and not resume), bar(tensors, shown) as advance:
             receipt = plan.write(
                 self.output,
                 overwrite=self.overwrite,
@@ -180,8 +182,18 @@ class Run:
             f"peak memory about {plan.peak_memory(self.jobs) / 1e6:,.0f} MB; "
             f"{document['free_disk']:,} bytes free on the disk. Nothing was written."
         )
-        for note in plan.notes:
-            show(Line(note, severity="note"))
+        show_notes(plan.notes)
+
+
+@contextmanager
+def _resumable(is_untold: bool) -> Iterator[None]:
+    """Lets an interruption name the option that keeps what is done."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if is_untold and not hasattr(interrupt, "__notes__"):
+            interrupt.add_note("With --resume what is done would be kept for the next run.")
+        raise
 
 
 writing_options = _gathered(

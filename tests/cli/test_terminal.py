@@ -117,6 +117,16 @@ def test_quiet_leaves_the_result(tmp_path: Path) -> None:
     assert run_ok("inspect", LLAMA, "-q").stdout == run_ok("inspect", LLAMA).stdout
 
 
+def test_a_note_that_is_a_finding_is_called_so_once(tmp_path: Path) -> None:
+    arguments = "merge", LLAMA, "--base", BASE, "--key-map", "nothing=x", "-o", tmp_path / "out"
+    for command in ((*arguments, "--dry-run"), arguments):
+        loud = run_ok(*command)
+        assert "note: note" not in loud.stderr
+        assert "note: warning" not in loud.stderr
+        assert loud.stderr.startswith("warning[key-map-unmatched]: ")
+        assert run_ok(*command, "-q", "--overwrite").stderr == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "nearest"),
     [
