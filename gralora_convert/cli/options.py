@@ -14,6 +14,7 @@ from gralora_convert.cli.terminal import (
     Choice,
     Line,
     bar,
+    is_quiet,
     quiet_option,
     show,
     show_json,
@@ -165,24 +166,21 @@ class Run:
         return 0
 
     def _print_plan(self, plan: "Plan") -> None:
+        from gralora_convert.cli.pages import plan_table
+
         document = plan.as_json(Path(self.output), self.jobs)
         if self.as_json:
             show_json(document)
             return
-        for file in plan.files:
-            click.echo(f"{file.name}  {len(file.parts)} tensors, {file.nbytes:,} bytes")
-            for part in file.parts:
-                how = "copy" if type(part.source).__name__ == "Copied" else "compute"
-                click.echo(f"  {how:7}  {part.dtype:5} {list(part.shape)}  {part.name}")
-        for name in sorted({*plan.texts, *plan.sidecars}):
-            click.echo(f"{name}  {'edited' if name in plan.texts else 'copy'}")
-        click.echo(
-            f"total {plan.nbytes:,} bytes, {document['bytes']:,} of them in weight files, "
-            f"{document['computed']} of {document['tensors']} tensors computed; "
+        if not is_quiet():
+            show(*plan_table(plan))
+        show(
+            f"total {plan.nbytes:,} bytes, {document['bytes']:,} of them in {len(plan.files)} "
+            f"weight file(s), {document['computed']} of {document['tensors']} tensors computed; "
             f"peak memory about {plan.peak_memory(self.jobs) / 1e6:,.0f} MB; "
             f"{document['free_disk']:,} bytes free on the disk. Nothing was written."
         )
-        show_notes(plan.notes)
+        show_notes(plan.notes, err=False)
 
 
 @contextmanager

@@ -115,11 +115,11 @@ def show_json(value: object, *, as_written: bool = False) -> None:
     click.echo(dump_json(value if as_written else spelled_json(value)))
 
 
-def show_notes(lines: Iterable[str | Finding]) -> None:
-    """Notes on stderr, unless `--quiet`."""
+def show_notes(lines: Iterable[str | Finding], *, err: bool = True) -> None:
+    """Notes, on stderr where they are not the result, unless `--quiet`."""
     if not is_quiet():
         for line in lines:
-            show(Line.of_note(line), err=True)
+            show(Line.of_note(line), err=err)
 
 
 def is_quiet() -> bool:
@@ -134,7 +134,7 @@ def _set_quiet(context: click.Context, _: click.Parameter, value: bool) -> None:
 
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, expose_value=False, callback=_set_quiet,
-    help="No notes, no progress; the result stays.  [default: off]",
+    help="No notes, no progress, the total of a plan; the result stays.  [default: off]",
 )  # fmt: skip
 
 
