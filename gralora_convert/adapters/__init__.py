@@ -1,6 +1,6 @@
 """An adapter on disk: config, keys, targets, tensors that agree. No torch until values are read."""
 
-from gralora_convert.adapters.adapter import WEIGHTS, Adapter, Scan, scan_adapter
+from gralora_convert.adapters.adapter import WEIGHTS, Adapter, Scan, natural, scan_adapter
 from gralora_convert.adapters.chain import chain_findings, is_on_adapter, model_below, whole_chains
 from gralora_convert.adapters.completeness import (
     INCOMPLETE,
@@ -28,6 +28,7 @@ __all__ = [
     "CONFIG_NAME", "INCOMPLETE", "NAMES", "NEEDS_BASE", "PEFT_VERSION", "PREFIX", "WEIGHTS",
     "Adapter", "GraloraConfig", "Group", "LoraConfig", "Method", "Role", "Scan", "Update",
     "bias_finding", "chain_findings", "group", "is_all_linear", "is_on_adapter", "is_saved",
-    "key_of", "missing_targets", "model_below", "parse_key", "read_config", "saved_findings",
-    "scan_adapter", "split", "suspicions", "target_findings", "together", "whole_chains",
+    "key_of", "missing_targets", "model_below", "natural", "parse_key", "read_config",
+    "saved_findings", "scan_adapter", "split", "suspicions", "target_findings", "together",
+    "whole_chains",
 ]  # fmt: skip

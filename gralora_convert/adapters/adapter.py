@@ -30,6 +30,7 @@ from gralora_convert.disk import (
     is_file,
     is_folder,
     load_json,
+    meant,
     measured,
     parse_name,
     read_tensor_file,
@@ -314,9 +315,10 @@ def _folder(source: str | Path) -> Path:
         name = parse_name(source)
         if name is not None:
             return fetch(name, _is_adapter)
+    content = f"It holds {CONFIG_NAME} and {WEIGHTS[0]}."
     raise UnreadableError(
         "is not a folder; the folder of an adapter was needed", where=path,
-        hint=f"It holds {CONFIG_NAME} and {WEIGHTS[0]}.",
+        hint=content if os.path.lexists(path) else meant(path, content),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ that may be unchanged copies.
 
 from collections.abc import Mapping
 
-from gralora_convert.adapters import Adapter
+from gralora_convert.adapters import Adapter, together
 from gralora_convert.base import checks
 from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import head_edits, tie_edits, vocabulary_edits
@@ -118,5 +118,5 @@ def _placement(pair: Pair, values: Values, settlement: Settlement, report: Repor
     return Placement(
         pair.adapter, architecture, tuple(settlement.targets), tuple(settlement.replacements),
         edits, config_edits, {} if rows is None else architecture.outer_names(),
-        tuple(str(finding) for finding in report.findings), pair.scales,
+        tuple(map(str, together(report.findings))), pair.scales,
     )  # fmt: skip

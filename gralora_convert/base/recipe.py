@@ -6,6 +6,7 @@ spells them.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -16,7 +17,13 @@ from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import updated
 from gralora_convert.base.scales import Scales, plain_dtype, requantised
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, read_rows, written_dtype
-from gralora_convert.errors import MisuseError, UnsupportedError, is_number
+from gralora_convert.errors import (
+    MisuseError,
+    UnreadableError,
+    UnsupportedError,
+    is_number,
+    sentences,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -275,13 +282,27 @@ def gathered(
         adapter.require_plain()
     factors = weights_for(given, weights)
     target = base if isinstance(base, Checkpoint) or base is None else Checkpoint.open(base)
-    held = None if target is None else target.merged_adapters
-    chain, notes = (given, []) if insist and target is not None else whole_chains(given, held)
-    weight_of = {id(adapter): weight for adapter, weight in zip(given, factors, strict=True)}
-    weighted = [(adapter, weight_of.get(id(adapter), 1.0)) for adapter in chain]
     if target is None:
-        target = Checkpoint.open(_base_name(chain))
-    return weighted, target, notes
+        with _named_only():
+            chain, notes = whole_chains(given, None)
+            target = Checkpoint.open(_base_name(chain))
+    else:
+        chain, notes = (given, []) if insist else whole_chains(given, target.merged_adapters)
+    weight_of = {id(adapter): weight for adapter, weight in zip(given, factors, strict=True)}
+    return [(adapter, weight_of.get(id(adapter), 1.0)) for adapter in chain], target, notes
+
+
+@contextmanager
+def _named_only() -> Iterator[None]:
+    """Says of a base that cannot be read where its name comes from, when nobody gave it."""
+    try:
+        yield
+    except UnreadableError as problem:
+        raise UnreadableError(
+            f"{problem.message}; this base is named in adapter_config.json",
+            where=problem.where, reason=problem.reason,
+            hint=sentences(problem.hint, "To name another one give `base`."),
+        ) from problem  # fmt: skip
 
 
 def _base_name(adapters: Sequence[Adapter]) -> str:

@@ -266,9 +266,14 @@ def convert(
 @click.option("--tuned", type=PATH, required=True, metavar="MODEL", help="The fine-tuned model.")
 @shape_options
 @click.option("--include", multiple=True, metavar="PATTERN",
-              help="Only modules like this, such as '*.q_proj'.  [default: all]")  # fmt: skip
+              help="Only modules like this, such as '*.q_proj', and nothing else.  "
+              "[default: all]")  # fmt: skip
 @click.option("--exclude", multiple=True, metavar="PATTERN",
               help="No modules like this.  [default: none]")  # fmt: skip
+@click.option("--linear-only", is_flag=True,
+              help="Only linear layers, which servers take: embeddings, output head, norms and "
+              "biases stay the base's; a note says how much of the difference that leaves out.  "
+              "[default: off]")  # fmt: skip
 @click.option("--svd", type=Choice(["auto", "exact", "randomised"]), default="auto",
               show_default=True,
               help="auto = randomised where a block's side is above 512.")  # fmt: skip
@@ -280,11 +285,16 @@ def extract(
     wanted: Wanted,
     include: Sequence[str],
     exclude: Sequence[str],
+    linear_only: bool,
     svd: "Method",
     run: Run,
     said: Said,
 ) -> int:
-    """Find the adapter that takes the base to a fine-tuned model, optimally for its rank."""
+    """Find the adapter that takes the base to a fine-tuned model, optimally for its rank.
+
+    What differs and is no linear layer is saved whole, unless left out; notes say what was, and how
+    much of the difference that is.
+    """
     from gralora_convert.cli.pages import adapter_summary
     from gralora_convert.verbs import extract
 
@@ -294,6 +304,7 @@ def extract(
         **wanted,
         include=include,
         exclude=exclude,
+        linear_only=linear_only,
         svd=svd,
         dtype=run.dtype,
         device=run.device,

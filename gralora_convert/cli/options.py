@@ -1,7 +1,8 @@
 """The options that several commands share, and what those do alike that write."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -13,6 +14,7 @@ from gralora_convert.cli.terminal import (
     Choice,
     Line,
     bar,
+    is_quiet,
     quiet_option,
     show,
     show_json,
@@ -137,7 +139,8 @@ class Run:
         if resume and is_speaker and (left := plan.resumable_bytes(self.output)):
             show_notes([f"goes on: {left:,} bytes are there already"])
         tensors = sum(file.data_nbytes for file in plan.files)
-        with bar(tensors, self.progress if is_speaker else False) as advance:
+        shown = self.progress if is_speaker else False
+        with _resumable(plan.resumable and not resume), bar(tensors, shown) as advance:
             receipt = plan.write(
                 self.output,
                 overwrite=self.overwrite,
@@ -163,25 +166,32 @@ class Run:
         return 0
 
     def _print_plan(self, plan: "Plan") -> None:
+        from gralora_convert.cli.pages import plan_table
+
         document = plan.as_json(Path(self.output), self.jobs)
         if self.as_json:
             show_json(document)
             return
-        for file in plan.files:
-            click.echo(f"{file.name}  {len(file.parts)} tensors, {file.nbytes:,} bytes")
-            for part in file.parts:
-                how = "copy" if type(part.source).__name__ == "Copied" else "compute"
-                click.echo(f"  {how:7}  {part.dtype:5} {list(part.shape)}  {part.name}")
-        for name in sorted({*plan.texts, *plan.sidecars}):
-            click.echo(f"{name}  {'edited' if name in plan.texts else 'copy'}")
-        click.echo(
-            f"total {plan.nbytes:,} bytes, {document['bytes']:,} of them in weight files, "
-            f"{document['computed']} of {document['tensors']} tensors computed; "
+        if not is_quiet():
+            show(*plan_table(plan))
+        show(
+            f"total {plan.nbytes:,} bytes, {document['bytes']:,} of them in {len(plan.files)} "
+            f"weight file(s), {document['computed']} of {document['tensors']} tensors computed; "
             f"peak memory about {plan.peak_memory(self.jobs) / 1e6:,.0f} MB; "
             f"{document['free_disk']:,} bytes free on the disk. Nothing was written."
         )
-        for note in plan.notes:
-            show(Line(note, severity="note"))
+        show_notes(plan.notes, err=False)
+
+
+@contextmanager
+def _resumable(is_untold: bool) -> Iterator[None]:
+    """Lets an interruption name the option that keeps what is done."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if is_untold and not hasattr(interrupt, "__notes__"):
+            interrupt.add_note("With --resume what is done would be kept for the next run.")
+        raise
 
 
 writing_options = _gathered(

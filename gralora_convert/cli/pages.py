@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gralora_convert.adapters import NAMES, Group
+from gralora_convert.adapters import NAMES, Group, group, natural
 from gralora_convert.cli.terminal import Line
 from gralora_convert.disk import cached, is_there
 from gralora_convert.errors import printable
@@ -23,6 +23,7 @@ from gralora_convert.verbs import (
 )
 
 if TYPE_CHECKING:
+    from gralora_convert.output import Plan
     from gralora_convert.verbs import Inspection
 
 Json = Mapping[str, object]
@@ -356,6 +357,25 @@ def commands(name: str, rank: int, dtype: str | None, output: str) -> list[str]:
         )
         for line in _START.get(name, ())
     ]  # fmt: skip
+
+
+def plan_table(plan: "Plan") -> list[str]:
+    """What a plan writes: its weight files, its tensors by kind, the files beside them."""
+    parts = sorted((p for file in plan.files for p in file.parts), key=lambda p: natural(p.name))
+    kinds: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+    for part in parts:
+        kinds.setdefault((part.how, part.dtype), {})[part.name] = part.shape
+    rows = [(how, dtype, g) for how, dtype in sorted(kinds) for g in group(kinds[how, dtype])]
+    files = [f"{f.name}  {len(f.parts)} tensors, {f.nbytes:,} bytes" for f in plan.files]
+    sizes = [" x ".join(map(str, g.shape)) or "scalar" for *_, g in rows]
+    width, digits = max(map(len, sizes)), len(str(len(parts)))
+    table = [
+        f"  {how:7}  {dtype:4}  {g.count:>{digits}}  {size:>{width}}  {printable(g.name)}"
+        for (how, dtype, g), size in zip(rows, sizes, strict=True)
+    ]
+    beside = {"edited": sorted(plan.texts), "copied": sorted(plan.sidecars)}
+    return [*map(str, _shortened(files)), *map(str, _shortened(table)),
+            *(f"{how}: {', '.join(names)}" for how, names in beside.items() if names)]  # fmt: skip
 
 
 def merge_summary(receipt: Mapping[str, object], output: str) -> list[str]:

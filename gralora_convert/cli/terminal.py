@@ -6,6 +6,7 @@ and `TERM=dumb` mean no colours on a terminal either.
 
 import io
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -22,6 +23,7 @@ from gralora_convert.errors import Finding, nearest
 
 COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 _QUIET = "gralora_convert.quiet"
+_FINDING = re.compile(rf"({'|'.join(COLOURS)})(\[[\w-]+\]): ")
 
 
 def open_streams() -> None:
@@ -51,6 +53,14 @@ class Line:
     @classmethod
     def of(cls, finding: Finding) -> "Line":
         return cls(finding.text, severity=finding.severity, code=f"[{finding.code}]")
+
+    @classmethod
+    def of_note(cls, note: str | Finding) -> "Line":
+        """A note, which may be a finding, also one as text that says so itself."""
+        found = _FINDING.match(text := str(note))
+        if found is None:
+            return cls(text, severity="note")
+        return cls(text[found.end() :], severity=found[1], code=found[2])
 
     @property
     def _head(self) -> str:
@@ -105,11 +115,11 @@ def show_json(value: object, *, as_written: bool = False) -> None:
     click.echo(dump_json(value if as_written else spelled_json(value)))
 
 
-def show_notes(lines: Iterable[str | Finding]) -> None:
-    """Notes on stderr, unless `--quiet`."""
+def show_notes(lines: Iterable[str | Finding], *, err: bool = True) -> None:
+    """Notes, on stderr where they are not the result, unless `--quiet`."""
     if not is_quiet():
         for line in lines:
-            show(Line(str(line), severity="note"), err=True)
+            show(Line.of_note(line), err=err)
 
 
 def is_quiet() -> bool:
@@ -124,7 +134,7 @@ def _set_quiet(context: click.Context, _: click.Parameter, value: bool) -> None:
 
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, expose_value=False, callback=_set_quiet,
-    help="No notes, no progress; the result stays.  [default: off]",
+    help="No notes, no progress, the total of a plan; the result stays.  [default: off]",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gralora_convert.disk.files import RECEIPT_NAME
+from gralora_convert.disk.files import RECEIPT_NAME, meant
 from gralora_convert.disk.folders import (
     inside,
     is_alone,
@@ -170,7 +170,7 @@ def locate(source: str | Path) -> Path:
     if name is None:
         raise UnreadableError(
             "there is no such file or folder", where=source,
-            hint="Name a folder, a file of weights, or org/name on the Hub.",
+            hint=meant(path, "Name a folder, a file of weights, or org/name on the Hub."),
         )  # fmt: skip
     return fetch(name, _holds_weights)
 

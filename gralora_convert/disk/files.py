@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from gralora_convert.errors import ChangedInputError, UnreadableError
+from gralora_convert.errors import ChangedInputError, UnreadableError, nearest
 from gralora_convert.system import ONE_CALL
 
 Stamp = tuple[int, int, int]
@@ -34,6 +34,29 @@ def is_folder(name: str | Path) -> bool:
 def is_file(name: str | Path) -> bool:
     """Whether a name that a stranger may have written is that of a file; never raises."""
     return os.path.isfile(name)  # noqa: PTH113 - so does Path.is_file
+
+
+def near_path(name: str | Path, least: float = 0.6) -> Path | None:
+    """What is there under a name like one that is not: part by part the one most like it."""
+    path = Path(name)
+    found = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        if not is_there(found / part):
+            names: list[str] = []
+            with contextlib.suppress(OSError, ValueError):
+                names = sorted(os.listdir(found))  # noqa: PTH208 - names are wanted
+            close = nearest(part, names, least=least)
+            if not close:
+                return None
+            part = close[0]
+        found /= part
+    return found
+
+
+def meant(name: str | Path, otherwise: str = "") -> str:
+    """The hint for a name that is not there: what may have been meant, or else `otherwise`."""
+    near = near_path(name)
+    return f"Did you mean {near}?" if near else otherwise
 
 
 def require_stamp(path: Path, stamp: Stamp) -> None:

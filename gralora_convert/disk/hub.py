@@ -8,11 +8,11 @@ import contextlib
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from gralora_convert.disk.files import is_file, is_folder, is_there
-from gralora_convert.errors import UnreadableError
+from gralora_convert.disk.files import is_file, is_folder, is_there, meant, near_path
+from gralora_convert.errors import UnreadableError, sentences
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _NAME = re.compile(
@@ -28,11 +28,13 @@ _IGNORED = [
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """A repository of the Hub, a revision of it, and a folder in it."""
+    """A repository of the Hub, a revision of it, and a folder in it; `is_plain`: nothing in the
+    name tells it from a path."""
 
     repository: str
     revision: str | None = None
     folder: str = ""
+    is_plain: bool = field(default=False, repr=False, compare=False)
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
@@ -54,7 +56,8 @@ def parse_name(text: str) -> HubName | None:
     found = _NAME.fullmatch(text)
     if found is None or (found["folder"] and not (found["scheme"] or found["revision"])):
         return None
-    return HubName(found["repository"], found["revision"], found["folder"].strip("/"))
+    is_plain = not (found["scheme"] or found["revision"])
+    return HubName(found["repository"], found["revision"], found["folder"].strip("/"), is_plain)
 
 
 def cached(text: str, file: str) -> Path | None:
@@ -92,6 +95,11 @@ def fetch(name: HubName, is_complete: Callable[[Path], bool]) -> Path:
         cached = snapshot_download(name.repository, revision=name.revision, local_files_only=True)
     if cached and is_complete(Path(cached) / name.folder):
         return Path(cached) / name.folder
+    if name.is_plain and (path := _misspelt(name.repository)):
+        raise UnreadableError(
+            "there is no such file or folder", where=name,
+            hint=f"Did you mean {path}? For the Hub's write hf://{name}.",
+        )  # fmt: skip
     try:
         found = snapshot_download(
             name.repository, revision=name.revision, ignore_patterns=_IGNORED,
@@ -107,6 +115,17 @@ def fetch(name: HubName, is_complete: Callable[[Path], bool]) -> Path:
             hint="Look at its files on the Hub.",
         )  # fmt: skip
     return Path(found) / name.folder
+
+
+def _misspelt(name: str) -> Path | None:
+    """The path here of which `name` is a misspelling. Models beside one another have names that
+    differ in numbers, or by more words: those are no misspellings."""
+    near, path = near_path(name, least=0.8), Path(name)
+    if near is None or near.parent != path.parent or near.parent == Path():
+        return None
+    digits = [re.findall(r"\d+", one.name) for one in (near, path)]
+    is_longer = near.name.startswith(path.name) or path.name.startswith(near.name)
+    return near if digits[0] == digits[1] and not is_longer else None
 
 
 def config_errors() -> tuple[type[Exception], ...]:
@@ -147,4 +166,5 @@ def _not_had(name: HubName, error: Exception) -> UnreadableError:
     else:
         message = f"{nowhere} no model of this name could be had from the Hub: {reason}"
         hint = "Name a local folder, or download the model first."
-    return UnreadableError(message, where=name, hint=hint)
+    near = meant(str(name)) if name.is_plain and message.startswith(nowhere) else ""
+    return UnreadableError(message, where=name, hint=sentences(hint, near))

@@ -56,6 +56,10 @@ class Part:
     source: Copied | Computed
 
     @property
+    def how(self) -> str:
+        return "compute" if isinstance(self.source, Computed) else "copy"
+
+    @property
     def account(self) -> Account | None:
         return self.source.account if isinstance(self.source, Computed) else None
 

@@ -110,9 +110,18 @@ class Plan:
             "output": str(output),
             **self.contents(),
             "files": [file.name for file in self.files] + sorted({*self.texts, *self.sidecars}),
-            "computed": sum(
-                isinstance(part.source, Computed) for file in self.files for part in file.parts
-            ),
+            "computed": sum(part.how == "compute" for file in self.files for part in file.parts),
+            "parts": [
+                {
+                    "file": file.name,
+                    "name": part.name,
+                    "dtype": part.dtype,
+                    "shape": list(part.shape),
+                    "how": part.how,
+                }
+                for file in self.files
+                for part in file.parts
+            ],
             "total_bytes": self.nbytes,
             "peak_memory": self.peak_memory(jobs),
             "free_disk": Staging.free_bytes(output),

@@ -3,17 +3,28 @@ hold it: linear layers by factors, the rest whole, biases by the bias mode.
 """
 
 import fnmatch
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
 
+from gralora_convert.adapters import group, natural
 from gralora_convert.base import Architecture, Reading, near_misses, read_parameter
 from gralora_convert.delta import Dense, half_ulp, is_finite
-from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, same_values, torch_dtype
+from gralora_convert.disk import (
+    FLOATING,
+    Checkpoint,
+    Rows,
+    TensorSpec,
+    read_rows,
+    same_values,
+    torch_dtype,
+)
 from gralora_convert.errors import InvalidAdapterError, MisuseError, UnsupportedError
 
 ROWS = 1024  # of a weight that are looked at together
+NUMBERS = 4 * 1024 * 1024  # of a tensor of any shape that are
 Tensors = Mapping[str, TensorSpec]
 
 
@@ -66,45 +77,58 @@ class Module:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which of the modules that differ are wanted, by patterns of names; `linear_only`: as linear
+    layers without their biases."""
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    linear_only: bool = False
+
+    def has(self, module: str) -> bool:
+        wanted = not self.include or any(fnmatch.fnmatchcase(module, p) for p in self.include)
+        return wanted and not any(fnmatch.fnmatchcase(module, p) for p in self.exclude)
+
+
 class Differences:
-    """What differs between two checkpoints, and how an adapter can hold it."""
+    """What differs between two checkpoints, and how an adapter can hold it. `left_out` is the
+    relative Frobenius norm of what keeps the base's values."""
 
     def __init__(
-        self,
-        before: Checkpoint,
-        after: Checkpoint,
-        include: Sequence[str],
-        exclude: Sequence[str],
-        reading: Reading,
+        self, before: Checkpoint, after: Checkpoint, choice: Choice, reading: Reading
     ) -> None:
         self.modules: list[Module] = []
         self.saved: dict[str, TensorSpec] = {}
         self.biases: dict[str, TensorSpec] = {}
         self.notes: list[str] = []
         self.entries: set[str] = set()  # of modules_to_save
-        self._left_out: set[str] = set()  # tensors that differ and keep the base's values
+        self.left_out = 0.0
+        self._left: dict[str, tuple[Rows, ...]] = {}  # that keep the base's values, by name
         self._has_biases = False
         names = Architecture(before, reading=reading)
         old, new = self._paired(before, after, names)
         changed = frozenset(n for n, spec in old.items() if not _same(spec, new[n]))
         modules = {names.parameter(name).rpartition(".")[0] for name in old}
-        self.notes += _unmatched(modules, include, exclude, after)
+        self.notes += _unmatched(modules, choice, after)
         held: set[str] = set()
         layers, lost = _linear(names, changed, old, new)
         for module in layers:
             held.update(part.tensor for part in module.parts)
-            if _chosen(module.name, include, exclude):
+            if choice.has(module.name):
                 self.modules.append(module)
             else:
-                self._leave_out(module.name, *(part.tensor for part in module.parts))
+                self._left[module.name] = module.parts
         others = [name for name in old if name in changed - (held - lost)]
         if not self.modules:
             raise MisuseError(
-                "no linear layer differs" + (" that was chosen" if self.notes else ""),
+                "no linear layer differs" + (" that was chosen" if self._left else ""),
                 where=after.path,
                 hint=f"Is it the fine-tuned one of {before.source}?",
             )
-        self._save(self._holders(others, names, new, exclude), names, old, new)
+        self._save(self._holders(others, names, old, new, choice), names, old, new)
+        loaded = [_whole(n, old, new) for n in sorted(changed) if not names.is_ignored(n)]
+        self._tell_left_out(loaded, old, new)
 
     def _paired(
         self, before: Checkpoint, after: Checkpoint, names: Architecture
@@ -145,12 +169,28 @@ class Differences:
         old = {name: spec for name, spec in before.tensors.items() if name in kept}
         return old, {name: after.tensors[renamed.get(name, name)] for name in old}
 
-    def _leave_out(self, what: str, *tensors: str) -> None:
-        self.notes.append(f"{what} differs and was left out")
-        self._left_out.update(tensors)
+    def _tell_left_out(self, every: Sequence[Rows], before: Tensors, after: Tensors) -> None:
+        """What keeps the base's values though it differs, and how much of `every` that is."""
+        if not self._left:
+            return
+        for found in group(dict.fromkeys(sorted(self._left, key=natural), ())):
+            many = found.count > 1
+            what = f"{found.name} ({found.count}) differ and were" if many else None
+            self.notes.append(f"{what or f'{found.name} differs and was'} left out")
+        left = sum(_norm2(rows, before, after) for parts in self._left.values() for rows in parts)
+        total = sum(_norm2(rows, before, after) for rows in every)
+        self.left_out = (left / total) ** 0.5 if total else 0.0
+        self.notes.append(
+            f"what was left out is {self.left_out:.3g} of the difference (Frobenius, relative)"
+        )
 
     def _holders(
-        self, others: Sequence[str], names: Architecture, after: Tensors, exclude: Sequence[str]
+        self,
+        others: Sequence[str],
+        names: Architecture,
+        before: Tensors,
+        after: Tensors,
+        choice: Choice,
     ) -> set[str]:
         """The modules that must be saved whole; biases alone are left to the bias mode."""
         holders = set()
@@ -158,8 +198,8 @@ class Differences:
             holder = _holder(names.parameter(name))
             if names.is_ignored(name):
                 self.notes.append(f"{name} differs and is nothing that the model loads: left out")
-            elif not _chosen(holder, (), exclude):
-                self._leave_out(name, name)
+            elif choice.linear_only or not choice.has(holder):
+                self._left[name] = (_whole(name, before, after),)
             elif not names.is_whole(name):
                 raise _inseparable(name, holder)
             elif not holder:
@@ -178,7 +218,8 @@ class Differences:
     ) -> None:
         """Whole tensors: all within a holder for `modules_to_save`, all biases for bias `all`."""
         self.entries = _entries(names, holders)
-        values = {name: (before if name in self._left_out else after)[name] for name in after}
+        left = {rows.tensor for parts in self._left.values() for rows in parts}
+        values = {name: (before if name in left else after)[name] for name in after}
         for name, spec in values.items():
             parameters = names.sharing(names.parameter(name))  # PEFT unties a saved embedding
             if names.is_ignored(name) or not any(_is_within(p, self.entries) for p in parameters):
@@ -341,20 +382,40 @@ def _differs(parts: Sequence[Rows], before: Tensors, after: Tensors) -> bool:
     )
 
 
-def _chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    wanted = not include or any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
-    return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+def _whole(name: str, before: Tensors, after: Tensors) -> Rows:
+    """All rows of a tensor, also those that only one has (a resized vocabulary)."""
+    return Rows(name, 0, max(_rows(before[name]), _rows(after[name])))
 
 
-def _unmatched(
-    modules: Collection[str], include: Sequence[str], exclude: Sequence[str], after: Checkpoint
-) -> Iterator[str]:
+def _rows(spec: TensorSpec) -> int:
+    return spec.shape[0] if spec.shape else 1
+
+
+def _norm2(rows: Rows, before: Tensors, after: Tensors) -> float:
+    """The squared Frobenius norm of the difference of some rows; those that only one has count
+    whole, as do all where the two have nothing in common but the name."""
+
+    def read(spec: TensorSpec) -> torch.Tensor:
+        first, end = (min(place, rows.stop, _rows(spec)) for place in (start, start + step))
+        return read_rows(spec, first, end).double().reshape(end - first, *spec.shape[1:])
+
+    old, new = before[rows.tensor], after[rows.tensor]
+    step, found = max(1, NUMBERS // max(1, math.prod(new.shape[1:]))), 0.0
+    for start in range(rows.start, rows.stop, step):
+        a, b = read(old), read(new)
+        common = min(len(a), len(b)) if a.shape[1:] == b.shape[1:] else 0
+        parts = b[:common] - a[:common] if common else b[:0], a[common:], b[common:]
+        found += sum(float(part.square().sum()) for part in parts)
+    return found
+
+
+def _unmatched(modules: Collection[str], choice: Choice, after: Checkpoint) -> Iterator[str]:
     """Notes on patterns of `exclude` that match nothing; one of `include` is a refusal."""
-    for pattern in (*include, *exclude):
+    for pattern in (*choice.include, *choice.exclude):
         if fnmatch.filter(modules, pattern):
             continue
         close = near_misses(pattern.strip("*"), sorted(modules))
-        if pattern in include:
+        if pattern in choice.include:
             raise MisuseError(
                 f"`include={[pattern]}` matches no module", where=after.path,
                 hint=f"A pattern matches whole names, such as '*.q_proj'. {close}".strip(),

@@ -43,7 +43,7 @@ from gralora_convert.output import (
     config_like,
     one_arithmetic_thread,
 )
-from gralora_convert.verbs.differences import Differences, Module
+from gralora_convert.verbs.differences import Choice, Differences, Module
 from gralora_convert.verbs.serving import Exported, refusals, serving_notes
 
 DEFAULT_RANK = 32
@@ -61,6 +61,7 @@ def extract(
     max_error: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    linear_only: bool = False,
     svd: Method = "auto",
     dtype: str = "keep",
     device: str = "cpu",
@@ -70,11 +71,16 @@ def extract(
 ) -> Plan:
     """The plan of an adapter that takes `base` to `tuned`, as nearly as its rank allows.
 
-    Modules are the linear layers that differ; `include` and `exclude` are shell patterns on their
-    names. Other differences are saved whole. A block-wise truncated SVD is optimal for GraLoRA, a
-    truncated SVD for LoRA; Hybrid alternates between the two.
+    Modules are the linear layers that differ; other differences are saved whole. A block-wise
+    truncated SVD is optimal for GraLoRA, a truncated SVD for LoRA; Hybrid alternates between the
+    two.
 
     Arguments:
+        include, exclude: shell patterns on names of modules: only what is like these, nothing that
+            is like those, be it a linear layer or saved whole.
+        linear_only: nothing is saved whole: embeddings, output head, norms and biases keep the
+            base's values, so that servers take the LoRA. `plan.notes` say what was left out, and
+            how much of the difference that is.
         k: default 2. r: default 32. hybrid_r: default r / 2, rounded up.
         max_error: instead of `r`, the smallest rank whose relative Frobenius error stays below.
         svd: of blocks with sides above 512 a randomised SVD is taken, about 0.03 % above the
@@ -103,9 +109,9 @@ def extract(
                 f"is quantised ({method}); plain weights were needed", where=checkpoint.path
             )
     require_device(device, torch.float64)
-    found = Differences(
-        before, after, include, exclude, Reading.of(None, fan_in_fan_out, trust_remote_code)
-    )
+    choice = Choice(include, exclude, linear_only)
+    reading = Reading.of(None, fan_in_fan_out, trust_remote_code)
+    found = Differences(before, after, choice, reading)
     with one_arithmetic_thread():
         shape = _shape(found.modules, wanted, svd, device)
     return _plan(before, after, found, _How(shape, torch_dtype(written), svd, device, verify))
@@ -208,6 +214,7 @@ def _receipt(
             for name, read in inputs.items()
         },
         "saved": sorted(found.saved), "biases": sorted(found.biases), "notes": found.notes,
+        "left_out": found.left_out,
         "dtype": str(how.dtype).removeprefix("torch."), **how.shape.as_json(),
         **loss_json(losses.own),
     }  # fmt: skip

@@ -17,10 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from gralora_convert.cli.terminal import Line
 from gralora_convert.errors import error
 from tests.command import run, run_ok
+from tests.zoo import Architecture, llama, save_base, train
 
 ROOT = Path(__file__).parent.parent.parent
 BROKEN = "fixtures/peft-0.19.1/gpt2-bias-all"
@@ -115,6 +117,37 @@ def test_quiet_leaves_the_result(tmp_path: Path) -> None:
     assert quiet.stderr == ""
     assert quiet.stdout == loud.stdout
     assert run_ok("inspect", LLAMA, "-q").stdout == run_ok("inspect", LLAMA).stdout
+
+
+def test_a_note_that_is_a_finding_is_called_so_once(tmp_path: Path) -> None:
+    arguments = "merge", LLAMA, "--base", BASE, "--key-map", "nothing=x", "-o", tmp_path / "out"
+    planned, plan = run_ok(*arguments, "--dry-run"), run_ok(*arguments, "--dry-run", "-q")
+    done = run_ok(*arguments)
+    for told in (planned.stdout, done.stderr):
+        assert re.findall(r"^(.*)warning", told, re.M) == [""]
+        assert "warning[key-map-unmatched]: nothing: is named by --key-map" in told
+    assert "warning" not in plan.stdout + run_ok(*arguments, "-q", "--overwrite").stderr
+
+
+def test_a_plan_fits_a_screen(tmp_path: Path) -> None:
+    """40 layers, which stand as 1, 10, 11, 2 in the file: a line for each kind of tensor."""
+    build = llama("LlamaForCausalLM", "LlamaConfig", num_hidden_layers=40)
+    deep = Architecture(build, ["q_proj", "down_proj"])
+    base = save_base(deep, tmp_path / "base")
+    train(base, deep, tmp_path / "adapter")
+    arguments = "merge", tmp_path / "adapter", "--base", base, "-o", tmp_path / "out", "--dry-run"
+    lines = run_ok(*arguments).stdout.splitlines()
+    assert len(lines) < 24
+    (computed,) = [line for line in lines if "q_proj" in line]
+    assert computed.split() == [*"compute F32 40 16 x 16".split(), computed.split()[-1]]
+    assert computed.endswith("  model.layers.{0-39}.self_attn.q_proj.weight")
+    (total,) = run_ok(*arguments, "-q").stdout.splitlines()
+    assert total == lines[-1]
+    parts = run_ok(*arguments, "--json").json["parts"]
+    assert isinstance(parts, list)
+    with safe_open(base / "model.safetensors", "pt") as file:
+        assert {part["name"] for part in parts} == set(file.keys())
+    assert sum(part["how"] == "compute" for part in parts) == 80
 
 
 @pytest.mark.parametrize(

@@ -254,3 +254,39 @@ def test_a_hub_that_does_not_answer(tmp_path: Path) -> None:
                     cwd=tmp_path)  # fmt: skip
     assert found.returncode == 2
     assert found.stderr.splitlines()[-1].startswith("error: org/tuned: ")
+
+
+def test_a_misspelt_path_is_told_before_the_hub_is_asked(tmp_path: Path) -> None:
+    """Names that differ as those of models do are asked for: another number, a word more."""
+    shutil.copytree(BASE, tmp_path / "runs/llama-7b")
+    nowhere = "http://127.0.0.1:9"
+    arguments = "merge", LLAMA, "-o", tmp_path / "out", "--base"
+
+    def told(name: str) -> str:
+        done = command(*arguments, name, cache=tmp_path / "hub", online=nowhere, cwd=tmp_path)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert "no such file or folder. Did you mean runs/llama-7b? For the" in told("runs/lama-7b")
+    for name in ("runs/llama-8b", "runs/llama-7b-chat", "rusn/llama-7b"):
+        assert "could be had from the Hub" in told(name)
+        assert "Did you mean runs/llama-7b?" in told(name)
+    assert "could be had from the Hub" in told("hf://runs/lama-7b")
+    assert "Did you mean" not in told("hf://runs/lama-7b")
+    assert f"Did you mean {tmp_path}/runs/llama-7b?" in told(f"{tmp_path}/run/llama7b")
+    adapter = command(
+        "validate", "./runs/lama-7b", cache=tmp_path / "hub", online=nowhere, cwd=tmp_path
+    )
+    assert "Did you mean runs/llama-7b?" in adapter.stderr
+
+
+def test_a_base_that_only_the_adapter_names(tmp_path: Path) -> None:
+    shutil.copytree(LLAMA, tmp_path / "adapter")
+    done = command("merge", "adapter", "-o", "out", cache=tmp_path / "hub", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "this base is named in adapter_config.json" in done.stderr
+    assert "give --base" in done.stderr
+    given = command(
+        "merge", "adapter", "--base", "./no", "-o", "out", cache=tmp_path / "hub", cwd=tmp_path
+    )
+    assert "adapter_config.json" not in given.stderr

@@ -221,6 +221,20 @@ def test_an_interrupted_merge_says_how_to_go_on(inputs: list[str], tmp_path: Pat
     assert "interrupted" in outcome.stderr
     assert "run again with --resume" in outcome.stderr
     assert (tmp_path / ".out.partial").is_dir()
+    assert "would be kept" not in outcome.stderr
+
+
+def test_an_interrupted_merge_names_what_would_have_kept_its_work(
+    inputs: list[str], tmp_path: Path
+) -> None:
+    interrupting = KILLED.replace("SIGKILL", "SIGTERM")
+    outcome = subprocess.run(
+        [sys.executable, "-c", interrupting, "1", *inputs, "-o", str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 130
+    assert "With --resume what is done would be kept" in outcome.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_the_fingerprint_tells_plans_apart(inputs: list[str], tmp_path: Path) -> None:
