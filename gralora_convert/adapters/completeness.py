@@ -129,8 +129,9 @@ def suspicions(adapter: Adapter) -> Iterator[Finding]:
         yield warning(found.code, found.where, found.message, found.hint)
     targets, modules = config.target_modules, adapter.modules
     saved = {is_saved(config, parameter) for parameter in adapter.saved}
+    whole = {parameter.rpartition(".")[0] for parameter in adapter.saved}
     for name in targets if targets is not None and not isinstance(targets, str) else ():
-        if any(m == name or m.endswith(f".{name}") for m in modules):
+        if any(m == name or m.endswith(f".{name}") for m in (*modules, *whole)):
             continue
         if not any(name.endswith(entry) for entry in config.modules_to_save or ()):  # is saved then
             yield warning(
@@ -154,7 +155,10 @@ def _uneven_layers(adapter: Adapter) -> Iterator[Finding]:
     for (stack, _), names in layers.items():
         every[stack] |= names
     for (stack, index), names in layers.items():
-        lacking = sorted(every[stack] - names)
+        lacking = [
+            name for name in sorted(every[stack] - names)
+            if not is_saved(adapter.config, f"{stack}.{index}.{name}.")
+        ]  # fmt: skip
         if lacking:
             yield warning(
                 "target-without-tensors", f"{stack}.{index}",

@@ -113,10 +113,18 @@ _LORA: Mapping[str, _Rule] = {
 def gralora_findings(values: Json, where: str) -> Iterator[Finding]:
     """Types and ranges of the fields of a GraLoRA config, and what they say together."""
     yield from _type_findings(values, _GRALORA, where)
-    for name, least in (("r", 1), ("gralora_k", 1), ("hybrid_r", 0)):
-        yield from _size_findings(name, values.get(name), least, where)
+    r, k, h = values.get("r", 32), values.get("gralora_k", 2), values.get("hybrid_r", 0)
+    if type(r) is type(h) is int and r == 0 < h:  # of the authors' r, which includes hybrid_r
+        yield error(
+            "config-value-range", where, f"hybrid_r={h} is the whole rank, so no blocks are left: "
+            "a LoRA, not a GraLoRA",
+            f"Its general factors are those of a LoRA with r={h} and lora_alpha = alpha.",
+        )  # fmt: skip
+    else:
+        yield from _size_findings("r", values.get("r"), 1, where)
+    yield from _size_findings("gralora_k", values.get("gralora_k"), 1, where)
+    yield from _size_findings("hybrid_r", h, 0, where)
     yield from alpha_findings("alpha", values.get("alpha"), where)
-    r, k = values.get("r", 32), values.get("gralora_k", 2)
     if type(r) is int and type(k) is int and k > 0 and r % k:
         yield error(
             "rank-not-divisible", where, f"r={r} is not divisible by gralora_k={k}",

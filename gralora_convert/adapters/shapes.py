@@ -24,8 +24,8 @@ def gralora_shape_findings(
     """What is wrong with the shapes of GraLoRA modules; `config` are the fields of one, absent ones
     as PEFT takes them."""
     r, k, h = config.get("r", 32), config.get("gralora_k", 2), config.get("hybrid_r", 0)
-    if type(r) is not int or type(k) is not int or type(h) is not int:
-        return
+    if type(r) is not int or type(k) is not int or type(h) is not int or r == 0:
+        return  # the config alone is refused
     has_general = any(roles.keys() & {"general_A", "general_B"} for roles in modules.values())
     if h > 0 and modules and not has_general:
         yield error(
@@ -155,11 +155,16 @@ def _pair_findings(
         )
     ):
         yield error("tensor-shape", module, f"{found} cannot be cut into blocks (use_bdlora)")
-    elif plain and config is not None and config.rank(module) != a[0]:
-        yield error(
-            "rank-mismatch", module,
-            f"{found}: r is {a[0]}, r of the config is {config.rank(module)}",
-        )  # fmt: skip
+    elif plain and config is not None and a[0] != (rank := _rank(config, module, a, b)):
+        yield error("rank-mismatch", module, f"{found}: r is {a[0]}, r of the config is {rank}")
+
+
+def _rank(config: LoraConfig, module: str, a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """The rank that the factors have. A decomposition of the weight has no more than the weight,
+    and PEFT puts it in the place of factors of the config's r (0.21.2, tuners/lora/layer.py,
+    `pissa_init` and `olora_init`, when it makes the adapter and again when it loads it)."""
+    rank = config.rank(module)
+    return min(rank, a[1], b[0]) if config.init_lora_weights in ("pissa", "olora") else rank
 
 
 def _same_kind(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

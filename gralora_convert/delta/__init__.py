@@ -35,7 +35,7 @@ from gralora_convert.delta.forms import (
 )
 from gralora_convert.delta.forward import forward_path, gralora_product
 from gralora_convert.delta.mistakes import BlockSums, Evidence, explain, features
-from gralora_convert.delta.products import Stack, delta_weight, dense, elements, rows
+from gralora_convert.delta.products import Stack, add_rows_, delta_weight, dense, elements, rows
 from gralora_convert.delta.resizing import (
     EXACT,
     Kind,
@@ -67,12 +67,12 @@ from gralora_convert.delta.variants import Start, dora, start_of, without_start
 
 __all__ = [
     "EXACT", "Addend", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora",
-    "Loss", "Method", "Shape", "Stack", "Start", "Survival", "Verdict", "Wanted", "admissible",
-    "block_norms", "compare", "delta_weight", "dense", "device_for", "direct_sum", "dora",
-    "elements", "energies", "exact_rank", "explain", "features", "forward_path", "gralora_product",
-    "gralora_to_hybrid", "gralora_to_lora", "half_ulp", "hybrid_to_gralora", "is_finite",
-    "least_rank", "lora_to_gralora", "lora_to_hybrid", "loss_json", "magnitude_rows", "pad",
-    "pad_lora", "permute_rows", "relative", "require_device", "require_divisible", "resize",
+    "Loss", "Method", "Shape", "Stack", "Start", "Survival", "Verdict", "Wanted", "add_rows_",
+    "admissible", "block_norms", "compare", "delta_weight", "dense", "device_for", "direct_sum",
+    "dora", "elements", "energies", "exact_rank", "explain", "features", "forward_path",
+    "gralora_product", "gralora_to_hybrid", "gralora_to_lora", "half_ulp", "hybrid_to_gralora",
+    "is_finite", "least_rank", "lora_to_gralora", "lora_to_hybrid", "loss_json", "magnitude_rows",
+    "pad", "pad_lora", "permute_rows", "relative", "require_device", "require_divisible", "resize",
     "rounding_lengths", "rows", "smallest_rank", "spectra", "squared_norm", "start_of", "stored",
     "survival", "tensors_of", "terms", "to_device", "to_gralora", "to_hybrid", "to_lora",
     "tolerance", "with_scaling", "without_start", "worst_ratio",

@@ -5,7 +5,6 @@ An adapter says which delta belongs to which module; no file format is known her
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Self
@@ -16,37 +15,20 @@ from torch.utils.hooks import RemovableHandle
 
 from gralora_convert.adapters import Adapter, GraloraConfig, LoraConfig
 from gralora_convert.delta import Delta, Gralora, Lora
-from gralora_convert.disk import read_torch
-from gralora_convert.errors import MisuseError, UnsupportedError
-from gralora_convert.models.fitting import MARK, Parts, Replacement, Slot, fitted
-from gralora_convert.models.layer import GraloraLinear, bare, require_name
+from gralora_convert.errors import MisuseError, UnsupportedError, is_number
+from gralora_convert.models.fitting import (
+    MARK,
+    Held,
+    Parts,
+    Replacement,
+    Slot,
+    fitted,
+    merged,
+    parts_of,
+    require_trainable,
+)
+from gralora_convert.models.layer import GraloraLinear, bare, require_name, unwrapped
 from gralora_convert.output import New, adapter_plan
-
-# After PEFT 0.21.2, tuners/lora: MiCA freezes B, BD-LoRA trains only the blocks, and VeLoRA and
-# MonteCLoRA have a forward or backward pass of their own.
-_TRAINED_OTHERWISE = {
-    "MiCA": ("mica",),
-    "BD-LoRA": ("use_bdlora",),
-    "VeLoRA": ("velora", "velora_config"),
-    "MonteCLoRA": ("monteclora_config",),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """Before a model computes: refuses when a value that an adapter brought is gone."""
-
-    changes: Sequence[Replacement]
-
-    def __call__(self, model: nn.Module, arguments: object) -> None:
-        modules = set(model.modules())
-        for change in self.changes:
-            if change.is_undone(modules):
-                raise MisuseError(
-                    f"{change.path} is not the adapter's any more: the model was tied or resized "
-                    "after it was attached (tie_weights, resize_token_embeddings)",
-                    hint="Detach the adapter, change the model, and attach it again.",
-                )
 
 
 class Attachment:
@@ -68,15 +50,18 @@ class Attachment:
     ) -> None:
         self.name, self.layers, self.config = name, layers, config
         self._slots, self._replacements, self._model = slots, replacements, model
-        self._attached = True
+        self._attached = self._is_on = True
+        self._merged: list[Replacement] = []
+        self._aside: dict[str, Tensor] = {}  # the adapter's values while it is off
         self._frozen: list[nn.Parameter] = []
         self._check: RemovableHandle | None = None
         self._watch()
 
     def _watch(self) -> None:
         """From now on the model refuses to compute without the values of this adapter."""
-        if self._replacements:
-            self._check = self._model.register_forward_pre_hook(_Held(self._replacements))
+        if self._changes:
+            held = Held(self._model, self._changes)
+            self._check = self._model.register_forward_pre_hook(held)
 
     def _look_away(self) -> None:
         if self._check is not None:
@@ -98,11 +83,15 @@ class Attachment:
     def replaced(self) -> Mapping[str, Tensor]:
         return {change.path: self._now(change) for change in self._replacements}
 
+    @property
+    def _changes(self) -> list[Replacement]:
+        return [*self._replacements, *self._merged]
+
     def _now(self, change: Replacement) -> Tensor:
         """The value as the model has it: moving a model makes new buffers."""
-        found = getattr(change.owner, change.leaf) if self._attached else change.value
+        found = getattr(change.owner, change.leaf) if self._is_on else self._aside[change.path]
         assert isinstance(found, Tensor)
-        return found
+        return change.value if found is change.original else found  # tied back meanwhile
 
     def deltas(self) -> dict[str, Gralora | Lora]:
         """The delta weights by module as they are now (after training), copies."""
@@ -180,44 +169,137 @@ class Attachment:
         ...     bool((model(torch.ones(4)) == before).all())
         True
         """
-        if not self._attached:
-            yield
-            return
-        values = self.replaced
-        self._look_away()
-        for slot in self._slots:
-            slot.branch.is_on = False
-        for change in self._replacements:
-            change.restore()
+        was_on = self._is_on
+        self.set_active(False)
         try:
             yield
         finally:
-            for slot in self._slots:
-                slot.branch.is_on = True
-            for change in self._replacements:
-                setattr(change.owner, change.leaf, values[change.path])
+            self.set_active(was_on and self._attached)
+
+    def set_active(self, active: bool) -> None:
+        """Switches this adapter on or off; values that it brought (biases, heads) come and go.
+
+        Raises:
+            MisuseError: it was detached, or another adapter changed the same values since.
+
+        >>> model = nn.Sequential(nn.Linear(4, 6))
+        >>> deltas = {"0": Gralora(torch.ones(2, 2, 2), torch.ones(2, 2, 3), 0.5)}
+        >>> one, two = (attach(model, deltas, name=name) for name in ("one", "two"))
+        >>> one.set_active(False)  # two alone computes
+        """
+        if active == self._is_on:
+            return
+        if not self._attached:
+            raise MisuseError(f"the adapter {self.name!r} was detached", hint="Attach it again.")
+        changes = self._changes
+        self._require_place(changes if active else self._merged)
+        if active:
+            for change in changes:
+                change.put(self._aside[change.path])
+        else:
+            self._aside = {change.path: self._now(change) for change in changes}
+            for change in reversed(changes):
+                change.put(change.original)
+        self._is_on = active
+        self._switch()
+
+    def _switch(self) -> None:
+        """Lets the branches compute when they have to."""
+        for slot in self._slots:
+            slot.branch.is_on = self._is_on and not self._merged
+        self._look_away()
+        if self._is_on:
             self._watch()
+
+    def _require_place(self, changes: Sequence[Replacement]) -> None:
+        """Raises `MisuseError` when the model has a third value in a place of ours."""
+        for change in changes:
+            now = getattr(change.owner, change.leaf)
+            known = now is change.value or now is change.original
+            if isinstance(now, nn.Parameter) and not known:
+                raise MisuseError(
+                    "was changed by another adapter after this one", where=change.path,
+                    hint="Unmerge, switch off or detach that one first.",
+                )  # fmt: skip
+
+    def set_scale(self, scale: float) -> None:
+        """Weighs this adapter beside others: its part counts `scale` times. What it saves stays.
+
+        Raises:
+            MisuseError: not a finite number; it is merged, or brings values that have no weight.
+
+        PEFT 0.21.2, tuners/lora/layer.py, set_scale.
+        """
+        if not is_number(scale):
+            raise MisuseError(f"the scale {scale!r} is not a finite number")
+        if self._merged or self._replacements:
+            what = "is merged: unmerge it" if self._merged else "brings biases or heads"
+            raise MisuseError(f"the adapter {self.name!r} {what}, and cannot be weighed")
+        for slot in self._slots:
+            slot.branch.scale = float(scale)
+
+    def merge(self) -> None:
+        """Puts the update into the weights of the live model, which then costs what it did without.
+
+        Each adapted layer gets a new weight, the sum in float32 or wider, rounded once to its
+        dtype; its own is put aside for `unmerge`, and whatever shares it (a tied embedding) keeps
+        it. Nothing is changed when an error is raised. Merged already: does nothing.
+
+        Raises:
+            MisuseError: the adapter is off, a weight is not its layer's own, or a sum overflows.
+            UnsupportedError: a weight is quantised, sharded or offloaded.
+
+        >>> model = nn.Sequential(nn.Linear(4, 6))
+        >>> weight = model[0].weight
+        >>> handle = attach(model, {"0": Gralora(torch.ones(2, 2, 2), torch.ones(2, 2, 3), 0.5)})
+        >>> handle.merge()
+        >>> handle.unmerge()
+        >>> model[0].weight is weight
+        True
+        """
+        if not self._is_on:
+            raise MisuseError(f"the adapter {self.name!r} is off", hint="Use `set_active(True)`.")
+        if not self._merged:
+            changes = [merged(self.layers[slot.module], slot) for slot in self._slots]
+            for change in changes:
+                change.install()
+            self._merged = changes
+            self._switch()
+
+    def unmerge(self) -> None:
+        """Gives the layers their own weights back, the very objects.
+
+        Raises:
+            MisuseError: another adapter was merged after this one, and still is.
+        """
+        if self._is_on:
+            self._require_place(self._merged)
+            for change in self._merged:
+                change.put(change.original)
+        self._merged = []
+        self._switch()
 
     def detach(self) -> None:
         """Takes the adapter off: the model has its own modules and parameters again.
 
         They are the very objects that were there, bit for bit as they were left. Other adapters on
         the same layers stay. Calling it again does nothing.
+
+        Raises:
+            MisuseError: another adapter was merged after this one was, and still is.
         """
         if not self._attached:
             return
-        self._attached = False
+        self.set_active(False)
+        self._attached, self._merged = False, []
         for slot in self._slots:
             layer = self.layers[slot.module]
             if self.name in layer.adapters:
                 layer.remove(self.name)
             if not layer.adapters and slot.parent._modules.get(slot.leaf) is layer:
                 setattr(slot.parent, slot.leaf, layer.base_layer)
-        self._look_away()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        for change in reversed(self._replacements):
-            change.restore()
 
     def __enter__(self) -> Self:
         return self
@@ -247,6 +329,8 @@ def attach(
     * `dropout` None means the adapter's own (0 for deltas); it acts in training mode only.
     * `trainable` lets factors, biases and saved modules require gradients, and as in PEFT nothing
       else of the model, until `detach`; `freeze=False` leaves the rest as it is.
+    * A model that `torch.compile`, DataParallel or DistributedDataParallel wraps is taken for what
+      it wraps, and modules that are compiled one by one by their own names.
     * Several adapters: attach each under its own `name`; their parts are summed. Only one of them
       may bring a value for the same bias or saved parameter.
 
@@ -255,7 +339,8 @@ def attach(
     Raises:
         InvalidAdapterError: a module is missing or not one that can be adapted, shapes disagree, or
             a bias or head has no place; carries a finding for each.
-        MisuseError: the name is taken or cannot be one, or there is nothing to attach.
+        MisuseError: the name is taken or cannot be one, there is nothing to attach, or `trainable`
+            in a model that DistributedDataParallel wraps already.
         UnreadableError: a folder that is not there.
         UnsupportedError: a dense delta; `trainable` of a LoRA that PEFT trains in another way
             (MiCA, BD-LoRA, VeLoRA, MonteCLoRA).
@@ -275,9 +360,14 @@ def attach(
     require_name(name)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{model!r:.99} is not a torch.nn.Module")
-    parts = _parts(Adapter.open(adapter) if isinstance(adapter, str | Path) else adapter)
+    parts = parts_of(Adapter.open(adapter) if isinstance(adapter, str | Path) else adapter)
     if trainable:
-        _require_trainable(parts)
+        require_trainable(parts)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise MisuseError(
+                "DistributedDataParallel knows only the parameters that it was made with",
+                hint="Attach the adapter to the model first, then wrap it.",
+            )
     handle = put_on(model, parts, name=name, dropout=dropout, trainable=trainable, dtype=dtype)
     if trainable and freeze:
         handle._freeze()
@@ -298,6 +388,7 @@ def put_on(
     Raises:
         InvalidAdapterError, MisuseError, UnsupportedError: as `attach`.
     """
+    model = unwrapped(model)
     slots, changes = fitted(model, source, name, dropout=dropout, trainable=trainable, dtype=dtype)
     if not slots and not changes:
         raise MisuseError("there is nothing to attach: no modules", where=source.where)
@@ -306,31 +397,3 @@ def put_on(
     layers = {slot.module: slot.install(name) for slot in slots}
     config = None if source.adapter is None else source.adapter.config
     return Attachment(name, layers, slots, changes, model, config)
-
-
-def _parts(adapter: Adapter | Mapping[str, Delta]) -> Parts:
-    if isinstance(adapter, Mapping):
-        return Parts("", tuple(adapter), adapter.__getitem__, {}, 0.0)
-    if not isinstance(adapter, Adapter):
-        raise TypeError(f"{adapter!r:.99} is neither an adapter, its folder nor deltas by module")
-    values = {path: read_torch(spec) for path, spec in adapter.values.items()}
-    own = adapter.config
-    rate = own.gralora_dropout if isinstance(own, GraloraConfig) else own.lora_dropout
-    return Parts(str(adapter.path), adapter.modules, adapter.delta, values, rate, adapter)
-
-
-def _require_trainable(source: Parts) -> None:
-    """Raises `UnsupportedError` for LoRAs of which PEFT trains other parameters than A and B, or
-    these by another rule."""
-    config = None if source.adapter is None else source.adapter.config
-    if not isinstance(config, LoraConfig):
-        return
-    extra, init = config.extra, config.init_lora_weights
-    for name, marks in _TRAINED_OTHERWISE.items():
-        if init in marks or any(extra.get(mark) not in (None, False) for mark in marks):
-            raise UnsupportedError(
-                f"is a {name}, which PEFT trains in another way than the factors of a LoRA",
-                where=source.where,
-                hint="Attach it without `trainable=True`, train it with PEFT, or convert it to a "
-                "plain LoRA first.",
-            )

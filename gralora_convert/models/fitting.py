@@ -12,18 +12,44 @@ from torch import Tensor, nn
 from gralora_convert.adapters import (
     PREFIX,
     Adapter,
+    GraloraConfig,
+    LoraConfig,
     bias_finding,
     is_all_linear,
     saved_findings,
     target_findings,
 )
-from gralora_convert.delta import Delta
-from gralora_convert.errors import Finding, Report, error, nearest
-from gralora_convert.models.layer import Branch, GraloraLinear, bare, branch_of, misfits
+from gralora_convert.delta import Delta, add_rows_, is_finite
+from gralora_convert.disk import read_torch
+from gralora_convert.errors import (
+    Finding,
+    MisuseError,
+    Report,
+    UnsupportedError,
+    error,
+    nearest,
+)
+from gralora_convert.models.layer import (
+    Branch,
+    GraloraLinear,
+    bare,
+    branch_of,
+    misfits,
+    named_layers,
+)
 from gralora_convert.models.meta import linear_modules
 
 # On a value that an attached adapter brought: the adapter's name.
 MARK = "_gralora_convert_adapter"
+# After PEFT 0.21.2, tuners/lora: MiCA freezes B, BD-LoRA trains only the blocks, and VeLoRA and
+# MonteCLoRA have a forward or backward pass of their own.
+_TRAINED_OTHERWISE = {
+    "MiCA": ("mica",),
+    "BD-LoRA": ("use_bdlora",),
+    "VeLoRA": ("velora", "velora_config"),
+    "MonteCLoRA": ("monteclora_config",),
+}
+_MERGED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TRAINED_ON = "Is this the model it was trained on?"
 
 
@@ -65,12 +91,31 @@ class Replacement:
         now = getattr(self.owner, self.leaf)
         return self.owner not in modules or now is self.original or now.shape != self.value.shape
 
-    def restore(self) -> None:
-        now, original = getattr(self.owner, self.leaf), self.original
-        moved = (now.device, now.dtype) != (original.device, original.dtype)
-        if moved and not original.is_meta:
-            original.data = original.data.to(now)  # model.to(...) did not reach it
-        setattr(self.owner, self.leaf, original)
+    def put(self, value: Tensor) -> None:
+        """Gives the model this value in the place of the other one."""
+        now = getattr(self.owner, self.leaf)
+        moved = (now.device, now.dtype) != (value.device, value.dtype)
+        if moved and not value.is_meta and not now.is_meta:
+            value.data = value.data.to(now)  # model.to(...) did not reach it
+        setattr(self.owner, self.leaf, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Before a model computes: refuses when a value that an adapter brought is gone."""
+
+    model: nn.Module  # what is called may be a replica of it
+    changes: Sequence[Replacement]
+
+    def __call__(self, replica: nn.Module, arguments: object) -> None:
+        modules = set(self.model.modules())
+        for change in self.changes:
+            if change.is_undone(modules):
+                raise MisuseError(
+                    f"{change.path} is not the adapter's any more: the model was tied or resized "
+                    "after it was attached (tie_weights, resize_token_embeddings)",
+                    hint="Detach the adapter, change the model, and attach it again.",
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +133,34 @@ class Parts:
     adapter: Adapter | None = None
 
 
+def parts_of(adapter: Adapter | Mapping[str, Delta]) -> Parts:
+    if isinstance(adapter, Mapping):
+        return Parts("", tuple(adapter), adapter.__getitem__, {}, 0.0)
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"{adapter!r:.99} is neither an adapter, its folder nor deltas by module")
+    values = {path: read_torch(spec) for path, spec in adapter.values.items()}
+    own = adapter.config
+    rate = own.gralora_dropout if isinstance(own, GraloraConfig) else own.lora_dropout
+    return Parts(str(adapter.path), adapter.modules, adapter.delta, values, rate, adapter)
+
+
+def require_trainable(source: Parts) -> None:
+    """Raises `UnsupportedError` for LoRAs of which PEFT trains other parameters than A and B, or
+    these by another rule."""
+    config = None if source.adapter is None else source.adapter.config
+    if not isinstance(config, LoraConfig):
+        return
+    extra, init = config.extra, config.init_lora_weights
+    for name, marks in _TRAINED_OTHERWISE.items():
+        if init in marks or any(extra.get(mark) not in (None, False) for mark in marks):
+            raise UnsupportedError(
+                f"is a {name}, which PEFT trains in another way than the factors of a LoRA",
+                where=source.where,
+                hint="Attach it without `trainable=True`, train it with PEFT, or convert it to a "
+                "plain LoRA first.",
+            )
+
+
 def fitted(
     model: nn.Module,
     source: Parts,
@@ -103,7 +176,7 @@ def fitted(
         InvalidAdapterError: something has no place; all findings are listed.
         MisuseError, UnsupportedError: as `attach`.
     """
-    tree = dict(model.named_modules(remove_duplicate=False))
+    tree = named_layers(model, every_name=True)
     rate = source.dropout if dropout is None else dropout
     slots: list[Slot] = []
     problems: list[Finding] = []
@@ -121,6 +194,32 @@ def fitted(
     lacking = [] if source.adapter is None else _lacking(source.adapter, model, tree)
     Report.of([*problems, *others, *lacking]).require_ok(source.where)
     return slots, changes
+
+
+def merged(layer: GraloraLinear, slot: Slot) -> Replacement:
+    """The layer's weight with the update of one adapter in it, rounded once to its dtype.
+
+    Raises:
+        MisuseError: the weight is another adapter's, or the sum is not finite in its dtype.
+        UnsupportedError: it is quantised, sharded, offloaded, or made of other parameters.
+    """
+    path, owner = f"{slot.module}.weight", bare(layer)
+    weight = owner._parameters.get("weight")
+    plain = type(weight) is nn.Parameter and type(weight.data) is Tensor
+    if weight is None or not plain or weight.is_meta or weight.dtype not in _MERGED:
+        raise UnsupportedError(
+            "is quantised, sharded or offloaded: nothing can be merged into it", where=path,
+            hint="Leave the adapter attached, or merge on disk.",
+        )  # fmt: skip
+    if hasattr(weight, MARK):
+        raise MisuseError(f"is the weight of the adapter {getattr(weight, MARK)!r}", where=path)
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    transposed, scale = not isinstance(owner, nn.Linear), slot.branch.scale
+    add_rows_(wide, slot.branch.value(), 0, transposed=transposed, weight=scale)
+    value = nn.Parameter(wide.to(weight.dtype), requires_grad=False)
+    if not is_finite(value.data):
+        raise MisuseError(f"is not finite in {weight.dtype} once it is merged", where=path)
+    return Replacement(path, owner, "weight", weight, value)
 
 
 def _target_problems(
@@ -149,7 +248,8 @@ def _lacking(
     adapter: Adapter, model: nn.Module, tree: Mapping[str, nn.Module]
 ) -> Iterator[Finding]:
     """What the model says that the adapter must hold, and does not."""
-    own = {name: bare(layer) for name, layer in model.named_modules() if not _is_inside(tree, name)}
+    layers = named_layers(model, every_name=False)
+    own = {name: bare(layer) for name, layer in layers.items() if not _is_inside(tree, name)}
     yield from target_findings(
         adapter, linear_modules(model, own, head=not is_all_linear(adapter.config))
     )

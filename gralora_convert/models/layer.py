@@ -32,6 +32,7 @@ class Branch(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.rate = dropout
         self.is_on = True
+        self.scale = 1.0  # beside the adapter's own scaling, in use only
 
     def value(self) -> Gralora | Lora:
         raise NotImplementedError
@@ -55,12 +56,13 @@ class _GraloraBranch(Branch):
         """`result` + this adapter's part; each term is rounded to the dtype of `result`."""
         # Each part casts and drops on its own, as in PEFT: the same draws, the same gradients.
         blocks = gralora_product(self.dropout(x.to(self.A)), self.A, self.B)
-        result = result + self.scaling * blocks.to(result)
+        scaling = self.scaling * self.scale
+        result = result + scaling * blocks.to(result)
         if self.general_A is None or self.general_B is None:
             return result
         hidden = F.linear(self.dropout(x.to(self.A)), self.general_A)
         general = F.linear(hidden, self.general_B)
-        return result + self.scaling * general.to(result)
+        return result + scaling * general.to(result)
 
     def value(self) -> Gralora:
         general_A, general_B = (
@@ -77,7 +79,7 @@ class _LoraBranch(Branch):
     def forward(self, x: Tensor, result: Tensor) -> Tensor:
         """`result` + this adapter's part, in the wider of the two dtypes (PEFT's LoRA forward)."""
         product = F.linear(F.linear(self.dropout(x.to(self.A)), self.A), self.B)
-        return result + product.to(result.device) * self.scaling
+        return result + product.to(result.device) * (self.scaling * self.scale)
 
     def value(self) -> Lora:
         return Lora(_copy(self.A), _copy(self.B), self.scaling)
@@ -211,23 +213,24 @@ class GraloraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return _tensor(self.base_layer, "weight")
+        return _tensor(bare(self), "weight")
 
     @property
     def bias(self) -> Tensor | None:
-        return None if self.base_layer.bias is None else _tensor(self.base_layer, "bias")
+        layer = bare(self)
+        return None if layer.bias is None else _tensor(layer, "bias")
 
     @property
     def in_features(self) -> int:
-        return _features(self.base_layer)[0]
+        return _features(bare(self))[0]
 
     @property
     def out_features(self) -> int:
-        return _features(self.base_layer)[1]
+        return _features(bare(self))[1]
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if name in ("weight", "bias"):
-            setattr(self.base_layer, name, value)
+            setattr(bare(self), name, value)
         else:
             super().__setattr__(name, value)
 
@@ -310,9 +313,26 @@ def misfits(layer: nn.Module, delta: Delta, where: str = "") -> Iterator[Finding
         yield error("base-shape-mismatch", where, message, hint)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile`, DataParallel or DistributedDataParallel wraps."""
+    inner = model._modules.get("_orig_mod")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = model.module
+    return model if inner is None else unwrapped(inner)
+
+
+def named_layers(model: nn.Module, *, every_name: bool) -> dict[str, nn.Module]:
+    """The modules by name, as if none were compiled; with `every_name` a shared one by each."""
+    return {
+        name.replace("_orig_mod.", ""): unwrapped(layer)
+        for name, layer in model.named_modules(remove_duplicate=not every_name)
+        if name.rpartition(".")[2] != "_orig_mod"
+    }
+
+
 def bare(layer: nn.Module) -> nn.Module:
     """The layer below the adapters."""
-    return layer.base_layer if isinstance(layer, GraloraLinear) else layer
+    return unwrapped(layer.base_layer if isinstance(layer, GraloraLinear) else layer)
 
 
 def is_linear(layer: nn.Module) -> bool:

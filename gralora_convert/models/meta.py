@@ -22,7 +22,7 @@ import torch
 from gralora_convert.disk import Checkpoint, Rows
 from gralora_convert.models.building import models
 from gralora_convert.models.foreign import ForeignError, foreign, quiet
-from gralora_convert.models.layer import is_linear
+from gralora_convert.models.layer import is_linear, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -392,4 +392,4 @@ def _output_embedding(model: torch.nn.Module) -> torch.nn.Module | None:
             found = getter() if getter is not None else None
     except ForeignError:
         return None
-    return found if isinstance(found, torch.nn.Module) else None
+    return unwrapped(found) if isinstance(found, torch.nn.Module) else None

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from gralora_convert.adapters.adapter import Adapter, Scan, scan_adapter
+from gralora_convert.adapters.completeness import suspicions
 from gralora_convert.adapters.config import CONFIG_NAME, LoraConfig
 from gralora_convert.errors import (
     InvalidAdapterError,
@@ -428,10 +429,10 @@ def test_a_lora_with_more_than_factors_is_named_and_not_used(name: str, tmp_path
 
 def llama(**more: Any) -> Any:
     transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=4, **more,
-    )  # fmt: skip
+        **sizes | more, num_attention_heads=4, num_key_value_heads=2, head_dim=4
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -503,6 +504,53 @@ PEFT_SAVES: Mapping[str, tuple[Any, ...]] = {
         set(), set(), 0,
     ),
 }  # fmt: skip
+
+
+def test_an_authors_folder_without_blocks_is_refused_for_that_alone(tmp_path: Path) -> None:
+    specs = {
+        Q0 + "gralora_A": ("F32", (2, 16, 0)), Q0 + "gralora_B": ("F32", (2, 0, 16)),
+        Q0 + "gralora_A_general.weight": ("F32", (8, 32)),
+        Q0 + "gralora_B_general.weight": ("F32", (32, 8)),
+    }  # fmt: skip
+    fork = config(gralora_alpha=24, r=8, hybrid_r=8)
+    found = scan(tmp_path, tensors(specs), without("alpha", "peft_version", "init_weights"), fork)
+    (problem,) = found.report.errors
+    assert "hybrid_r=8 is the whole rank" in problem.message
+
+
+SAVED_TARGETS = {  # of modules that are saved, too: targets, modules_to_save
+    "one of all layers": (["q_proj", "up_proj"], ["layers.1.mlp.up_proj"]),
+    "a whole layer": (["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"], ["layers.1"]),
+    "all-linear": ("all-linear", ["layers.1.mlp.up_proj"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["Gralora", "Lora"])
+@pytest.mark.parametrize("name", SAVED_TARGETS)
+def test_a_target_that_peft_saved_whole_is_not_missed(name: str, kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    targets, saved = SAVED_TARGETS[name]
+    config = getattr(peft, f"{kind}Config")(r=4, target_modules=targets, modules_to_save=saved)
+    peft.get_peft_model(llama(num_hidden_layers=2), config).save_pretrained(tmp_path)
+    assert not [f for f in suspicions(Adapter.open(tmp_path)) if f.severity == "warning"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_from_the_weight_has_no_more_rank_than_it(start: str, tmp_path: Path) -> None:
+    """PEFT saves and loads it with the rank of the weight, and scales by the config's."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=12, target_modules=["q_proj", "k_proj"], init_lora_weights=start)
+    peft.get_peft_model(llama(), config).save_pretrained(tmp_path)
+    peft.PeftModel.from_pretrained(llama(), tmp_path)
+    adapter = Adapter.open(tmp_path)
+    q, k = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
+    assert (adapter.roles[q]["A"].shape, adapter.roles[k]["A"].shape) == ((12, 16), (8, 16))
+    assert adapter.scaling(k) == 8 / 12
+    saved = tmp_path / CONFIG_NAME
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"r": 6}))
+    assert codes(scan_adapter(tmp_path), "error") == {"rank-mismatch"}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -389,6 +389,13 @@ def test_broken_authors_configs_are_errors(different: Mapping[str, Any], code: s
     assert [f.code for f in file.findings if f.severity == "error"] == [code]
 
 
+def test_an_authors_config_without_blocks_is_called_a_lora() -> None:
+    found = parse_config({**AUTHORS, "r": 8, "hybrid_r": 8}, CONFIG_NAME).findings
+    (problem,) = [finding for finding in found if finding.severity == "error"]
+    assert problem.code == "config-value-range"
+    assert "hybrid_r=8 is the whole rank" in problem.message
+
+
 def test_the_authors_default_rank_is_theirs() -> None:
     config = parse_config(changed(AUTHORS, {"r": ...}), CONFIG_NAME).config
     assert isinstance(config, GraloraConfig)

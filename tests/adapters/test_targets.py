@@ -25,7 +25,7 @@ words = st.sampled_from(
      "model.layers.1.q_proj", "experts.7.up", "zzz", "layers.1.q_proj"]
 )  # fmt: skip
 regexes = st.sampled_from([r".*q_proj", r"q_proj", r".*layers\.\d\..*", r"(h|model)\..*up", "zzz"])
-targets = st.lists(words, min_size=1, max_size=4, unique=True) | regexes
+targets = st.lists(words, max_size=4, unique=True) | regexes | st.just("")  # nothing is a choice
 layers: st.SearchStrategy[Any] = (
     st.none() | st.just([]) | st.integers(0, 11) | st.lists(st.integers(0, 11), max_size=4)
 )
@@ -57,14 +57,23 @@ def test_gralora_selects_what_peft_selects(
     assert select(GraloraConfig(**arguments), MODULES) == wanted
 
 
-@given(targets, targets | st.none(), saved)
+@given(targets, targets | st.none(), layers, patterns, saved)
 def test_lora_leaves_out_what_peft_leaves_out(
-    target_modules: Any, exclude_modules: Any, modules_to_save: Any
+    target_modules: Any,
+    exclude_modules: Any,
+    layers_to_transform: Any,
+    layers_pattern: Any,
+    modules_to_save: Any,
 ) -> None:
     peft = pytest.importorskip("peft")
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    arguments = {"target_modules": target_modules, "modules_to_save": modules_to_save}
+    if isinstance(target_modules, str) or layers_to_transform is None:  # refused by its constructor
+        layers_to_transform, layers_pattern = None, None
+    arguments = {
+        "target_modules": target_modules, "layers_to_transform": layers_to_transform,
+        "layers_pattern": layers_pattern, "modules_to_save": modules_to_save,
+    }  # fmt: skip
     theirs = peft.LoraConfig(**arguments, exclude_modules=exclude_modules)
     wanted = [module for module in MODULES if check_target_module_exists(theirs, module)]
     ours = LoraConfig(**arguments, extra={"exclude_modules": exclude_modules})

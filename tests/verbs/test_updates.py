@@ -52,6 +52,10 @@ EXACT: dict[str, Row] = {
     "lora_bias and bias": Row({"lora_bias": True, "bias": "lora_only"}, GPT2, True),
     "lora_bias and all biases": Row({"lora_bias": True, "bias": "all"}, GPT2, True),
     "pissa": Row({"init_lora_weights": "pissa"}, needs_base=True),
+    "pissa of more than the weight": Row(
+        {"init_lora_weights": "pissa", "r": 40, "use_rslora": True}, needs_base=True
+    ),
+    "olora of more than the weight": Row({"init_lora_weights": "olora", "r": 40}, needs_base=True),
     "pissa Conv1D": Row({"init_lora_weights": "pissa"}, GPT2, True),
     "pissa with patterns": Row(
         {"init_lora_weights": "pissa", "use_rslora": True, **PATTERNS}, needs_base=True
