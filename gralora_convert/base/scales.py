@@ -80,7 +80,8 @@ def scales_of(checkpoint: Checkpoint) -> Scales:
             problems[name] = read
         else:
             specs[name] = read
-    return Scales(specs, problems, path, settings)
+    scales = Scales(specs, problems, path, settings)
+    return scales if why else replace(scales, problems=problems | _packed(checkpoint, scales))
 
 
 def settings_of(config: Json, path: tuple[str, ...] = ()) -> tuple[tuple[str, ...], Json] | None:
@@ -160,6 +161,16 @@ def _block(settings: Json) -> tuple[Block | None, str]:
         if type(rows) is int and type(columns) is int and rows > 0 and columns > 0:
             return (rows, columns), ""
     return None, f"has blocks of the size {size!r} in its config"
+
+
+def _packed(checkpoint: Checkpoint, scales: Scales) -> dict[str, str]:
+    """What else is no plain number, and why it is not read: stacks of experts, 4-bit weights."""
+    known = scales.companions(scales.specs, checkpoint.tensors).union(scales.specs, scales.problems)
+    return {
+        name: f"is {spec.dtype} of shape {spec.shape}, which is not read here"
+        for name, spec in checkpoint.tensors.items()
+        if name not in known and spec.dtype not in (*FLOATING, "I64", "BOOL")
+    }
 
 
 def _problem(checkpoint: Checkpoint, spec: TensorSpec) -> str:
@@ -273,7 +284,8 @@ def misread(scales: Scales, merged: Checkpoint) -> Iterator[tuple[str, str]]:
     """The weights of a merged checkpoint that its loaders misread, of those that are codes in the
     base, and why: what its quantization_config lists must be plain, all others codes."""
     found = settings_of(merged.config)
-    for name in scales.specs.keys() & merged.tensors.keys():
+    coded = scales.specs.keys() if found else scales.specs.keys() | scales.problems.keys()
+    for name in coded & merged.tensors.keys():
         spec, module = merged.tensors[name], name.removesuffix(".weight")
         is_plain = spec.dtype in FLOATING
         if found is None and not is_plain:
