@@ -18,6 +18,7 @@ _CACHED = ("k_scale", "v_scale", "q_scale", "prob_scale")  # of an fp8 cache of 
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _METHODS = ("fp8", "compressed-tensors")
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
+_UNLISTED = "but no list of the quantization_config has it: loaders take it for codes"
 
 Json = Mapping[str, object]
 Block = tuple[int, int]
@@ -263,7 +264,7 @@ def _listed(
     names = {name.removesuffix(".weight") for name in plain}
     keys = _lists(scales.settings)
     # without a list, transformers leaves out the head by itself; with one, only what it lists
-    if not any(scales.settings.get(key) for key in keys) and scales.method == "fp8":
+    if not _has_list(scales.settings) and scales.method == "fp8":
         names |= {name.removesuffix(".weight") for name in linear() if name not in scales.specs}
     names |= {name.replace(".language_model.", ".") for name in names}  # of text-only loads
     for key in keys:
@@ -280,11 +281,15 @@ def _lists(settings: Json) -> tuple[str, ...]:
     return given or ("modules_to_not_convert",)
 
 
-def misread(scales: Scales, merged: Checkpoint) -> Iterator[tuple[str, str]]:
-    """The weights of a merged checkpoint that its loaders misread, of those that are codes in the
-    base, and why: what its quantization_config lists must be plain, all others codes."""
+def misread(
+    scales: Scales, merged: Checkpoint, linear: Callable[[], Collection[str]]
+) -> Iterator[tuple[str, str]]:
+    """The weights of a merged checkpoint that its loaders misread, and why: of those that are codes
+    in the base, what its quantization_config lists must be plain, all others codes that it reads
+    as the base's does. `linear` as in `requantised`."""
     found = settings_of(merged.config)
     coded = scales.specs.keys() if found else scales.specs.keys() | scales.problems.keys()
+    theirs = scales_of(merged).specs
     for name in coded & merged.tensors.keys():
         spec, module = merged.tensors[name], name.removesuffix(".weight")
         is_plain = spec.dtype in FLOATING
@@ -292,10 +297,29 @@ def misread(scales: Scales, merged: Checkpoint) -> Iterator[tuple[str, str]]:
             why = "and no quantization_config says how they are read: loaders take them for weights"
             yield name, f"is codes ({spec.dtype}), {why}"
         elif found is not None and is_plain and not is_listed(found[1], module):
-            why = "but no list of the quantization_config has it: loaders take it for codes"
-            yield name, f"is plain ({spec.dtype}), {why}"
+            yield name, f"is plain ({spec.dtype}), {_UNLISTED}"
         elif found is not None and not is_plain and is_listed(found[1], module):
             yield name, f"is codes ({spec.dtype}), but the quantization_config lists it as plain"
+        elif not (is_plain or _is_read_alike(scales.specs[name], theirs.get(name))):
+            why = "by the dtype of its scales or by the quantization_config"
+            yield name, f"is codes that are read otherwise than in the base, {why}"
+    if found and scales.method == "fp8" and _has_list(found[1]) and not _has_list(scales.settings):
+        for name in linear() if scales.specs else ():
+            if name not in scales.specs and not is_listed(found[1], name.removesuffix(".weight")):
+                yield name, f"is plain, {_UNLISTED}"
+
+
+def _is_read_alike(one: TensorSpec, other: TensorSpec | None) -> bool:
+    """Whether the codes of `other` are read as those of `one`: F32 holds what all scales can."""
+    ours, theirs = one.scale, None if other is None else other.scale
+    if ours is None or theirs is None:
+        return False
+    is_whole = theirs.spec.dtype in (ours.spec.dtype, "F32")
+    return is_whole and (theirs.rows, theirs.columns) == (ours.rows, ours.columns)
+
+
+def _has_list(settings: Json) -> bool:
+    return any(settings.get(key) for key in _lists(settings))
 
 
 def is_listed(settings: Json, module: str) -> bool:
