@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from gralora_convert.adapters import Patterns
 from gralora_convert.disk import FLOATING, WRITTEN, Checkpoint, Scale, TensorSpec
 
 CODES = "F8_E4M3"
@@ -238,11 +239,14 @@ def requantised(
     all are, else with the base's, which lists the modules that are not to be read as codes.
     `linear` makes the names on disk of the weights of all linear layers, for which the model may
     have to be built."""
-    if found := settings_of(config):
+    paths = [scales.path]  # some say it twice, of the whole and of its text part
+    while found := settings_of(config):
+        paths.append(found[0])
         config = _placed(config, found[0], None)
     if not scales.are_all(plain):
         settings = {**scales.settings, **dict(_listed(scales, plain, linear))}
-        config = _placed(config, scales.path, settings)
+        for path in dict.fromkeys(paths):
+            config = _placed(config, path, settings)
     return dict(config)
 
 
@@ -289,23 +293,24 @@ def misread(
     as the base's does. `linear` as in `requantised`."""
     found = settings_of(merged.config)
     coded = scales.specs.keys() if found else scales.specs.keys() | scales.problems.keys()
-    theirs = scales_of(merged).specs
+    theirs, patterns = scales_of(merged).specs, Patterns()
     for name in coded & merged.tensors.keys():
         spec, module = merged.tensors[name], name.removesuffix(".weight")
         is_plain = spec.dtype in FLOATING
         if found is None and not is_plain:
             why = "and no quantization_config says how they are read: loaders take them for weights"
             yield name, f"is codes ({spec.dtype}), {why}"
-        elif found is not None and is_plain and not is_listed(found[1], module):
+        elif found is not None and is_plain and not is_listed(found[1], module, patterns):
             yield name, f"is plain ({spec.dtype}), {_UNLISTED}"
-        elif found is not None and not is_plain and is_listed(found[1], module):
+        elif found is not None and not is_plain and is_listed(found[1], module, patterns):
             yield name, f"is codes ({spec.dtype}), but the quantization_config lists it as plain"
         elif not (is_plain or _is_read_alike(scales.specs[name], theirs.get(name))):
             why = "by the dtype of its scales or by the quantization_config"
             yield name, f"is codes that are read otherwise than in the base, {why}"
     if found and scales.method == "fp8" and _has_list(found[1]) and not _has_list(scales.settings):
         for name in linear() if scales.specs else ():
-            if name not in scales.specs and not is_listed(found[1], name.removesuffix(".weight")):
+            module = name.removesuffix(".weight")
+            if name not in scales.specs and not is_listed(found[1], module, patterns):
                 yield name, f"is plain, {_UNLISTED}"
 
 
@@ -322,7 +327,7 @@ def _has_list(settings: Json) -> bool:
     return any(settings.get(key) for key in _lists(settings))
 
 
-def is_listed(settings: Json, module: str) -> bool:
+def is_listed(settings: Json, module: str, patterns: Patterns) -> bool:
     """Whether a quantization_config names a module as plain: whole, from a dot on, up to a dot, or
     by a pattern behind `re:`."""
     for key in ("ignored_layers", "modules_to_not_convert", "ignore"):
@@ -330,7 +335,7 @@ def is_listed(settings: Json, module: str) -> bool:
         for entry in held if isinstance(held, list | tuple) else ():
             text = str(entry)
             if text.startswith("re:"):
-                if re.match(text[3:], module):
+                if patterns.match(text[3:], module):
                     return True
             elif f".{module}.".find(f".{text}.") >= 0:
                 return True
