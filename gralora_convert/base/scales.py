@@ -236,17 +236,20 @@ def requantised(
     config: Json, scales: Scales, plain: Collection[str], linear: Callable[[], Collection[str]]
 ) -> dict[str, object]:
     """`config` where these fp8 weights of the base are `plain`: with no quantization_config where
-    all are, else with the base's, which lists the modules that are not to be read as codes.
-    `linear` makes the names on disk of the weights of all linear layers, for which the model may
-    have to be built."""
-    paths = [scales.path]  # some say it twice, of the whole and of its text part
+    all are, else with the base's (and none where that has none), which lists the modules that are
+    not to be read as codes. `linear` makes the names on disk of the weights of all linear layers,
+    for which the model may have to be built."""
+    own: tuple[tuple[str, ...], Json] = (scales.path, scales.settings)
+    if not plain and own == (settings_of(config) or ((), {})):
+        return dict(config)
+    paths = [scales.path] if scales.path else []  # some say it twice: of the whole and of its text
     while found := settings_of(config):
         paths.append(found[0])
         config = _placed(config, found[0], None)
-    if not scales.are_all(plain):
-        settings = {**scales.settings, **dict(_listed(scales, plain, linear))}
+    if scales.settings and not (plain and scales.are_all(plain)):
+        lists = dict(_listed(scales, plain, linear)) if plain else {}
         for path in dict.fromkeys(paths):
-            config = _placed(config, path, settings)
+            config = _placed(config, path, {**scales.settings, **lists})
     return dict(config)
 
 

@@ -303,6 +303,25 @@ def test_a_config_that_says_it_twice_is_edited_twice(others: bool, tmp_path: Pat
         assert (UP in held["modules_to_not_convert"]) if others else held is None
 
 
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_config_beside_the_adapter_does_not_decide_how_weights_are_read(
+    coded: bool, tmp_path: Path
+) -> None:
+    """Trained on the decoded model, or on one that was quantised when it was loaded."""
+    if coded:
+        base(tmp_path / "base", model_type="x")
+    else:
+        write_base(tmp_path / "base", model_type="x")
+    name = "layers.1.up"
+    write_adapter(tmp_path / "adapter", {name: random_delta(*SHAPES[name])})
+    beside = {"model_type": "x", **({} if coded else method("bitsandbytes", load_in_4bit=True))}
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps(beside))
+    arguments = [tmp_path / "adapter", "--base", tmp_path / "base"]
+    run_ok("merge", *arguments, "-o", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("quantization_config") == (FP8["quantization_config"] if coded else None)
+
+
 def test_a_pattern_of_a_merged_config_that_is_none_is_refused(tmp_path: Path) -> None:
     base(tmp_path / "base")
     write_adapter(tmp_path / "adapter", {UP: random_delta(*SHAPES[UP])})
