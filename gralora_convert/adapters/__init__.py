@@ -20,15 +20,16 @@ from gralora_convert.adapters.config import (
 )
 from gralora_convert.adapters.groups import Group, group, split, together
 from gralora_convert.adapters.keys import PREFIX, Method, Role, key_of, parse_key
+from gralora_convert.adapters.patterns import Patterns
 from gralora_convert.adapters.rules import NEEDS_BASE, PEFT_VERSION
 from gralora_convert.adapters.targets import is_saved
 from gralora_convert.adapters.update import Update
 
 __all__ = [
     "CONFIG_NAME", "INCOMPLETE", "NAMES", "NEEDS_BASE", "PEFT_VERSION", "PREFIX", "WEIGHTS",
-    "Adapter", "GraloraConfig", "Group", "LoraConfig", "Method", "Role", "Scan", "Update",
-    "bias_finding", "chain_findings", "group", "is_all_linear", "is_on_adapter", "is_saved",
-    "key_of", "missing_targets", "model_below", "natural", "parse_key", "read_config",
+    "Adapter", "GraloraConfig", "Group", "LoraConfig", "Method", "Patterns", "Role", "Scan",
+    "Update", "bias_finding", "chain_findings", "group", "is_all_linear", "is_on_adapter",
+    "is_saved", "key_of", "missing_targets", "model_below", "natural", "parse_key", "read_config",
     "saved_findings", "scan_adapter", "split", "suspicions", "target_findings", "together",
     "whole_chains",
 ]  # fmt: skip

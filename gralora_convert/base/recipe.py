@@ -151,8 +151,6 @@ class Recipe:
 
     def quantised(self, config: Mapping[str, object]) -> dict[str, object]:
         """`config` as the output's must be, which has these weights `plain`."""
-        if not self.plain:
-            return dict(config)
         linear = self.architectures[0].linear_weights
         return requantised(config, self.scales, self.plain, linear)
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from gralora_convert.adapters import Patterns
 from gralora_convert.disk import FLOATING, WRITTEN, Checkpoint, Scale, TensorSpec
 
 CODES = "F8_E4M3"
@@ -18,6 +19,7 @@ _CACHED = ("k_scale", "v_scale", "q_scale", "prob_scale")  # of an fp8 cache of 
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _METHODS = ("fp8", "compressed-tensors")
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\..*")
+_UNLISTED = "but no list of the quantization_config has it: loaders take it for codes"
 
 Json = Mapping[str, object]
 Block = tuple[int, int]
@@ -80,7 +82,8 @@ def scales_of(checkpoint: Checkpoint) -> Scales:
             problems[name] = read
         else:
             specs[name] = read
-    return Scales(specs, problems, path, settings)
+    scales = Scales(specs, problems, path, settings)
+    return scales if why else replace(scales, problems=problems | _packed(checkpoint, scales))
 
 
 def settings_of(config: Json, path: tuple[str, ...] = ()) -> tuple[tuple[str, ...], Json] | None:
@@ -162,6 +165,16 @@ def _block(settings: Json) -> tuple[Block | None, str]:
     return None, f"has blocks of the size {size!r} in its config"
 
 
+def _packed(checkpoint: Checkpoint, scales: Scales) -> dict[str, str]:
+    """What else is no plain number, and why it is not read: stacks of experts, 4-bit weights."""
+    known = scales.companions(scales.specs, checkpoint.tensors).union(scales.specs, scales.problems)
+    return {
+        name: f"is {spec.dtype} of shape {spec.shape}, which is not read here"
+        for name, spec in checkpoint.tensors.items()
+        if name not in known and spec.dtype not in (*FLOATING, "I64", "BOOL")
+    }
+
+
 def _problem(checkpoint: Checkpoint, spec: TensorSpec) -> str:
     stem = spec.name.removesuffix("weight")
     if spec.dtype != CODES:
@@ -223,14 +236,20 @@ def requantised(
     config: Json, scales: Scales, plain: Collection[str], linear: Callable[[], Collection[str]]
 ) -> dict[str, object]:
     """`config` where these fp8 weights of the base are `plain`: with no quantization_config where
-    all are, else with the base's, which lists the modules that are not to be read as codes.
-    `linear` makes the names on disk of the weights of all linear layers, for which the model may
-    have to be built."""
-    if found := settings_of(config):
+    all are, else with the base's (and none where that has none), which lists the modules that are
+    not to be read as codes. `linear` makes the names on disk of the weights of all linear layers,
+    for which the model may have to be built."""
+    own: tuple[tuple[str, ...], Json] = (scales.path, scales.settings)
+    if not plain and own == (settings_of(config) or ((), {})):
+        return dict(config)
+    paths = [scales.path] if scales.path else []  # some say it twice: of the whole and of its text
+    while found := settings_of(config):
+        paths.append(found[0])
         config = _placed(config, found[0], None)
-    if not scales.are_all(plain):
-        settings = {**scales.settings, **dict(_listed(scales, plain, linear))}
-        config = _placed(config, scales.path, settings)
+    if scales.settings and not (plain and scales.are_all(plain)):
+        lists = dict(_listed(scales, plain, linear)) if plain else {}
+        for path in dict.fromkeys(paths):
+            config = _placed(config, path, {**scales.settings, **lists})
     return dict(config)
 
 
@@ -252,7 +271,7 @@ def _listed(
     names = {name.removesuffix(".weight") for name in plain}
     keys = _lists(scales.settings)
     # without a list, transformers leaves out the head by itself; with one, only what it lists
-    if not any(scales.settings.get(key) for key in keys) and scales.method == "fp8":
+    if not _has_list(scales.settings) and scales.method == "fp8":
         names |= {name.removesuffix(".weight") for name in linear() if name not in scales.specs}
     names |= {name.replace(".language_model.", ".") for name in names}  # of text-only loads
     for key in keys:
@@ -269,24 +288,49 @@ def _lists(settings: Json) -> tuple[str, ...]:
     return given or ("modules_to_not_convert",)
 
 
-def misread(scales: Scales, merged: Checkpoint) -> Iterator[tuple[str, str]]:
-    """The weights of a merged checkpoint that its loaders misread, of those that are codes in the
-    base, and why: what its quantization_config lists must be plain, all others codes."""
+def misread(
+    scales: Scales, merged: Checkpoint, linear: Callable[[], Collection[str]]
+) -> Iterator[tuple[str, str]]:
+    """The weights of a merged checkpoint that its loaders misread, and why: of those that are codes
+    in the base, what its quantization_config lists must be plain, all others codes that it reads
+    as the base's does. `linear` as in `requantised`."""
     found = settings_of(merged.config)
-    for name in scales.specs.keys() & merged.tensors.keys():
+    coded = scales.specs.keys() if found else scales.specs.keys() | scales.problems.keys()
+    theirs, patterns = scales_of(merged).specs, Patterns()
+    for name in coded & merged.tensors.keys():
         spec, module = merged.tensors[name], name.removesuffix(".weight")
         is_plain = spec.dtype in FLOATING
         if found is None and not is_plain:
             why = "and no quantization_config says how they are read: loaders take them for weights"
             yield name, f"is codes ({spec.dtype}), {why}"
-        elif found is not None and is_plain and not is_listed(found[1], module):
-            why = "but no list of the quantization_config has it: loaders take it for codes"
-            yield name, f"is plain ({spec.dtype}), {why}"
-        elif found is not None and not is_plain and is_listed(found[1], module):
+        elif found is not None and is_plain and not is_listed(found[1], module, patterns):
+            yield name, f"is plain ({spec.dtype}), {_UNLISTED}"
+        elif found is not None and not is_plain and is_listed(found[1], module, patterns):
             yield name, f"is codes ({spec.dtype}), but the quantization_config lists it as plain"
+        elif not (is_plain or _is_read_alike(scales.specs[name], theirs.get(name))):
+            why = "by the dtype of its scales or by the quantization_config"
+            yield name, f"is codes that are read otherwise than in the base, {why}"
+    if found and scales.method == "fp8" and _has_list(found[1]) and not _has_list(scales.settings):
+        for name in linear() if scales.specs else ():
+            module = name.removesuffix(".weight")
+            if name not in scales.specs and not is_listed(found[1], module, patterns):
+                yield name, f"is plain, {_UNLISTED}"
 
 
-def is_listed(settings: Json, module: str) -> bool:
+def _is_read_alike(one: TensorSpec, other: TensorSpec | None) -> bool:
+    """Whether the codes of `other` are read as those of `one`: F32 holds what all scales can."""
+    ours, theirs = one.scale, None if other is None else other.scale
+    if ours is None or theirs is None:
+        return False
+    is_whole = theirs.spec.dtype in (ours.spec.dtype, "F32")
+    return is_whole and (theirs.rows, theirs.columns) == (ours.rows, ours.columns)
+
+
+def _has_list(settings: Json) -> bool:
+    return any(settings.get(key) for key in _lists(settings))
+
+
+def is_listed(settings: Json, module: str, patterns: Patterns) -> bool:
     """Whether a quantization_config names a module as plain: whole, from a dot on, up to a dot, or
     by a pattern behind `re:`."""
     for key in ("ignored_layers", "modules_to_not_convert", "ignore"):
@@ -294,7 +338,7 @@ def is_listed(settings: Json, module: str) -> bool:
         for entry in held if isinstance(held, list | tuple) else ():
             text = str(entry)
             if text.startswith("re:"):
-                if re.match(text[3:], module):
+                if patterns.match(text[3:], module):
                     return True
             elif f".{module}.".find(f".{text}.") >= 0:
                 return True

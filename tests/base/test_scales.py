@@ -222,7 +222,7 @@ def merged_config(folder: Path, targets: list[str], model: Any, **quantisation: 
     quantised.adapt(quantised.plain_model(folder / "base", plain), folder / "adapter", targets)
     run_ok("merge", folder / "adapter", "--base", folder / "base", "-o", folder / "out")
     merged = Checkpoint.open(folder / "out")
-    assert not list(misread(scales_of(Checkpoint.open(folder / "base")), merged))
+    assert not list(misread(scales_of(Checkpoint.open(folder / "base")), merged, lambda: ()))
     return merged.config.get("quantization_config")
 
 
@@ -250,6 +250,87 @@ def test_where_all_become_plain_nothing_is_said_of_quantisation(tmp_path: Path) 
     every = ["q_proj", "o_proj", "gate_proj", "down_proj"]
     assert merged_config(tmp_path, every, quantised.llama()) is None
     assert not [n for n in Checkpoint.open(tmp_path / "out").tensors if "scale" in n]
+
+
+STACK = "layers.0.mlp.experts.gate_up_proj"
+DOWN = "layers.0.mlp.down"
+OTHERS: dict[str, dict[str, torch.Tensor]] = {
+    "stack": {STACK: torch.zeros(2, 32, 32).to(E4M3), f"{STACK}_scale_inv": torch.ones(2, 2, 2)},
+    "packed": {
+        f"{DOWN}.weight_packed": torch.zeros(32, 16, dtype=torch.uint8),
+        f"{DOWN}.weight_scale": torch.ones(32, 2).to(E4M3),
+        f"{DOWN}.weight_global_scale": torch.ones(1),
+    },
+    "integers": {
+        f"{DOWN}.weight": torch.zeros(24, 32, dtype=torch.int8),
+        f"{DOWN}.weight_scale": torch.ones(24, 1),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_else_is_packed_keeps_its_config_where_all_matrices_become_plain(
+    other: str, tmp_path: Path
+) -> None:
+    base(tmp_path / "base", OTHERS[other])
+    write_adapter(tmp_path / "adapter", {UP: random_delta(*SHAPES[UP])})
+    arguments = [tmp_path / "adapter", "--base", tmp_path / "base"]
+    run_ok("merge", *arguments, "-o", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert UP in config["quantization_config"]["modules_to_not_convert"]
+    checked = [*arguments, "--merged", tmp_path / "out", "--level", "modules"]
+    run_ok("verify", *checked)
+    quantised.edit(tmp_path / "out", quantization_config=None)
+    outcome = run("verify", *checked)
+    assert outcome.status == 1
+    assert "no quantization_config says how they are read" in outcome.stdout
+    outcome = run("merge", *arguments, "-o", tmp_path / "cast", "--dtype", "bfloat16")
+    assert outcome.status == 2
+    assert "cannot be written as bfloat16" in outcome.stderr
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_config_that_says_it_twice_is_edited_twice(others: bool, tmp_path: Path) -> None:
+    up = "layers.1.up"
+    more = {f"{up}.weight": torch.zeros(SHAPES[up]).to(E4M3)}
+    more |= {f"{up}.weight_scale_inv": torch.ones(2, 2)}
+    base(tmp_path / "base", more if others else {}, text_config=FP8)
+    write_adapter(tmp_path / "adapter", {UP: random_delta(*SHAPES[UP])})
+    run_ok("merge", tmp_path / "adapter", "--base", tmp_path / "base", "-o", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for part in (config, config["text_config"]):
+        held = part.get("quantization_config")
+        assert (UP in held["modules_to_not_convert"]) if others else held is None
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_config_beside_the_adapter_does_not_decide_how_weights_are_read(
+    coded: bool, tmp_path: Path
+) -> None:
+    """Trained on the decoded model, or on one that was quantised when it was loaded."""
+    if coded:
+        base(tmp_path / "base", model_type="x")
+    else:
+        write_base(tmp_path / "base", model_type="x")
+    name = "layers.1.up"
+    write_adapter(tmp_path / "adapter", {name: random_delta(*SHAPES[name])})
+    beside = {"model_type": "x", **({} if coded else method("bitsandbytes", load_in_4bit=True))}
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps(beside))
+    arguments = [tmp_path / "adapter", "--base", tmp_path / "base"]
+    run_ok("merge", *arguments, "-o", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("quantization_config") == (FP8["quantization_config"] if coded else None)
+
+
+def test_a_pattern_of_a_merged_config_that_is_none_is_refused(tmp_path: Path) -> None:
+    base(tmp_path / "base")
+    write_adapter(tmp_path / "adapter", {UP: random_delta(*SHAPES[UP])})
+    arguments = [tmp_path / "adapter", "--base", tmp_path / "base"]
+    run_ok("merge", *arguments, "-o", tmp_path / "out")
+    quantised.edit(tmp_path / "out", **method("compressed-tensors", ignore=["re:["]))
+    outcome = run("verify", *arguments, "--merged", tmp_path / "out", "--level", "modules")
+    assert outcome.status == 2
+    assert "'[' is no regular expression" in outcome.stderr
 
 
 def test_one_expert_pulls_all_of_its_layer(tmp_path: Path) -> None:

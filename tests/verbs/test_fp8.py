@@ -166,6 +166,24 @@ def _codes_again(folder: Path) -> str:
     return "F8_E4M3"
 
 
+def _head_unlisted(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    if config["quant_method"] != "fp8":
+        return _without_entry(folder)
+    config["modules_to_not_convert"].remove("lm_head")
+    edit(folder, quantization_config=config)
+    return "lm_head.weight: is plain, but no list of the quantization_config has it"
+
+
+def _scales_cast(folder: Path) -> str:
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if "layers.0.mlp.up_proj.weight_scale" in n)
+    other = torch.float16 if tensors[name].dtype == torch.bfloat16 else torch.bfloat16
+    tensors[name] = tensors[name].to(other)
+    _save(folder, tensors)
+    return "read otherwise than in the base"
+
+
 def _pulled_changed(folder: Path) -> str:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.self_attn.k_proj.weight"][3, 5] *= 1.02
@@ -179,7 +197,16 @@ def _save(folder: Path, tensors: Tensors) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [_without_entry, _companion_left, _scale_lost, _no_config, _codes_again, _pulled_changed],
+    [
+        _without_entry,
+        _companion_left,
+        _scale_lost,
+        _no_config,
+        _codes_again,
+        _pulled_changed,
+        _head_unlisted,
+        _scales_cast,
+    ],
 )
 def test_verify_says_no(made: Any, damage: Any) -> None:
     folder = made[0]

@@ -99,7 +99,8 @@ def _rows(audit: _Audit, ranks: Ranks) -> Iterator[Row]:
                 yield from _kept(audit, name, entry.spec, name in old_head)
     if ranks.rank < ranks.size - 1:
         return
-    for name, why in misread(audit.recipe.scales, audit.merged):
+    linear = audit.recipe.architectures[0].linear_weights
+    for name, why in misread(audit.recipe.scales, audit.merged, linear):
         yield Row(name, _module_of(name), WRONG, why)
     for name in audit.pairs.others:
         yield _extra(audit, name)
