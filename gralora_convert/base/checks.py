@@ -187,11 +187,14 @@ def quantised(pair: Pair, settlement: Settlement) -> Iterator[Finding]:
     plain = pair.scales.fused(touched)
     if plain:
         own, dtype = len(touched.keys() & codes.keys()), plain_dtype(pair.base.config)
+        others = "those that are left keep their bytes, unless another dtype is asked for"
+        if pair.scales.are_all(plain):
+            others = "none are left, and quantization_config goes"
         yield note(
             "base-quantised-read", pair.base.path,
             f"is quantised ({pair.method}): {len(plain)} of its {len(codes)} fp8 weights "
             f"become {dtype}, {own} that are adapted and {len(plain) - own} that servers fuse "
-            "with them; the others keep their bytes, and quantization_config lists the plain",
+            f"with them; {others}",
         )  # fmt: skip
     elif pair.method is not None and settlement.targets:
         packed = sum(spec.dtype not in FLOATING for spec in tensors.values())

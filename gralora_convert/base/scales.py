@@ -297,6 +297,9 @@ def misread(
     found = settings_of(merged.config)
     coded = scales.specs.keys() if found else scales.specs.keys() | scales.problems.keys()
     theirs, patterns = scales_of(merged).specs, Patterns()
+    if found and not scales.settings:
+        why = f"has a {found[0][-1]} that the base has not: loaders would quantise, or misread, it"
+        yield "config.json", why
     for name in coded & merged.tensors.keys():
         spec, module = merged.tensors[name], name.removesuffix(".weight")
         is_plain = spec.dtype in FLOATING

@@ -320,6 +320,9 @@ def test_a_config_beside_the_adapter_does_not_decide_how_weights_are_read(
     run_ok("merge", *arguments, "-o", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("quantization_config") == (FP8["quantization_config"] if coded else None)
+    quantised.edit(tmp_path / "out", quantization_config=beside.get("quantization_config"))
+    checked = [*arguments, "--merged", tmp_path / "out", "--level", "modules"]
+    assert run("verify", *checked).status == 1
 
 
 def test_a_pattern_of_a_merged_config_that_is_none_is_refused(tmp_path: Path) -> None:
