@@ -10,9 +10,9 @@ from gralora_convert.base.modules import Pair
 from gralora_convert.base.names import near_misses
 from gralora_convert.base.recipe import Target
 from gralora_convert.base.replacements import Values
-from gralora_convert.base.scales import plain_dtype
+from gralora_convert.base.scales import plain_dtype, plain_tensors
 from gralora_convert.base.ties import Settlement
-from gralora_convert.disk import FLOATING
+from gralora_convert.disk import FLOATING, WRITTEN
 from gralora_convert.errors import Finding, error, note, warning
 
 # PEFT 0.21.2: LoraConfig wraps the parameters of a stack (tuners/lora/layer.py, ParamWrapper).
@@ -187,7 +187,12 @@ def quantised(pair: Pair, settlement: Settlement) -> Iterator[Finding]:
     plain = pair.scales.fused(touched)
     if plain:
         own, dtype = len(touched.keys() & codes.keys()), plain_dtype(pair.base.config)
-        others = "those that are left keep their bytes, unless another dtype is asked for"
+        name = next(name for name, held in WRITTEN.items() if held == dtype)
+        size = sum(max(2 * t.numel, t.nbytes) for t in plain_tensors(pair.base).values())
+        others = (
+            "those that are left keep their bytes; all plain it would have about "
+            f"{size:,} bytes (`dtype={name!r}`)"
+        )
         if pair.scales.are_all(plain):
             others = "none are left, and quantization_config goes"
         yield note(
