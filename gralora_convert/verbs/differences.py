@@ -395,14 +395,14 @@ def _norm2(rows: Rows, before: Tensors, after: Tensors) -> float:
     """The squared Frobenius norm of the difference of some rows; those that only one has count
     whole, as do all where the two have nothing in common but the name."""
 
-    def read(spec: TensorSpec) -> torch.Tensor:
+    def read(spec: TensorSpec, start: int) -> torch.Tensor:
         first, end = (min(place, rows.stop, _rows(spec)) for place in (start, start + step))
         return read_rows(spec, first, end).double().reshape(end - first, *spec.shape[1:])
 
     old, new = before[rows.tensor], after[rows.tensor]
     step, found = max(1, NUMBERS // max(1, math.prod(new.shape[1:]))), 0.0
     for start in range(rows.start, rows.stop, step):
-        a, b = read(old), read(new)
+        a, b = read(old, start), read(new, start)
         common = min(len(a), len(b)) if a.shape[1:] == b.shape[1:] else 0
         parts = b[:common] - a[:common] if common else b[:0], a[common:], b[common:]
         found += sum(float(part.square().sum()) for part in parts)
