@@ -42,7 +42,15 @@ if TYPE_CHECKING:
     from gralora_convert.errors import ConvertError, Finding, Report
     from gralora_convert.models import GraloraLinear, attach
     from gralora_convert.output import Plan
-    from gralora_convert.verbs import Equivalence, convert, extract, merge, validate, verify
+    from gralora_convert.verbs import (
+        Equivalence,
+        convert,
+        extract,
+        inspect,
+        merge,
+        validate,
+        verify,
+    )
 
 __all__ = [
     "Adapter",
@@ -70,6 +78,7 @@ __all__ = [
     "gralora_to_hybrid",
     "gralora_to_lora",
     "hybrid_to_gralora",
+    "inspect",
     "lora_to_gralora",
     "lora_to_hybrid",
     "merge",
@@ -96,7 +105,7 @@ __getattr__ = opened(__name__, {
     "errors": "ConvertError Finding Report",
     "models": "GraloraLinear attach",
     "output": "Plan",
-    "verbs": "Equivalence convert extract merge validate verify",
+    "verbs": "Equivalence convert extract inspect merge validate verify",
 })  # fmt: skip
 
 

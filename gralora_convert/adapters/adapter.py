@@ -107,6 +107,9 @@ class Adapter:
         assert scan.adapter is not None
         return scan.adapter
 
+    def __repr__(self) -> str:
+        return f"Adapter({str(self.path)!r}, {self.title}, {len(self.modules)} modules)"
+
     @property
     def title(self) -> str:
         """Its kind and sizes, in a line: `gralora, r = 64, k = 4, alpha = 128`."""

@@ -27,6 +27,7 @@ from gralora_convert.disk.specs import (
     Scale,
     TensorFile,
     TensorSpec,
+    dtype_name,
     nbytes_of,
     written_dtype,
 )
@@ -53,10 +54,10 @@ from gralora_convert.disk.tensors import (
 __all__ = [
     "DTYPE_BITS", "DTYPE_OF_TORCH", "FLOATING", "INFINITY", "MAX_JSON_BYTES", "RECEIPT_NAME",
     "STEP", "WRITTEN", "Checkpoint", "Measure", "Rows", "Scale", "TensorFile", "TensorSpec",
-    "apply_scales", "bytes_of", "cached", "config_errors", "decode", "dump_json", "encode_header",
-    "fetch", "file_stamp", "is_file", "is_folder", "is_there", "is_weights", "is_zero",
-    "largest_magnitude", "listing", "load_json", "locate", "look", "meant", "measured", "nbytes_of",
-    "open_regular", "parse_json", "parse_name", "pread_exact", "read_bytes", "read_into",
-    "read_rows", "read_safetensors", "read_tensor_file", "read_torch", "reading", "require_stamp",
-    "same_values", "sidecars", "torch_dtype", "written_dtype",
+    "apply_scales", "bytes_of", "cached", "config_errors", "decode", "dtype_name", "dump_json",
+    "encode_header", "fetch", "file_stamp", "is_file", "is_folder", "is_there", "is_weights",
+    "is_zero", "largest_magnitude", "listing", "load_json", "locate", "look", "meant", "measured",
+    "nbytes_of", "open_regular", "parse_json", "parse_name", "pread_exact", "read_bytes",
+    "read_into", "read_rows", "read_safetensors", "read_tensor_file", "read_torch", "reading",
+    "require_stamp", "same_values", "sidecars", "torch_dtype", "written_dtype",
 ]  # fmt: skip

@@ -74,6 +74,9 @@ class Checkpoint:
             config = load_json(inside(folder, "config.json"), allow_non_finite=True)
         return cls(path, str(source), layout, _gather(layout, names, path), config, index_name)
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.source!r}, {len(self.tensors)} tensors, {self.nbytes:,} bytes)"
+
     @property
     def folder(self) -> Path:
         return self.path if self.path.is_dir() else self.path.parent

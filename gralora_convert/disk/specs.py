@@ -4,10 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from gralora_convert.disk.files import Stamp, require_stamp
 from gralora_convert.errors import MisuseError, UnreadableError
+
+if TYPE_CHECKING:
+    import torch
 
 # Bits per element, in the spelling of safetensors 0.8.0 (`Dtype`).
 DTYPE_BITS: Mapping[str, int] = {
@@ -155,6 +158,11 @@ def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
     12
     """
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
+
+
+def dtype_name(dtype: "str | torch.dtype") -> str:
+    """The name of a dtype that a user gives as text or as torch has it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def written_dtype(name: str, kept: str) -> str:

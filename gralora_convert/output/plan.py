@@ -71,6 +71,10 @@ class Plan:
     resumable: bool = False
     meanwhile: Callable[[], object] = lambda: None
 
+    def __repr__(self) -> str:
+        held = self.contents()
+        return f"Plan({self.command!r}, {held['tensors']} tensors, {held['bytes']:,} bytes)"
+
     @property
     def nbytes(self) -> int:
         """Bytes of all files of the output; the receipt's few KiB are not counted."""

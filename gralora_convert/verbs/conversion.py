@@ -46,6 +46,7 @@ from gralora_convert.disk import (
     FLOATING,
     Checkpoint,
     TensorSpec,
+    dtype_name,
     sidecars,
     torch_dtype,
     written_dtype,
@@ -83,7 +84,7 @@ def convert(
     max_error: float | None = None,
     allow_inexact: bool = False,
     server: str | None = None,
-    dtype: str = "keep",
+    dtype: "str | torch.dtype" = "keep",
     device: str = "cpu",
     verify: bool = True,
     key_map: Mapping[str, str] | None = None,
@@ -127,6 +128,7 @@ def convert(
             raise MisuseError(f'`server={server!r}` goes with `to="lora"`, not {to!r}')
     opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
     wanted = Wanted(to, k, r, hybrid_r, alpha, max_error)
+    dtype = dtype_name(dtype)
     written_dtype(dtype, "F32")
     require_device(device, torch.float64)
     reading = Reading.of(key_map, fan_in_fan_out, trust_remote_code)

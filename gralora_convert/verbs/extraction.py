@@ -33,7 +33,7 @@ from gralora_convert.delta import (
     stored,
     to_lora,
 )
-from gralora_convert.disk import Checkpoint, torch_dtype, written_dtype
+from gralora_convert.disk import Checkpoint, dtype_name, torch_dtype, written_dtype
 from gralora_convert.errors import MisuseError, UnsupportedError
 from gralora_convert.output import (
     New,
@@ -63,7 +63,7 @@ def extract(
     exclude: Sequence[str] = (),
     linear_only: bool = False,
     svd: Method = "auto",
-    dtype: str = "keep",
+    dtype: "str | torch.dtype" = "keep",
     device: str = "cpu",
     verify: bool = True,
     fan_in_fan_out: Mapping[str, bool] | None = None,
@@ -96,7 +96,7 @@ def extract(
         InvalidAdapterError: a difference that is not finite.
     """
     wanted = Wanted(to, k, r, hybrid_r, alpha, max_error)
-    written = written_dtype(dtype, "F32")
+    written = written_dtype(dtype_name(dtype), "F32")
     if svd not in get_args(Method):
         raise MisuseError(f"svd {svd!r} is none of {', '.join(get_args(Method))}")
     if isinstance(include, str) or isinstance(exclude, str):

@@ -111,6 +111,10 @@ class Inspection:
     receipt: Json | None = None
     inner: Mapping[str, "Inspection"] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        kind = self.document["kind"]
+        return f"Inspection({self.name!r}, {kind!r}, {len(self.report.findings)} findings)"
+
     @property
     def document(self) -> dict[str, object]:
         """It as JSON."""

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from gralora_convert.adapters import Adapter
 from gralora_convert.base import (
@@ -31,6 +31,7 @@ from gralora_convert.delta import Survival
 from gralora_convert.disk import (
     FLOATING,
     Checkpoint,
+    dtype_name,
     load_json,
     nbytes_of,
     written_dtype,
@@ -54,12 +55,15 @@ from gralora_convert.output import (
 )
 from gralora_convert.version import __version__
 
+if TYPE_CHECKING:
+    import torch
+
 
 def merge(
     *adapters: Adapter | str | Path,
     base: Checkpoint | str | Path | None = None,
     weights: Sequence[float] | None = None,
-    dtype: str = "keep",
+    dtype: "str | torch.dtype" = "keep",
     shard_size: str = "keep",
     device: str = "cpu",
     verify: bool = True,
@@ -78,7 +82,8 @@ def merge(
         adapters: one or several GraLoRA, Hybrid GraLoRA or LoRA adapters.
         base: default: the `base_model_name_or_path` that the adapters agree on.
         weights: one per adapter, default 1.0; a negative one takes the update away.
-        dtype: `keep`, `float32`, `bfloat16` or `float16`, of all floating tensors written.
+        dtype: `keep`, `float32`, `bfloat16` or `float16` (or torch's), of all floating tensors
+            written.
         shard_size: `keep` for the base's own files, else the largest file, such as `5GB`.
         verify: recompute one row in 64 while it is hot, and refuse to publish what
             differs by more than one rounding.
@@ -99,6 +104,7 @@ def merge(
     >>> len(plan.files)
     1
     """
+    dtype = dtype_name(dtype)
     written_dtype(dtype, "F32")
     weighted, target, chained = gathered(adapters, base, weights, insist=again)
     opened, factors = [adapter for adapter, _ in weighted], [weight for _, weight in weighted]
