@@ -24,6 +24,7 @@ from gralora_convert.adapters.rules import LARGEST_FLOAT32, way_out
 from gralora_convert.adapters.shapes import lora_shapes
 from gralora_convert.disk import (
     FLOATING,
+    Checkpoint,
     TensorFile,
     TensorSpec,
     fetch,
@@ -318,6 +319,8 @@ def _folder(source: str | Path) -> Path:
         name = parse_name(source)
         if name is not None:
             return fetch(name, _is_adapter)
+    if is_file(path) and path.suffix in (".safetensors", ".bin", ".gguf"):
+        Checkpoint.open(path)  # refuses by name what is another tool's
     content = f"It holds {CONFIG_NAME} and {WEIGHTS[0]}."
     raise UnreadableError(
         "is not a folder; the folder of an adapter was needed", where=path,

@@ -28,6 +28,12 @@ from gralora_convert.disk.strictjson import load_json
 from gralora_convert.disk.tensors import read_tensor_file
 from gralora_convert.errors import UnreadableError, UnsupportedError
 
+# What ends the names of LoRAs that are no PEFT adapters, and who writes them.
+_OTHER_LORAS = {
+    ".lora_down.weight": "the trainers of kohya write", ".lora.down.weight": "diffusers once wrote",
+    ".lora_a": "mlx-lm writes",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -212,6 +218,13 @@ def _gather(
             tensors[tensor] = spec
     if not tensors:
         raise UnreadableError("holds no tensors", where=path)
+    for ending, writer in _OTHER_LORAS.items():
+        if any(name.endswith(ending) for name in tensors):
+            raise UnsupportedError(
+                f"holds a LoRA as {writer} it, and no model or adapter of PEFT", where=path,
+                hint="Load it with the library that it is for; what that can save as a PEFT "
+                "adapter is read here.",
+            )  # fmt: skip
     if all(name.startswith("base_model.model.") for name in tensors):
         raise UnsupportedError(
             "holds the whole state dict of a PEFT model, base and adapter in one, and no model",

@@ -666,3 +666,24 @@ def test_distributed_tensors_are_named(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match="distributed tensors") as refusal:
         Checkpoint.open(tmp_path)
     assert "full_tensor()" in refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "writer"),
+    [
+        ("lora_unet_down_blocks_0_to_q.lora_down.weight", "kohya"),
+        ("unet.down_blocks.0.to_q.lora.down.weight", "diffusers"),
+        ("model.layers.0.self_attn.q_proj.lora_a", "mlx-lm"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "validate", "merge"])
+def test_a_lora_of_another_tool_says_what_it_is(
+    command: str, name: str, writer: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "lora.safetensors"
+    save_file({name: torch.zeros(4, 8), "alpha": torch.tensor(4.0)}, file)
+    more = ["--base", tmp_path, "-o", tmp_path / "out"] if command == "merge" else []
+    outcome = run(command, file, *more)
+    assert outcome.status == 2
+    assert "holds a LoRA as" in outcome.stderr
+    assert writer in outcome.stderr
