@@ -37,7 +37,7 @@ def make_base(folder: Path, layers: int, *, shards: int = 1, big: int = 0) -> Pa
     }  # fmt: skip
     names = tensors_of(layers)
     per_shard = -(-len(names) // shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         held = dict(list(names.items())[shard * per_shard : (shard + 1) * per_shard])
         file = (

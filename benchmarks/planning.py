@@ -51,7 +51,7 @@ def make_base(folder: Path) -> Path:
         if shards[-1] and sum(held[2] for held in shards[-1]) + nbytes > SHARD:
             shards.append([])
         shards[-1].append((name, shape, nbytes))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, held in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         make_hollow(folder / file, [(name, "BF16", shape, n) for name, shape, n in held])
@@ -71,7 +71,7 @@ def make_base(folder: Path) -> Path:
 def make_adapter(folder: Path, *, r: int = 64, k: int = 4) -> Path:
     targets = sorted({name.rpartition(".")[2] for name in LINEAR})
     GraloraConfig(r=r, gralora_k=k, alpha=2 * r, target_modules=targets).save_pretrained(folder)
-    held = []
+    held: list[tuple[str, str, tuple[int, ...], int]] = []
     for layer in range(LAYERS):
         for name, (rows, columns) in LINEAR.items():
             module = f"model.layers.{layer}.{name}"

@@ -58,7 +58,7 @@ def write(folder: Path, how: str, model: Any = None) -> Tensors:
     return _by_compressed_tensors(folder, model, COMPRESSED[name])
 
 
-def _layers(model: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
+def _layers(model: Any) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
             yield name, module

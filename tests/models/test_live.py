@@ -40,7 +40,7 @@ def compiled(model: nn.Module) -> nn.Module:
 def compiled_inside(model: nn.Module) -> nn.Module:
     """Two levels: a compiled container, and a compiled layer in it."""
     inner = copy.deepcopy(model)
-    inner.up = compiled(inner.up)
+    inner.up = compiled(inner.get_submodule("up"))
     return nn.ModuleDict({"body": compiled(inner)})
 
 
@@ -112,7 +112,7 @@ def test_a_live_merge_is_pefts_and_comes_back_bit_for_bit(dtype: torch.dtype) ->
     model, x = mlp().to(dtype), inputs(dtype)
     adapted = perturb(with_peft(model, target_modules=TARGETS, hybrid_r=2))
     deltas = deltas_of(adapted)
-    weights = {name: model.get_submodule(name).weight for name in TARGETS}
+    weights = {name: model.get_parameter(f"{name}.weight") for name in TARGETS}
     before = model(x)
     with attach(model, deltas) as handle:
         separate = model(x)
@@ -121,7 +121,7 @@ def test_a_live_merge_is_pefts_and_comes_back_bit_for_bit(dtype: torch.dtype) ->
         for name, weight in weights.items():
             update = dense(deltas[name], torch.float64)
             exact = weight.double() + (update.T if name == "mid" else update)
-            found = model.get_submodule(name).weight
+            found = model.get_parameter(f"{name}.weight")
             assert found.dtype == dtype
             bound = exact.abs() * torch.finfo(dtype).eps + 1e-6
             assert bool(((found.double() - exact).abs() <= bound).all())
