@@ -27,7 +27,7 @@ from gralora_convert.models.fitting import (
     parts_of,
     require_trainable,
 )
-from gralora_convert.models.layer import GraloraLinear, bare, require_name, unwrapped
+from gralora_convert.models.layer import GraloraLinear, bare, require_name, unwrapped, whole
 from gralora_convert.output import New, adapter_plan
 
 
@@ -132,7 +132,7 @@ class Attachment:
                 "a BD-LoRA stores blocks of its factors, and is not written here"
             )
         modules = {name: New(delta) for name, delta in deltas.items()}
-        values = {path: New(value) for path, value in self.replaced.items()}
+        values = {path: New(whole(value)) for path, value in self.replaced.items()}
         adapter_plan("save", modules, values, config, dict).write(folder, overwrite=overwrite)
 
     def _implied_config(self, deltas: Mapping[str, Gralora | Lora]) -> GraloraConfig:
@@ -180,7 +180,7 @@ class Attachment:
         """Switches this adapter on or off; values that it brought (biases, heads) come and go.
 
         Raises:
-            MisuseError: it was detached, or another adapter changed the same values since.
+            MisuseError: it was detached, or another adapter or FSDP changed its values since.
 
         >>> model = nn.Sequential(nn.Linear(4, 6))
         >>> deltas = {"0": Gralora(torch.ones(2, 2, 2), torch.ones(2, 2, 3), 0.5)}
@@ -192,7 +192,7 @@ class Attachment:
         if not self._attached:
             raise MisuseError(f"the adapter {self.name!r} was detached", hint="Attach it again.")
         changes = self._changes
-        self._require_place(changes if active else self._merged)
+        self._require_place(changes)
         if active:
             for change in changes:
                 change.put(self._aside[change.path])
@@ -218,8 +218,8 @@ class Attachment:
             known = now is change.value or now is change.original
             if isinstance(now, nn.Parameter) and not known:
                 raise MisuseError(
-                    "was changed by another adapter after this one", where=change.path,
-                    hint="Unmerge, switch off or detach that one first.",
+                    "was changed after this adapter put its value there", where=change.path,
+                    hint="Take off first what did it: another adapter. What FSDP shards stays.",
                 )  # fmt: skip
 
     def set_scale(self, scale: float) -> None:
@@ -286,7 +286,7 @@ class Attachment:
         the same layers stay. Calling it again does nothing.
 
         Raises:
-            MisuseError: another adapter was merged after this one was, and still is.
+            MisuseError: another adapter or FSDP changed its values since, or what it merged.
         """
         if not self._attached:
             return

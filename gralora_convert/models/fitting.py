@@ -34,6 +34,7 @@ from gralora_convert.models.layer import (
     GraloraLinear,
     bare,
     branch_of,
+    is_sharded,
     misfits,
     named_layers,
 )
@@ -177,6 +178,11 @@ def fitted(
         MisuseError, UnsupportedError: as `attach`.
     """
     tree = named_layers(model, every_name=True)
+    if (trainable or source.values) and any(map(is_sharded, model.modules())):
+        raise MisuseError(
+            "the model is sharded already, which shares no new parameters among its processes",
+            where=source.where, hint="Attach the adapter first, then shard the model.",
+        )  # fmt: skip
     rate = source.dropout if dropout is None else dropout
     slots: list[Slot] = []
     problems: list[Finding] = []

@@ -66,9 +66,9 @@ class _GraloraBranch(Branch):
 
     def value(self) -> Gralora:
         general_A, general_B = (
-            None if factor is None else _copy(factor) for factor in (self.general_A, self.general_B)
+            None if factor is None else whole(factor) for factor in (self.general_A, self.general_B)
         )
-        return Gralora(_copy(self.A), _copy(self.B), self.scaling, general_A, general_B)
+        return Gralora(whole(self.A), whole(self.B), self.scaling, general_A, general_B)
 
 
 class _LoraBranch(Branch):
@@ -82,7 +82,7 @@ class _LoraBranch(Branch):
         return result + product.to(result.device) * (self.scaling * self.scale)
 
     def value(self) -> Lora:
-        return Lora(_copy(self.A), _copy(self.B), self.scaling)
+        return Lora(whole(self.A), whole(self.B), self.scaling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +99,10 @@ class _Maker:
         return nn.Parameter(values.contiguous(), requires_grad=self.trainable)
 
 
-def _copy(parameter: Tensor) -> Tensor:
-    return parameter.detach().clone()
+def whole(value: Tensor) -> Tensor:
+    """A copy of a value; one that FSDP 2 shards is gathered, which every rank has to ask for."""
+    gather = getattr(value.detach(), "full_tensor", None)
+    return value.detach().clone() if gather is None else gather().clone()
 
 
 class GraloraLinear(nn.Module):
@@ -319,6 +321,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         inner = model.module
     return model if inner is None else unwrapped(inner)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP 1 or 2 holds the parameters of a module (found without importing it)."""
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return not names.isdisjoint(("FSDPModule", "FullyShardedDataParallel"))
 
 
 def named_layers(model: nn.Module, *, every_name: bool) -> dict[str, nn.Module]:

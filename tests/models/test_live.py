@@ -1,6 +1,8 @@
 """What is done with attached adapters on a live model: wrappers, switches, weights, merges."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gralora_convert as gc
+from gralora_convert.adapters import Adapter
 from gralora_convert.delta import dense
 from gralora_convert.disk import read_torch
 from gralora_convert.errors import MisuseError, UnsupportedError
@@ -175,7 +178,7 @@ def test_merges_come_apart_in_the_other_order_only() -> None:
     two.merge()
     assert torch.allclose(model(x), both, atol=1e-5)
     for step in (one.unmerge, one.detach, lambda: one.set_active(False)):
-        with pytest.raises(MisuseError, match="another adapter"):
+        with pytest.raises(MisuseError, match="was changed after"):
             step()
     two.unmerge()
     with two.disabled(), one.disabled():
@@ -274,3 +277,42 @@ def test_a_scale_weighs_the_forward_path_and_the_merge(scale: float, tmp_path: P
         head.set_scale(2)
     with pytest.raises(MisuseError, match="finite"):
         head.set_scale(float("nan"))
+
+
+# FSDP 2 -----------------------------------------------------------------------------------------
+
+SHARDED = """
+import sys, torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from gralora_convert import Gralora, attach
+from gralora_convert.errors import MisuseError
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=0, world_size=1)
+torch.manual_seed(0)
+model, x = nn.Sequential(nn.Linear(4, 6)), torch.randn(2, 4)
+delta = Gralora(torch.randn(2, 2, 2), torch.randn(2, 2, 3), 0.5)
+handle = attach(model, {"0": delta}, trainable=True)
+wanted = model(x)
+fully_shard(model)
+assert torch.allclose(model(x), wanted, atol=1e-6)
+handle.save_pretrained(sys.argv[1] + "/saved")
+try:
+    attach(model, {"0": delta}, trainable=True, name="late")
+except MisuseError as refused:
+    print(refused)
+dist.destroy_process_group()
+"""
+
+
+def test_a_sharded_model_saves_whole_factors(tmp_path: Path) -> None:
+    """FSDP 2, one process: parameters are DTensors then."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Attach the adapter first, then shard the model" in done.stdout
+    saved = Adapter.open(tmp_path / "saved")
+    torch.manual_seed(0)
+    nn.Linear(4, 6), torch.randn(2, 4)
+    assert torch.equal(saved.delta("0").A, torch.randn(2, 2, 2))
