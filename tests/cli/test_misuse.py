@@ -41,7 +41,7 @@ LONG = "x" * 5000
     ("call", "name", "value", "found"),
     [
         *((call, "dtype", value, "dtype") for call in (merge, convert, extract)
-          for value in ("x", None, 5, torch.float32)),
+          for value in ("x", None, 5, torch.int8)),
         *((call, "device", value, "device") for call in (merge, convert, extract, verify)
           for value in ("warp", "", None, "meta", torch.device("cpu"))),
         *((call, "to", value, "result") for call in (convert, extract)

@@ -184,7 +184,7 @@ OTHERS = {
     "Made", "Method", "Shape", "Start", "Survival", "Stack", "loss_json", "relative",
     "Addend", "Verdict", "device_for", "require_device", "require_divisible", "Wanted",
 }  # fmt: skip
-CLOSED_OVER = {"explain", "tolerance", "admissible", "compare"}
+CLOSED_OVER = {"explain", "tolerance", "admissible", "compare", "add_rows_"}
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
