@@ -88,7 +88,7 @@ def test_every_row_is_emitted() -> None:
 
 def test_codes_that_are_computed_have_rows() -> None:
     """Reasons of JSON and of tensor files, and codes chosen between two."""
-    from gralora_convert.adapters.adapter import _REASONS
+    from gralora_convert.adapters.folder import _REASONS
 
     assert set(_REASONS.values()) | {"weights-unreadable"} <= CODES.keys()
     for reason in ("bom", "not-json", "duplicate-key", "non-finite", "not-object", "unreadable"):

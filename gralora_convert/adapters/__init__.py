@@ -1,6 +1,6 @@
 """An adapter on disk: config, keys, targets, tensors that agree. No torch until values are read."""
 
-from gralora_convert.adapters.adapter import WEIGHTS, Adapter, Scan, natural, scan_adapter
+from gralora_convert.adapters.adapter import Adapter, AdapterLike, Scan, natural, scan_adapter
 from gralora_convert.adapters.chain import chain_findings, is_on_adapter, model_below, whole_chains
 from gralora_convert.adapters.completeness import (
     INCOMPLETE,
@@ -18,6 +18,7 @@ from gralora_convert.adapters.config import (
     LoraConfig,
     read_config,
 )
+from gralora_convert.adapters.folder import WEIGHTS
 from gralora_convert.adapters.groups import Group, group, split, together
 from gralora_convert.adapters.keys import PREFIX, Method, Role, key_of, parse_key
 from gralora_convert.adapters.patterns import Patterns
@@ -27,8 +28,8 @@ from gralora_convert.adapters.update import Update
 
 __all__ = [
     "CONFIG_NAME", "INCOMPLETE", "NAMES", "NEEDS_BASE", "PEFT_VERSION", "PREFIX", "WEIGHTS",
-    "Adapter", "GraloraConfig", "Group", "LoraConfig", "Method", "Patterns", "Role", "Scan",
-    "Update", "bias_finding", "chain_findings", "group", "is_all_linear", "is_on_adapter",
+    "Adapter", "AdapterLike", "GraloraConfig", "Group", "LoraConfig", "Method", "Patterns", "Role",
+    "Scan", "Update", "bias_finding", "chain_findings", "group", "is_all_linear", "is_on_adapter",
     "is_saved", "key_of", "missing_targets", "model_below", "natural", "parse_key", "read_config",
     "saved_findings", "scan_adapter", "split", "suspicions", "target_findings", "together",
     "whole_chains",

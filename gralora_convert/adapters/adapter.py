@@ -4,37 +4,28 @@
 `Adapter.open` refuses anything with an error. Codes and verdicts are stable words.
 """
 
-import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
 from gralora_convert.adapters.config import (
-    CONFIG_NAME,
     GraloraConfig,
     LoraConfig,
     read_config,
     source_of,
 )
 from gralora_convert.adapters.contents import Places
+from gralora_convert.adapters.folder import folder_of, read_weights
 from gralora_convert.adapters.keys import Role, parse_key
 from gralora_convert.adapters.rules import LARGEST_FLOAT32, way_out
 from gralora_convert.adapters.shapes import lora_shapes
 from gralora_convert.disk import (
     FLOATING,
-    Checkpoint,
     TensorFile,
     TensorSpec,
-    fetch,
-    is_file,
-    is_folder,
     load_json,
-    meant,
     measured,
-    parse_name,
-    read_tensor_file,
     read_torch,
 )
 from gralora_convert.errors import (
@@ -44,9 +35,6 @@ from gralora_convert.errors import (
     Report,
     UnreadableError,
     UnsupportedError,
-    error,
-    note,
-    warning,
 )
 
 if TYPE_CHECKING:
@@ -56,17 +44,17 @@ if TYPE_CHECKING:
 
 D = TypeVar("D", "Gralora", "Lora")
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 LARGEST_UPDATE = 1e140  # its square times all elements of the largest matrix is a float64
-_SHARDED = re.compile(r"adapter_model-\d+-of-\d+\.(safetensors|bin)|adapter_model.*\.index\.json")
-_REASONS = {
-    "lfs-pointer": "weights-lfs-pointer",
-    "unsafe-pickle": "weights-unsafe-pickle",
-    "nested": "weights-nested",
-}
 
 
-@dataclass(frozen=True, slots=True)
+@runtime_checkable
+class Live(Protocol):
+    """An adapter in memory that can be written down: what `attach` returns."""
+
+    def adapter(self) -> "Adapter": ...
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Adapter:
     """A valid adapter: every tensor of its file has a place.
 
@@ -92,8 +80,10 @@ class Adapter:
     _digest: list[str] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> "Adapter":
+    def open(cls, path: "AdapterLike") -> "Adapter":
         """The adapter in the folder `path`, or of that name on the Hub (its cache first).
+
+        An open adapter is itself; of one that is attached to a model it is a copy as it is now.
 
         Raises:
             InvalidAdapterError: it has errors (all are listed in `findings`).
@@ -103,6 +93,12 @@ class Adapter:
         >>> adapter.kind
         'gralora'
         """
+        if isinstance(path, Adapter):
+            return path
+        if isinstance(path, Live):
+            return path.adapter()
+        if not isinstance(path, str | Path):
+            raise TypeError(f"{path!r:.99} is no adapter, its folder or its name")
         scan = scan_adapter(path)
         scan.report.require_ok(path)
         assert scan.adapter is not None
@@ -267,6 +263,9 @@ class Adapter:
         return self._digest[0]
 
 
+AdapterLike = Adapter | Live | str | Path
+
+
 @dataclass(frozen=True, slots=True)
 class Scan:
     """What a folder shows: the adapter (None when it has errors), its weights file (None when it
@@ -283,11 +282,11 @@ def scan_adapter(path: str | Path) -> Scan:
     Raises:
         UnreadableError: `path` is no folder that can be read, and no adapter of the Hub.
     """
-    folder = _folder(path)
+    folder = folder_of(path)
     config = read_config(folder)
     findings = list(config.findings)
     try:
-        file = _read_weights(folder, findings)
+        file = read_weights(folder, findings)
     except OSError as problem:
         raise UnreadableError(f"cannot be read: {problem.strerror}", where=folder) from problem
     if file is None:
@@ -304,35 +303,6 @@ def scan_adapter(path: str | Path) -> Scan:
     return Scan(adapter, file, report)
 
 
-def _folder(source: str | Path) -> Path:
-    """The folder that `source` names: by itself, by one of the adapter's two files, on the Hub."""
-    if not str(source):
-        raise UnreadableError(
-            "an adapter has an empty name", hint="Is a variable of a script unset?"
-        )
-    path = Path(source)
-    if path.name in (CONFIG_NAME, *WEIGHTS) and is_file(path):
-        return path.parent
-    if is_folder(path):
-        return path
-    if isinstance(source, str) and not os.path.lexists(path):
-        name = parse_name(source)
-        if name is not None:
-            return fetch(name, _is_adapter)
-    if is_file(path) and path.suffix in (".safetensors", ".bin", ".gguf"):
-        Checkpoint.open(path)  # refuses by name what is another tool's
-    content = f"It holds {CONFIG_NAME} and {WEIGHTS[0]}."
-    raise UnreadableError(
-        "is not a folder; the folder of an adapter was needed", where=path,
-        hint=content if os.path.lexists(path) else meant(path, content),
-    )  # fmt: skip
-
-
-def _is_adapter(folder: Path) -> bool:
-    """Whether a folder of the Hub's cache holds both files of an adapter."""
-    return (folder / CONFIG_NAME).exists() and any((folder / name).exists() for name in WEIGHTS)
-
-
 def _largest(factor: "torch.Tensor") -> float:
     """The largest magnitude that a factor holds, or, of float32, could hold."""
     low, high = factor.aminmax() if factor.itemsize == 8 else (0.0, LARGEST_FLOAT32)
@@ -345,64 +315,3 @@ def natural(name: str) -> list[tuple[int, int, str]]:
         (0, int(part), "") if part.isdecimal() and len(part) < 10 else (1, 0, part)
         for part in name.split(".")
     ]
-
-
-def _what_is_there(folder: Path) -> str:
-    """What another program left in the place of the adapter's tensors, and how to get at them."""
-    names = {entry.name for entry in folder.iterdir()}
-    if any(name.startswith("pytorch_model_fsdp") for name in names):  # accelerate 1.11, fsdp_utils
-        return (
-            "It holds what accelerate saves of FSDP: gather that in the run with "
-            "accelerator.get_state_dict(model), and give it to model.save_pretrained."
-        )
-    if names & {"model.safetensors", "pytorch_model.bin"}:
-        return "It holds a whole model: save the adapter alone, by save_pretrained."
-    foreign = sorted(n for n in names if n.endswith((".gguf", ".npz", "adapters.safetensors")))
-    if foreign:
-        return (
-            f"{foreign[0]} is of another program; PEFT's own save_pretrained writes what is read."
-        )
-    return "Is the save complete?"
-
-
-def _read_weights(folder: Path, findings: list[Finding]) -> TensorFile | None:
-    present = [name for name in WEIGHTS if (folder / name).exists()]
-    if not present:
-        shards = sorted(entry.name for entry in folder.iterdir() if _SHARDED.fullmatch(entry.name))
-        if shards:
-            findings.append(error(
-                "weights-sharded", folder / shards[0], "PEFT does not read sharded adapters",
-                f"Save all tensors in one {WEIGHTS[0]}.",
-            ))  # fmt: skip
-        else:
-            findings.append(error(
-                "weights-missing", folder, f"{WEIGHTS[0]} is missing", _what_is_there(folder)
-            ))  # fmt: skip
-        return None
-    if len(present) > 1:
-        both = " and ".join(present)
-        findings.append(warning(
-            "weights-ambiguous", folder, f"holds {both}; PEFT reads the first", "Remove the other."
-        ))  # fmt: skip
-    path = folder / present[0]
-    try:
-        file = read_tensor_file(path)
-    except UnreadableError as problem:
-        code = _REASONS.get(problem.reason, "weights-unreadable")
-        findings.append(error(code, path.name, problem.message, problem.hint))
-        return None
-    if file.pickled:
-        findings.append(
-            note("weights-pickle", path.name, "is a pickle; safetensors is read by every tool")
-        )
-    elif file.metadata is None:
-        findings.append(note("metadata-missing", path.name, "has no __metadata__"))
-    elif file.metadata.get("format") != "pt":
-        found = file.metadata.get("format")
-        findings.append(
-            note("metadata-format", path.name, f"says format {found!r}, PEFT writes 'pt'")
-        )
-    if not file.tensors:
-        findings.append(error("weights-empty", path.name, "holds no tensors"))
-        return None
-    return file

@@ -4,8 +4,9 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from gralora_convert.adapters.adapter import WEIGHTS, Adapter
+from gralora_convert.adapters.adapter import Adapter
 from gralora_convert.adapters.config import CONFIG_NAME, read_config, source_of
+from gralora_convert.adapters.folder import WEIGHTS
 from gralora_convert.disk import cached, is_file, is_there, locate, parse_name
 from gralora_convert.errors import Finding, MisuseError, UnsupportedError, error, note
 

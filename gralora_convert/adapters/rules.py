@@ -281,7 +281,12 @@ def release(version: str) -> tuple[int, int] | None:
 def method_findings(values: Json, where: str) -> Iterator[Finding]:
     """Whether `peft_type` is one that is read here."""
     peft_type = values.get("peft_type")
-    if peft_type is None:
+    if peft_type is None and {"config", "model_class"} <= values.keys():  # adapters 1.3.0, loading
+        yield error(
+            "peft-type-unsupported", where, "was written by the library `adapters`, not by PEFT; "
+            "GRALORA or LORA was needed", "Load and merge it there.",
+        )  # fmt: skip
+    elif peft_type is None:
         yield error("peft-type-missing", where, "peft_type is missing, GRALORA was needed")
     elif not isinstance(peft_type, str) or peft_type not in _PEFT_TYPES:
         yield error("peft-type-unknown", where, f"peft_type is {peft_type!r}, GRALORA was needed")

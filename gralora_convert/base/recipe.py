@@ -12,7 +12,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gralora_convert.adapters import Adapter, Update, is_on_adapter, whole_chains
+from gralora_convert.adapters import Adapter, AdapterLike, Update, is_on_adapter, whole_chains
 from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import updated
 from gralora_convert.base.scales import Scales, plain_dtype, requantised
@@ -258,7 +258,7 @@ def weights_for(adapters: Sequence[Adapter], weights: Sequence[float] | None) ->
 
 
 def gathered(
-    adapters: Sequence[Adapter | str | Path],
+    adapters: Sequence[AdapterLike],
     base: Checkpoint | str | Path | None,
     weights: Sequence[float] | None,
     *,
@@ -275,7 +275,7 @@ def gathered(
             adapter that another was trained on is missing.
         InvalidAdapterError, UnreadableError, UnsupportedError: an adapter, or the base.
     """
-    given = [a if isinstance(a, Adapter) else Adapter.open(a) for a in adapters]
+    given = list(map(Adapter.open, adapters))
     for adapter in given:
         adapter.require_plain()
     factors = weights_for(given, weights)

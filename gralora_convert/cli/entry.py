@@ -21,7 +21,13 @@ from gralora_convert.cli.terminal import (
     show,
     show_json,
 )
-from gralora_convert.errors import ConvertError, OutOfMemoryError, printable, sentences
+from gralora_convert.errors import (
+    ConvertError,
+    OutOfMemoryError,
+    UnsupportedError,
+    printable,
+    sentences,
+)
 from gralora_convert.version import __version__
 
 
@@ -62,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(error, as_json=_wants_json(given))
         status = EXIT_REFUSED
     except Exception as error:
-        if OutOfMemoryError.is_meant_by(error):
-            _refuse(OutOfMemoryError(), as_json=_wants_json(given))
+        if (known := _known(error)) is not None:
+            _refuse(known, as_json=_wants_json(given))
             sys.exit(EXIT_REFUSED)
         traceback.print_exc()
         click.echo(
@@ -72,6 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         status = EXIT_BUG
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _known(error: Exception) -> ConvertError | None:
+    """What an error of others means: no memory, or an install without what only some commands need
+    (docs/ci.md)."""
+    if OutOfMemoryError.is_meant_by(error):
+        return OutOfMemoryError()
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package in ("", "gralora_convert"):
+        return None
+    what = f"this needs {package}, which is not installed"
+    return UnsupportedError(what, hint=f"Run: pip install {package}.")
 
 
 def _interrupt(*_: object) -> None:

@@ -4,6 +4,9 @@ An adapter says which delta belongs to which module; no file format is known her
 """
 
 import contextlib
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gralora_convert.adapters import Adapter, GraloraConfig, LoraConfig
+from gralora_convert.adapters import Adapter, AdapterLike, GraloraConfig, LoraConfig
 from gralora_convert.delta import Delta, Gralora, Lora
 from gralora_convert.errors import MisuseError, UnsupportedError, is_number
 from gralora_convert.models.fitting import (
@@ -103,6 +106,40 @@ class Attachment:
         values = self.replaced.values()
         found = [*chain.from_iterable(factors), *(v for v in values if isinstance(v, nn.Parameter))]
         return list({id(parameter): parameter for parameter in found}.values())
+
+    def __repr__(self) -> str:
+        values = f", {len(self._replacements)} values" if self._replacements else ""
+        state = "" if self._attached else ", detached"
+        return f"Attachment({self.name!r}, {len(self.layers)} modules{values}{state})"
+
+    def adapter(self) -> Adapter:
+        """A copy as it is now, in a temporary folder that lives as long as the copy: what `merge`,
+        `convert`, `verify` and `validate` work on when they are given this object.
+
+        Raises:
+            MisuseError: it is weighed by `set_scale`, which no file says; or as `save_pretrained`.
+            OutputError: the temporary folder cannot be written.
+
+        >>> delta = Gralora(torch.ones(2, 2, 2), torch.ones(2, 2, 3), scaling=0.5)
+        >>> attach(nn.Sequential(nn.Linear(4, 6)), {"0": delta}).adapter().modules
+        ('0',)
+        """
+        scales = {slot.branch.scale for slot in self._slots}
+        if scales - {1.0}:
+            raise MisuseError(
+                f"the adapter {self.name!r} counts {min(scales - {1.0}):g} times here, which no "
+                "file says",
+                hint="Use `set_scale(1)`, and give `merge` the `weights`.",
+            )
+        folder = Path(tempfile.mkdtemp(prefix="gralora-"))
+        try:
+            self.save_pretrained(folder / "adapter")
+            copy = Adapter.open(folder / "adapter")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        weakref.finalize(copy, shutil.rmtree, folder, ignore_errors=True)
+        return copy
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes the adapter as it is now (after training) into `folder`, complete or not at all,
@@ -310,7 +347,7 @@ class Attachment:
 
 def attach(
     model: nn.Module,
-    adapter: Adapter | Mapping[str, Delta] | str | Path,
+    adapter: AdapterLike | Mapping[str, Delta],
     *,
     name: str = "default",
     dropout: float | None = None,
@@ -360,7 +397,7 @@ def attach(
     require_name(name)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{model!r:.99} is not a torch.nn.Module")
-    parts = parts_of(Adapter.open(adapter) if isinstance(adapter, str | Path) else adapter)
+    parts = parts_of(adapter if isinstance(adapter, Mapping) else Adapter.open(adapter))
     if trainable:
         require_trainable(parts)
         if isinstance(model, nn.parallel.DistributedDataParallel):

@@ -137,8 +137,6 @@ class Parts:
 def parts_of(adapter: Adapter | Mapping[str, Delta]) -> Parts:
     if isinstance(adapter, Mapping):
         return Parts("", tuple(adapter), adapter.__getitem__, {}, 0.0)
-    if not isinstance(adapter, Adapter):
-        raise TypeError(f"{adapter!r:.99} is neither an adapter, its folder nor deltas by module")
     values = {path: read_torch(spec) for path, spec in adapter.values.items()}
     own = adapter.config
     rate = own.gralora_dropout if isinstance(own, GraloraConfig) else own.lora_dropout

@@ -16,6 +16,7 @@ import torch
 from gralora_convert.adapters import (
     INCOMPLETE,
     Adapter,
+    AdapterLike,
     GraloraConfig,
     LoraConfig,
     chain_findings,
@@ -73,7 +74,7 @@ from gralora_convert.verbs.updates import Source
 
 
 def convert(
-    adapter: Adapter | str | Path,
+    adapter: AdapterLike,
     *,
     to: Kind,
     base: Checkpoint | str | Path | None = None,
@@ -126,7 +127,7 @@ def convert(
         require_engine(server)
         if to != "lora":
             raise MisuseError(f'`server={server!r}` goes with `to="lora"`, not {to!r}')
-    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
+    opened = Adapter.open(adapter)
     wanted = Wanted(to, k, r, hybrid_r, alpha, max_error)
     dtype = dtype_name(dtype)
     written_dtype(dtype, "F32")

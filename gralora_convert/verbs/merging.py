@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
-from gralora_convert.adapters import Adapter
+from gralora_convert.adapters import Adapter, AdapterLike
 from gralora_convert.base import (
     Kept,
     Merged,
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 
 def merge(
-    *adapters: Adapter | str | Path,
+    *adapters: AdapterLike,
     base: Checkpoint | str | Path | None = None,
     weights: Sequence[float] | None = None,
     dtype: "str | torch.dtype" = "keep",

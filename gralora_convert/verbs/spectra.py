@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gralora_convert.adapters import Adapter
+from gralora_convert.adapters import Adapter, AdapterLike
 from gralora_convert.base import place
 from gralora_convert.delta import block_norms, energies
 from gralora_convert.disk import Checkpoint, is_folder, read_torch
@@ -47,7 +47,7 @@ class Anatomy:
 
 
 def dissect(
-    adapter: Adapter | str | Path,
+    adapter: AdapterLike,
     base: Checkpoint | str | Path | None = None,
     *,
     progress: Callable[[int], None] | None = None,
@@ -66,7 +66,7 @@ def dissect(
     >>> len(parts), parts[0].blocks.shape, parts[0].rank_for(1.0)
     (4, torch.Size([2, 2]), 11)
     """
-    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter)
+    opened = Adapter.open(adapter)
     opened.require_plain()
     named = opened.config.base_model_name_or_path
     if base is None and named and is_folder(named):

@@ -11,6 +11,7 @@ from pathlib import Path
 from gralora_convert.adapters import (
     CONFIG_NAME,
     Adapter,
+    AdapterLike,
     LoraConfig,
     chain_findings,
     model_below,
@@ -32,7 +33,7 @@ from gralora_convert.verbs.serving import ENGINES, Exported, reasons, require_en
 
 
 def validate(
-    adapter: str | Path | Adapter,
+    adapter: AdapterLike,
     base: str | Path | Checkpoint | None = None,
     *,
     server: str | None = None,
@@ -57,7 +58,8 @@ def validate(
     True
     """
     reading = Reading.of(key_map, fan_in_fan_out, trust_remote_code)
-    named = adapter.path if isinstance(adapter, Adapter) else adapter
+    held = adapter if isinstance(adapter, str | Path) else Adapter.open(adapter)
+    named = held.path if isinstance(held, Adapter) else held
     if _is_merged(Path(named)):
         opened = Checkpoint.open(base) if isinstance(base, str | Path) else base
         return Report.of(checkpoint_receipt_findings(Path(named), opened))

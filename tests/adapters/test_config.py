@@ -244,6 +244,12 @@ MORE: list[tuple[Mapping[str, Any], str, str]] = [
     ({"peft_version": "0.20.1.dev0@UNKNOWN"}, *NONE),
     ({"peft_type": "LOHA"}, "peft-type-unsupported", "error"),
     ({"peft_type": 3}, "peft-type-unknown", "error"),
+    # adapters 1.3.0, save_adapter
+    (
+        {"peft_type": ..., "config": {"r": 8}, "model_class": "BertModel"},
+        "peft-type-unsupported",
+        "error",
+    ),
     ({"gralora_alpha": 16}, *NONE),
     ({"gralora_alpha": 8}, "fork-config", "error"),
     ({"auto_mapping": "x"}, "config-value-type", "error"),

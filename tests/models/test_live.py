@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tests.models.test_attachment import (
     with_peft,
     with_saved_head,
 )
-from tests.zoo import outputs
+from tests.zoo import load, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -316,3 +317,53 @@ def test_a_sharded_model_saves_whole_factors(tmp_path: Path) -> None:
     torch.manual_seed(0)
     nn.Linear(4, 6), torch.randn(2, 4)
     assert torch.equal(saved.delta("0").A, torch.randn(2, 2, 2))
+
+
+# verbs on what is attached ----------------------------------------------------------------------
+
+FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
+HYBRID, LLAMA = FIXTURES / "peft-0.21.2/llama-hybrid", FIXTURES / "bases/llama"
+
+
+def test_verbs_take_what_is_attached_as_it_is_now(tmp_path: Path) -> None:
+    model = load(LLAMA, "AutoModelForCausalLM")
+    handle = attach(model, HYBRID, trainable=True)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.mul_(1.5)
+    trained = outputs(model)
+    gc.merge(handle, base=LLAMA).write(tmp_path / "merged")
+    merged = outputs(load(tmp_path / "merged", "AutoModelForCausalLM"))
+    assert np.abs(merged - trained).max() < 1e-6
+    assert gc.verify(handle, base=LLAMA, merged=tmp_path / "merged").ok
+    assert not gc.verify(HYBRID, base=LLAMA, merged=tmp_path / "merged").ok
+    assert gc.validate(handle, LLAMA).ok
+
+    gc.convert(handle, to="lora").write(tmp_path / "lora")
+    handle.detach()
+    with attach(model, tmp_path / "lora"):
+        assert np.abs(outputs(model) - trained).max() < 1e-5
+    assert repr(handle) == "Attachment('default', 4 modules, detached)"
+
+
+def test_a_copy_of_what_is_attached_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    handle = attach(mlp(), {"up": gralora(8, 12)})
+    copy = handle.adapter()
+    assert Adapter.open(copy) is copy
+    assert copy.path.is_relative_to(tmp_path)
+    assert torch.equal(dense(copy.delta("up")), dense(handle.deltas()["up"]))
+    del copy
+    assert list(tmp_path.iterdir()) == []
+
+    handle.set_scale(0.5)
+    with pytest.raises(MisuseError, match=r"counts 0\.5 times"):
+        handle.adapter()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_adapter_is_a_slip_of_the_program() -> None:
+    with pytest.raises(TypeError, match="3 is no adapter"):
+        gc.merge(3, base=LLAMA)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gralora_convert.adapters import CONFIG_NAME, Adapter
+from gralora_convert.adapters import CONFIG_NAME, Adapter, AdapterLike
 from gralora_convert.base import (
     Reading,
     Recipe,
@@ -195,7 +195,7 @@ def _times(ratio: float) -> str:
 
 
 def verify(
-    *adapters: Adapter | str | Path,
+    *adapters: AdapterLike,
     merged: Checkpoint | str | Path,
     base: Checkpoint | str | Path | None = None,
     weights: Sequence[float] | None = None,
