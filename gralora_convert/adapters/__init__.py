@@ -1,6 +1,15 @@
 """An adapter on disk: config, keys, targets, tensors that agree. No torch until values are read."""
 
 from gralora_convert.adapters.adapter import Adapter, AdapterLike, Scan, natural, scan_adapter
+from gralora_convert.adapters.beside import (
+    Extra,
+    extra_findings,
+    extras,
+    files_of,
+    trained_files,
+    unplaced,
+    values_beside,
+)
 from gralora_convert.adapters.chain import chain_findings, is_on_adapter, model_below, whole_chains
 from gralora_convert.adapters.completeness import (
     INCOMPLETE,
@@ -28,9 +37,10 @@ from gralora_convert.adapters.update import Update
 
 __all__ = [
     "CONFIG_NAME", "INCOMPLETE", "NAMES", "NEEDS_BASE", "PEFT_VERSION", "PREFIX", "WEIGHTS",
-    "Adapter", "AdapterLike", "GraloraConfig", "Group", "LoraConfig", "Method", "Patterns", "Role",
-    "Scan", "Update", "bias_finding", "chain_findings", "group", "is_all_linear", "is_on_adapter",
-    "is_saved", "key_of", "missing_targets", "model_below", "natural", "parse_key", "read_config",
-    "saved_findings", "scan_adapter", "split", "suspicions", "target_findings", "together",
+    "Adapter", "AdapterLike", "Extra", "GraloraConfig", "Group", "LoraConfig", "Method", "Patterns",
+    "Role", "Scan", "Update", "bias_finding", "chain_findings", "extra_findings", "extras",
+    "files_of", "group", "is_all_linear", "is_on_adapter", "is_saved", "key_of", "missing_targets",
+    "model_below", "natural", "parse_key", "read_config", "saved_findings", "scan_adapter", "split",
+    "suspicions", "target_findings", "together", "trained_files", "unplaced", "values_beside",
     "whole_chains",
 ]  # fmt: skip

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
         read_parameter,
     )
     from gralora_convert.base.scales import Scales, misread, plain_tensors, scales_of
-    from gralora_convert.base.sets import beside, extra_weights, lost_steps, trained_beside
+    from gralora_convert.base.sets import beside, lost_steps
 
 __all__ = [
     "NOTHING_SAID", "Architecture", "Kept", "Merged", "Patched", "Placement", "Reading", "Recipe",
     "Replaced", "Scales", "Setting", "Target", "beside", "combine", "different_settings",
-    "extra_weights", "gathered", "lost_steps", "misread", "model_at_hand", "named_labels",
+    "gathered", "lost_steps", "misread", "model_at_hand", "named_labels",
     "near_misses", "place", "place_in", "plain_tensors", "quantised_by", "read_parameter",
-    "scales_of", "spellings", "trained_beside", "unread_tensor", "updated", "written_settings",
+    "scales_of", "spellings", "unread_tensor", "updated", "written_settings",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
@@ -53,5 +53,5 @@ __getattr__ = opened(__name__, {
         "Kept Merged Patched Placement Recipe Replaced Target combine gathered read_parameter"
     ),
     "scales": "Scales misread plain_tensors scales_of",
-    "sets": "beside extra_weights lost_steps trained_beside",
+    "sets": "beside lost_steps",
 })  # fmt: skip

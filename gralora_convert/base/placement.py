@@ -7,7 +7,7 @@ that may be unchanged copies.
 
 from collections.abc import Mapping
 
-from gralora_convert.adapters import Adapter, together
+from gralora_convert.adapters import Adapter, extra_findings, together
 from gralora_convert.base import checks
 from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import head_edits, tie_edits, vocabulary_edits
@@ -22,7 +22,7 @@ from gralora_convert.base.quantisation import (
 from gralora_convert.base.reading import NOTHING_SAID, Reading
 from gralora_convert.base.recipe import Placement, Target
 from gralora_convert.base.replacements import Values
-from gralora_convert.base.sets import extra_weights, stray_adapter
+from gralora_convert.base.sets import stray_adapter
 from gralora_convert.base.ties import Claims, Settlement, settle
 from gralora_convert.disk import Checkpoint
 from gralora_convert.errors import Finding, Report, error, note
@@ -67,7 +67,7 @@ def place(
 def _settled(pair: Pair, values: Values) -> tuple[list[Finding], Settlement]:
     """All that is found, and the claims on tensors of the base, settled."""
     adapter, architecture, base = pair.adapter, pair.architecture, pair.base
-    findings = [*checks.unused(pair), *extra_weights(adapter), *stray_adapter(base)]
+    findings = [*checks.unused(pair), *extra_findings(adapter), *stray_adapter(base)]
     findings += identity_findings(adapter, base)
     if architecture.prefix_note:
         findings.append(note(
@@ -84,7 +84,7 @@ def _settled(pair: Pair, values: Values) -> tuple[list[Finding], Settlement]:
         values.check_head()
         findings += checks.head(pair, values)
         values.check_biases([target.module for target in targets.values()])
-    claims = Claims(targets, values.trained, values.frozen, values.biases)
+    claims = Claims(targets, values.trained, values.frozen, frozenset(values.in_place))
     settlement = settle(claims, architecture)
     findings += [*values.findings, *settlement.findings]
     if values.head_rows is None:  # else the class of the output is another

@@ -12,7 +12,14 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gralora_convert.adapters import Adapter, AdapterLike, Update, is_on_adapter, whole_chains
+from gralora_convert.adapters import (
+    Adapter,
+    AdapterLike,
+    Update,
+    is_on_adapter,
+    values_beside,
+    whole_chains,
+)
 from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.edits import updated
 from gralora_convert.base.scales import Scales, plain_dtype, requantised
@@ -247,7 +254,7 @@ def weights_for(adapters: Sequence[Adapter], weights: Sequence[float] | None) ->
                 "weight 0 was given, which would leave the adapter out", where=adapter.path,
                 hint="Leave out the adapter itself.",
             )  # fmt: skip
-        if weight != 1.0 and (adapter.biases or adapter.saved):
+        if weight != 1.0 and (adapter.values or values_beside(adapter)):
             raise MisuseError(
                 f"weight {weight:g} was given, but trained biases and saved modules replace those "
                 "of the base and cannot be weighted",

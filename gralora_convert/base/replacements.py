@@ -8,9 +8,12 @@ from operator import ne
 from gralora_convert.adapters import (
     CONFIG_NAME,
     Adapter,
+    Extra,
     bias_finding,
+    extras,
     is_saved,
     saved_findings,
+    unplaced,
 )
 from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.quantisation import nested
@@ -29,8 +32,8 @@ class Values:
     """What the full tensors of `adapter` do to the base.
 
     `trained` maps a parameter in memory to its new value (several where it is cut on disk),
-    `frozen` to a copy of the base's that differs; `biases` are those that PEFT trains where they
-    are; `head_rows` counts the labels of a trained head,
+    `frozen` to a copy of the base's that differs; `in_place` are those that were trained
+    where they are, for all names that share them; `head_rows` counts the labels of a trained head,
     `vocabulary` is (rows before, rows now) of resized embeddings, `is_new_head` says that the base
     has no such head.
     """
@@ -41,7 +44,7 @@ class Values:
         self.findings: list[Finding] = []
         self.trained: dict[str, Trained] = {}
         self.frozen: dict[str, TensorSpec] = {}
-        self.biases = frozenset(f"{module}.bias" for module in adapter.biases)
+        self.in_place = {f"{module}.bias" for module in adapter.biases}
         self.head_rows: int | None = None
         self.vocabulary: tuple[int, int] | None = None
         self.is_new_head = False
@@ -53,6 +56,8 @@ class Values:
             self._place_saved(parameter, spec)
         for parameter, spec in adapter.frozen.items():
             self._place_frozen(parameter, spec)
+        for extra in extras(adapter):
+            self._place_extra(extra)
         self.head_rows = self._label_count()
         self._check_vocabulary()
         self._check_saved()
@@ -188,6 +193,20 @@ class Values:
             self._say(_misfit("embedding-size-mismatch", parameter, spec, found.shape))
             return
         self.frozen[parameter] = spec
+
+    def _place_extra(self, extra: Extra) -> None:
+        """What was trained with the adapter, and saved in another file."""
+        for parameter, spec in extra.parameters.items():
+            origins = self._find(parameter)
+            if not origins:
+                self._say(unplaced(extra, parameter, "the base has no such tensor"))
+            elif (found := stored_shape(origins, self.base.tensors)) != spec.shape:
+                self._say(unplaced(extra, parameter, f"it has shape {spec.shape}, there {found}"))
+            elif parameter in {*self.adapter.values, *self.frozen, *self.trained}:
+                self._say(unplaced(extra, parameter, "another file has it, too"))
+            else:
+                self._put(parameter, spec)
+                self.in_place.add(parameter)
 
     # heads and vocabularies -----------------------------------------------------------------------
 

@@ -17,13 +17,10 @@ from gralora_convert.disk import (
     STEP,
     Checkpoint,
     is_file,
-    is_weights,
-    listing,
     load_json,
-    read_tensor_file,
     sidecars,
 )
-from gralora_convert.errors import Finding, UnreadableError, error, note, printable, warning
+from gralora_convert.errors import Finding, printable, warning
 
 Files = Mapping[str, Path]
 
@@ -43,14 +40,6 @@ _PIPELINE = re.compile(
 )
 _SETS = {"tokenizer": _TOKENIZER, "processor": _PROCESSOR, "pipeline": _PIPELINE}
 _GENERATION = "generation_config.json"
-
-# Weight files beside an adapter: the state of the training run, and what is made of the adapter.
-_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states)")
-_READ = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt"})
-_MOVE = "Put them into the base first, or move the file away to merge the rest without them."
-_LOSSES = ("trained", "unknown")
-_LOADED = ("model.safetensors", "pytorch_model.bin")
-_VALUE_HEAD = re.compile(r"(.*\.)?(v_head|value_head)\..*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,23 +203,6 @@ def _object(copies: Files, name: str) -> dict[str, object]:
     return load_json(copies[name], allow_non_finite=True) if name in copies else {}
 
 
-def extra_weights(adapter: Adapter) -> Iterator[Finding]:
-    """Weight files beside that of the adapter: an error where a merge would leave out what was
-    trained with it."""
-    for path, (kind, what) in _extra_files(adapter):
-        if kind in _LOSSES:
-            yield error("extra-weights", path.name, what, _MOVE)
-        elif kind == "model" and path.name in _LOADED:
-            yield warning(
-                "model-beside-adapter", path.name,
-                f"{what}: transformers takes it for the base, whatever the config names, and puts "
-                "the adapter on top; if it is merged already, the adapter counts twice",
-                "Move one of the two into a folder of its own.",
-            )  # fmt: skip
-        else:
-            yield note("extra-weights", path.name, what)
-
-
 def stray_adapter(base: Checkpoint) -> Iterator[Finding]:
     """That the folder of a base holds an adapter, which transformers 5.23 puts on it (where PEFT
     is installed) and a merge leaves out."""
@@ -241,44 +213,6 @@ def stray_adapter(base: Checkpoint) -> Iterator[Finding]:
             "a merge does not",
             "Was yours trained on both? Then name that adapter first; else move it away.",
         )  # fmt: skip
-
-
-def trained_beside(adapter: Adapter) -> dict[str, Path]:
-    """The files beside that of the adapter with what was trained with it, by name."""
-    held = _extra_files(adapter)
-    return {path.name: path for path, (kind, _) in held if kind in (*_LOSSES, "value head")}
-
-
-def _extra_files(adapter: Adapter) -> Iterator[tuple[Path, tuple[str, str]]]:
-    for path in listing(adapter.path):
-        name = path.name
-        if is_weights(name) and not name.startswith((".", "adapter_model")):
-            if not _STATE.match(name):
-                yield path, _extra(path, adapter.modules)
-
-
-def _extra(path: Path, modules: Sequence[str]) -> tuple[str, str]:
-    """What a file of weights is, and what to say about it."""
-    if path.suffix not in _READ:
-        return "foreign", "is in a format that is not read here; left out"
-    try:
-        tensors = read_tensor_file(path).tensors
-    except UnreadableError as problem:
-        return "unknown", f"{problem.message}: what was trained there is not known"
-    if not tensors:
-        return "empty", "holds no tensors"
-    held = f"holds {len(tensors)} tensor(s), first {next(iter(tensors))!r}"
-    if any(_is_of(tensor, modules) for tensor in tensors):
-        return "model", f"{held}: a whole model, no part of the adapter"
-    if all(_VALUE_HEAD.fullmatch(tensor) for tensor in tensors):
-        return "value head", f"{held}: a value head, not used by the model"
-    return "trained", f"{held}, that were trained with the adapter and are not in its file"
-
-
-def _is_of(tensor: str, modules: Sequence[str]) -> bool:
-    """Whether a tensor is the weight of an adapted module."""
-    path = tensor.removesuffix(".weight").removesuffix(".base_layer")
-    return path != tensor and path.removeprefix("base_model.model.") in modules
 
 
 def lost_steps(adapter: Adapter, merged: Checkpoint) -> list[str]:

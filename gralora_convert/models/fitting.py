@@ -15,9 +15,11 @@ from gralora_convert.adapters import (
     GraloraConfig,
     LoraConfig,
     bias_finding,
+    extras,
     is_all_linear,
     saved_findings,
     target_findings,
+    unplaced,
 )
 from gralora_convert.delta import Delta, add_rows_, is_finite
 from gralora_convert.disk import read_torch
@@ -270,6 +272,12 @@ def _lacking(
     others = biases if adapter.config.bias == "all" and not adapter.biases else []
     if found := bias_finding(adapter, inner, others):
         yield found
+    for extra in extras(adapter):
+        for name, spec in extra.parameters.items():
+            held = parameters.get(name)
+            if held is None or not torch.equal(held.data, read_torch(spec).to(held)):
+                why = "the model has not that value: load the file into it first"
+                yield unplaced(extra, name, why)
 
 
 def _is_inside(tree: Mapping[str, nn.Module], name: str) -> bool:

@@ -22,8 +22,10 @@ from gralora_convert.adapters import (
     chain_findings,
     model_below,
     suspicions,
+    trained_files,
+    values_beside,
 )
-from gralora_convert.base import Reading, model_at_hand, place, trained_beside
+from gralora_convert.base import Reading, model_at_hand, place
 from gralora_convert.delta import (
     EXACT,
     Gralora,
@@ -247,7 +249,11 @@ def _exported(source: Source, shape: Shape) -> Exported:
     """The result, a LoRA, as engines look at it."""
     config, adapter = _config(source, shape), source.adapter
     assert isinstance(config, LoraConfig)
-    values = [*adapter.values, *([f"{adapter.modules[0]}.bias"] * source.has_bias)]
+    values = [
+        *adapter.values,
+        *values_beside(adapter),
+        *([f"{adapter.modules[0]}.bias"] * source.has_bias),
+    ]
     return Exported(config, adapter.modules, values, source.base or _at_hand(adapter))
 
 
@@ -287,7 +293,7 @@ def _plan(source: Source, shape: Shape, dtype: str, verify: bool, notes: Sequenc
     return adapter_plan(
         "convert", modules, _values(source), _config(source, shape), receipt,
         card=adapter_card(shape.kind, adapter.config.base_model_name_or_path, adapter.path),
-        sidecars=sidecars(adapter.path) | trained_beside(adapter),
+        sidecars=sidecars(adapter.path) | trained_files(adapter),
         inputs=(adapter.file, *(() if base is None else base.layout.values())),
         protected=(adapter.path, *(() if base is None else (base.path,))),
         notes=tuple(told),

@@ -15,12 +15,13 @@ from gralora_convert.adapters import (
     LoraConfig,
     Scan,
     chain_findings,
+    extra_findings,
     group,
     parse_key,
     read_config,
     scan_adapter,
 )
-from gralora_convert.base import extra_weights, quantised_by, scales_of
+from gralora_convert.base import quantised_by, scales_of
 from gralora_convert.disk import (
     RECEIPT_NAME,
     Checkpoint,
@@ -180,7 +181,7 @@ def _hints(scan: Scan, folder: Path) -> Iterator[Finding]:
     if scan.adapter is None:
         return
     yield from chain_findings(scan.adapter)
-    yield from extra_weights(scan.adapter)
+    yield from extra_findings(scan.adapter)
     factors = scan.adapter.roles.values()
     specs = [spec for roles in factors for role, spec in roles.items() if role == "B"]
     try:

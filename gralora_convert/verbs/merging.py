@@ -8,10 +8,11 @@ base's own, or shards of a given size.
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
-from gralora_convert.adapters import Adapter, AdapterLike
+from gralora_convert.adapters import Adapter, AdapterLike, files_of
 from gralora_convert.base import (
     Kept,
     Merged,
@@ -133,7 +134,7 @@ def merge(
         receipt=partial(_receipt, recipe, merged, dtype, verify, notes),
         texts=texts,
         sidecars=copies,
-        inputs=(*target.layout.values(), *(adapter.file for adapter in opened)),
+        inputs=(*target.layout.values(), *chain.from_iterable(map(files_of, opened))),
         protected=(target.path, *(adapter.path for adapter in opened)),
         notes=tuple(notes),
         settings={
@@ -179,13 +180,13 @@ def _parts(recipe: Recipe, merged: Mapping[str, MergedTensor]) -> dict[str, list
 
 def _part(recipe: Recipe, name: str, merged: Mapping[str, MergedTensor]) -> Part:
     source: Copied | Computed
-    trained = {adapter.file.path for adapter in recipe.adapters}
+    stored = {file.path for file in recipe.base.layout.values()}
     match recipe.tensors[name]:
         case Merged(spec=spec, dtype=dtype):
             source = merged[name].source()
         case Patched(spec=spec, dtype=dtype, parts=parts):
             source = PatchedTensor(spec, dtype, parts).source()
-        case Replaced(spec=spec, dtype=dtype) if spec.file in trained:
+        case Replaced(spec=spec, dtype=dtype) if spec.file not in stored:
             source = taken(spec, dtype)
         case Replaced(spec=spec, dtype=dtype) | Kept(spec=spec, dtype=dtype):
             source = Copied(spec) if spec.dtype == dtype else CastTensor(spec, dtype).source()

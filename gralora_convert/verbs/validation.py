@@ -14,12 +14,14 @@ from gralora_convert.adapters import (
     AdapterLike,
     LoraConfig,
     chain_findings,
+    extra_findings,
     model_below,
     parse_key,
     scan_adapter,
     suspicions,
+    values_beside,
 )
-from gralora_convert.base import Reading, extra_weights, model_at_hand, place
+from gralora_convert.base import Reading, model_at_hand, place
 from gralora_convert.disk import (
     FLOATING,
     RECEIPT_NAME,
@@ -108,7 +110,7 @@ def _fit_findings(
                 yield note("base-not-checked", CONFIG_NAME, f"checked without a base model: {what}")
     if base is None:
         yield from suspicions(adapter)
-        yield from extra_weights(adapter)
+        yield from extra_findings(adapter)
         return
     opened = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     _, report = place(adapter, opened, reading)
@@ -134,7 +136,7 @@ def _server_findings(
         except ConvertError:  # told by the fit
             base = None
     held = base if base is None or isinstance(base, Checkpoint) else Checkpoint.open(base)
-    values = list(adapter.values)
+    values = [*adapter.values, *values_beside(adapter)]
     for reason in reasons(server, Exported(config, adapter.modules, values, held)):
         yield error("server-refuses", CONFIG_NAME, f"{engine.title} {engine.version} {reason}")
 

@@ -12,14 +12,16 @@ import pytest
 import torch
 import transformers
 from peft import GraloraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
+from gralora_convert.errors import InvalidAdapterError
+from gralora_convert.models import attach
 from tests.command import Outcome, run, run_ok
-from tests.zoo import ARCHITECTURES, save_base, train
+from tests.zoo import ARCHITECTURES, load, outputs, save_base, train
 
 LLAMA = ARCHITECTURES["llama"]
 WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_end|>": 3, **{f"w{i}": i + 4 for i in range(28)}}
@@ -353,30 +355,108 @@ def test_a_cross_encoder_keeps_its_activation(tmp_path: Path) -> None:
 NORM = "base_model.model.model.layers.0.input_layernorm.weight"
 
 
+HEAD = "base_model.model.lm_head.base_layer.weight"
+
+
+@pytest.mark.parametrize("name", ["non_lora_trainables.bin", "trainable_params.safetensors"])
+def test_what_was_trained_in_the_base_replaces_it(
+    name: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A norm and an output head, in place, saved by a trainer beside the adapter."""
+    adapter, base = pair
+    model = load(base, LLAMA.auto)
+    draw = torch.Generator().manual_seed(3)
+    state = model.state_dict()
+    new = {
+        NORM: torch.rand(16, generator=draw) + 0.5,
+        HEAD: torch.randn(state["lm_head.weight"].shape, generator=draw),
+    }
+    with torch.no_grad():
+        state["model.layers.0.input_layernorm.weight"].copy_(new[NORM])
+        state["lm_head.weight"].copy_(new[HEAD])
+    write(adapter / name, new)
+    with pytest.raises(InvalidAdapterError, match="load the file into it first"):
+        attach(load(base, LLAMA.auto), adapter)
+    with attach(model, adapter):
+        expected = outputs(model)
+    out, outcome = merged(adapter, base)
+    assert f"{name}: holds 2 tensor(s)" in outcome.stderr
+    assert np.abs(outputs(load(out, LLAMA.auto)) - expected).max() <= 1e-5
+    found = run_ok("verify", adapter, "--base", base, "--merged", out)
+    assert "model: outputs agree" in found.stdout
+    assert "replaced or added 2 tensors" in outcome.stdout
+    (adapter / name).unlink()
+    assert run("verify", adapter, "--base", base, "--merged", out).status == 1
+    again = load_file(out / "model.safetensors")
+    assert torch.equal(again["lm_head.weight"], new[HEAD])
+
+
+def test_a_tied_weight_that_was_trained_in_place_stays_tied(tmp_path: Path) -> None:
+    tied = ARCHITECTURES["llama-tied"]
+    base = save_base(tied, tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    train(base, tied, adapter, target_modules=["q_proj"])
+    draw = torch.Generator().manual_seed(3)
+    model = load(base, tied.auto)
+    embeddings = torch.randn(model.get_input_embeddings().weight.shape, generator=draw)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(embeddings)
+    write(adapter / "new.bin", {"base_model.model.model.embed_tokens.weight": embeddings})
+    with attach(model, adapter):
+        expected = outputs(model)
+    out, _ = merged(adapter, base)
+    assert np.abs(outputs(load(out, tied.auto)) - expected).max() <= 1e-5
+    run_ok("verify", adapter, "--base", base, "--merged", out)
+
+
 @pytest.mark.parametrize(
-    ("name", "tensors"),
+    ("name", "tensors", "said"),
     [
-        ("non_lora_trainables.bin", {NORM: torch.ones(16)}),
-        ("new_embeddings.safetensors", {"input_embeddings": torch.ones(2, 16)}),
-        ("mm_projector.bin", {"model.mm_projector.0.weight": torch.ones(4, 4)}),
-        ("value_head.pt", {"v_head.summary.weight": torch.ones(1, 16), NORM: torch.ones(16)}),
+        ("non_lora_trainables.bin", {NORM: torch.ones(8)}, "it has shape (8,), there (16,)"),
+        ("new_embeddings.safetensors", {"input_embeddings": torch.ones(2, 16)}, "no such tensor"),
+        ("mm_projector.bin", {"model.mm_projector.0.weight": torch.ones(4, 4)}, "no such tensor"),
+        ("value_head.pt", {"v_head.summary.weight": torch.ones(1, 16), NORM: torch.ones(16)},
+         "v_head.summary.weight was trained with the adapter; the base has no such tensor"),
     ],
-)
-def test_trained_tensors_beside_the_adapter_stop_the_merge(
-    name: str, tensors: dict[str, torch.Tensor], pair: tuple[Path, Path], tmp_path: Path
+)  # fmt: skip
+def test_trained_tensors_without_a_place_stop_the_merge(
+    name: str, tensors: dict[str, torch.Tensor], said: str, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     adapter, base = pair
     out, _ = merged(adapter, base)
     write(adapter / name, tensors)
-    for more in ([], ["--base", base]):
+    for more in ([], ["--base", base]):  # the first finds the base that the adapter names
         found = run("validate", adapter, *more, "--json")
         assert found.status == 1
-        assert [e["where"] for e in findings(found, "extra-weights")] == [name]
+        assert {e["where"] for e in findings(found, "extra-weights")} == {name}
     refused = run("merge", adapter, "--base", base, "-o", tmp_path / "again")
     assert refused.status == 2
-    assert f"{name}: [extra-weights] holds {len(tensors)} tensor(s), first '" in refused.stderr
-    assert any(tensor in refused.stderr for tensor in tensors)
+    assert f"{name}: [extra-weights] " in refused.stderr
+    assert said in refused.stderr
     assert run("verify", adapter, "--base", base, "--merged", out).status == 2
+
+
+def test_values_that_two_files_have_stop_the_merge(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter, base = pair
+    for name in ("one.bin", "two.bin"):
+        write(adapter / name, {NORM: torch.ones(16)})
+    refused = run("merge", adapter, "--base", base, "-o", tmp_path / "again")
+    assert refused.status == 2
+    assert "another file has it, too" in refused.stderr
+    weighted = run("merge", adapter, "--weight", "2", "--base", base, "-o", tmp_path / "again")
+    assert weighted.status == 2
+    assert "cannot be weighted" in weighted.stderr
+
+
+def test_trained_values_beside_an_adapter_must_be_numbers(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter, base = pair
+    write(adapter / "non_lora_trainables.bin", {NORM: torch.full((16,), torch.nan)})
+    refused = run("merge", adapter, "--base", base, "-o", tmp_path / "again")
+    assert refused.status == 2
+    assert "holds NaN or infinity" in refused.stderr
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_conversion_takes_what_was_trained_beside_the_adapter_along(

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gralora_convert.adapters import Adapter
+from gralora_convert.adapters import Adapter, values_beside
 from gralora_convert.base import (
     Recipe,
     different_settings,
@@ -244,7 +244,13 @@ class _Runner:
         pairs = zip(self.recipe.weighted, self.recipe.architectures, strict=True)
         for number, ((adapter, weight), names) in enumerate(pairs):
             own = {names.module_today(module): module for module in adapter.modules}
-            values = {names.today(p): read_torch(spec) for p, spec in adapter.values.items()}
+            shared = {  # trained in place, for all names that share it
+                name: spec
+                for path, spec in values_beside(adapter).items()
+                for name in (path, *names.sharing(path))
+            }
+            given = {**shared, **adapter.values}
+            values = {names.today(path): read_torch(spec) for path, spec in given.items()}
             delta = partial(self._delta, adapter, weight, own)
             parts = Parts(str(adapter.path), tuple(own), delta, values)
             try:
