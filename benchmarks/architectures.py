@@ -61,16 +61,14 @@ on all linear layers with random factors, merged by the command line, loaded by 
 *right*: every weight equals base + PEFT's delta weight, and the outputs are those of PEFT's
 unmerged model ("weights and outputs"), or the model took none of the inputs that were tried
 ("weights"). "all that PEFT can adapt" leaves out layers that PEFT refuses (sizes that k does not
-divide) or ignores (`out_proj` of nn.MultiheadAttention, which is refused). *not run*: no small
-model could be built, or PEFT does not adapt it."""
+divide) or ignores (`out_proj` of nn.MultiheadAttention, which is refused), and layers without
+outputs. *not run*: no small model could be built, or PEFT does not adapt it."""
 REMARKS = """\
 The refusals are what they should be. `forward-ignores-adapter`: PEFT's own merge differs from its
 unmerged model there, because the model reads the weight past the adapter or calls the layer out of
-a plain list. `attention-out-proj` the same, for nn.MultiheadAttention. `tensor-empty`: these tiny
-models have layers without outputs. shieldgemma2: plain transformers does not find its own save of
-this class again (all weights missing); the class that it is published as is right.
-big_bird (QuestionAnswering): PEFT saves one `modules_to_save` within another under names that it
-does not load itself."""
+a plain list. shieldgemma2: plain transformers does not find its own save of this class again (all
+weights missing); the class that it is published as is right. big_bird (QuestionAnswering): PEFT
+saves one `modules_to_save` within another under names that it does not load itself."""
 HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 HEADS = ("classifier", "score", "qa_outputs")  # saved whole by PEFT for these tasks
 BATCH = 40  # cases of one process
@@ -182,14 +180,16 @@ def _adaptable(model: Any, new: Sequence[str]) -> list[str]:
     return [
         name for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not output
-        and id(module) not in ignored and all(size % 2 == 0 for size in module.weight.shape)
+        and id(module) not in ignored and all(n % 2 == 0 < n for n in module.weight.shape)
         and name not in HEADS and not any(f"{name}.".startswith(f"{head}.") for head in new)
     ]  # fmt: skip
 
 
 def _ignored(adapted: Any) -> Iterator[str]:
-    """Parameters of layers whose adapter PEFT's forward ignores."""
+    """Parameters of layers whose adapter PEFT's forward ignores, or that have no outputs."""
     for name, module in adapted.named_modules():
+        if hasattr(module, "gralora_A") and not module.get_base_layer().weight.numel():
+            yield f"{name}.gralora_A"
         if hasattr(module, "in_proj_weight"):
             yield from (f"{name}.{inner}" for inner, _ in module.named_parameters())
 

@@ -152,8 +152,12 @@ class Architecture(Names):
         """The name of a module in the model of the installed transformers."""
         return self.today(f"{module}.weight").removesuffix(".weight")
 
-    def is_attention_output(self, disk_module: str) -> bool:
-        """Whether a module is the out_proj of torch's MultiheadAttention, by its siblings."""
+    def is_attention_output(self, module: str, disk_module: str) -> bool:
+        """Whether a module is the out_proj of torch's MultiheadAttention: by its parent's class, or
+        by its siblings on disk where no model can be built (a layer that is called may be stored
+        like one: RF-DETR, Step3)."""
+        if (kind := self.kind(module)) is not None:
+            return kind == "MultiheadAttention"
         parent, _, last = disk_module.rpartition(".")
         siblings = (f"{parent}.in_proj_weight", f"{parent}.q_proj_weight")
         return last == "out_proj" and any(name in self.base.tensors for name in siblings)

@@ -130,7 +130,7 @@ def _absent(pair: Pair, module: str) -> Finding:
 def _kind_problem(
     pair: Pair, module: str, origins: Sequence[Rows], shape: tuple[int, ...]
 ) -> Finding | None:
-    if pair.architecture.is_attention_output(origins[0].tensor.removesuffix(".weight")):
+    if pair.architecture.is_attention_output(module, origins[0].tensor.removesuffix(".weight")):
         return error(
             "attention-out-proj", module,
             "is the out_proj of nn.MultiheadAttention, whose forward ignores the adapter",

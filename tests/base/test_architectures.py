@@ -54,6 +54,8 @@ CAUSAL, BARE = "AutoModelForCausalLM", "AutoModel"
         ("zamba", CAUSAL),  # ties made of the config
         ("llama", "AutoModelForTokenClassification"),
         ("bert", "AutoModelForQuestionAnswering"),
+        ("tipsv2_text_model", BARE),  # out_proj called, stored like that of MultiheadAttention
+        ("rf_detr", BARE),
     ],
 )
 def test_one_of_each_group_equals_peft(model_type: str, auto: str, tmp_path: Path) -> None:
