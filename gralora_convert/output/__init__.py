@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         CastTensor,
         MergedTensor,
         PatchedTensor,
+        are_finite,
         taken,
     )
     from gralora_convert.output.workers import one_arithmetic_thread
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "New", "OutputFile", "Part",
     "PatchedTensor", "Plan", "Ranks", "adapter_card", "adapter_plan", "adapter_receipt_findings",
-    "checkpoint_receipt_findings", "config_like", "index_json", "index_name", "lay_out", "meeting",
-    "merged_card", "one_arithmetic_thread", "taken",
+    "are_finite", "checkpoint_receipt_findings", "config_like", "index_json", "index_name",
+    "lay_out", "meeting", "merged_card", "one_arithmetic_thread", "taken",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
@@ -34,7 +35,7 @@ __getattr__ = opened(__name__, {
     "ranks": "Ranks meeting",
     "receipt": "adapter_receipt_findings checkpoint_receipt_findings",
     "shards": "index_json index_name lay_out",
-    "tiles": "CastTensor MergedTensor PatchedTensor taken",
+    "tiles": "CastTensor MergedTensor PatchedTensor are_finite taken",
     "workers": "one_arithmetic_thread",
     "parts": "Computed Copied OutputFile Part",
 })  # fmt: skip

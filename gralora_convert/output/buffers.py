@@ -1,13 +1,16 @@
-"""The memory of workers, which is used again and again."""
+"""The memory of workers: what each uses again and again, and the factors that they share."""
 
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from gralora_convert.adapters import Update
 from gralora_convert.disk import TensorSpec, bytes_of, open_regular, pread_exact, read_into
 
 if TYPE_CHECKING:
     import torch
+
+    from gralora_convert.delta import Gralora, Lora, Stack
 
 
 class Buffer(NamedTuple):
@@ -53,3 +56,38 @@ class Buffers(threading.local):
         tensor = memory[:count].view(rows, columns)
         found = self._views[key] = Buffer(tensor, bytes_of(tensor))
         return found
+
+
+class Shared:
+    """An update with its factors, as they are and laid out for adding: read at its first use and
+    dropped after its last."""
+
+    def __init__(self, update: Update, uses: int) -> None:
+        self.update, self.rows, self._uses = update, update.in_order, uses
+        self._value: tuple[Gralora | Lora, Stack] | None = None
+        self._lock = threading.Lock()
+
+    def get(self, device: "torch.device", dtype: "torch.dtype") -> "tuple[Gralora | Lora, Stack]":
+        from gralora_convert.delta import Stack
+
+        with self._lock:
+            if self._value is None:
+                delta = self.update.delta(str(device))
+                stack = Stack(delta, dtype, transposed=self.update.transposed)
+                self._value = delta, stack
+            return self._value
+
+    def meet(self, start: int, stop: int) -> tuple[slice, int] | None:
+        """Which of the rows `start:stop` of the tensor it adds to, counted from `start`, and the
+        first row of its delta there."""
+        met = self.rows.meet(start, stop)
+        if met is None:
+            return None
+        assert isinstance(met[1], slice)  # in order
+        return met[0], met[1].start
+
+    def release(self) -> None:
+        with self._lock:
+            self._uses -= 1
+            if self._uses == 0:
+                self._value = None

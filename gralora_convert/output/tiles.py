@@ -29,54 +29,19 @@ from gralora_convert.disk import (
     torch_dtype,
 )
 from gralora_convert.errors import CheckFailedError, InvalidAdapterError, UnsupportedError
-from gralora_convert.output.buffers import Buffer, Buffers
+from gralora_convert.output.buffers import Buffer, Buffers, Shared
 from gralora_convert.output.parts import Account, Computed, Copied
 
 if TYPE_CHECKING:
     import torch
 
-    from gralora_convert.delta import Gralora, Lora, Stack, Survival
+    from gralora_convert.delta import Survival
 
 # Of sums. What fits a second-level cache is slower: small tiles make workers wait for Python's
 # lock, where most of a small tile's time goes.
 TILE_BYTES = 4 * 1024 * 1024
 CHECKED_SHARE = 64  # one row in so many is recomputed while it is hot
 PARTS = 4  # a tensor is checked in at least so many places
-
-
-class _Shared:
-    """An update with its factors, as they are and laid out for adding: read at its first use and
-    dropped after its last."""
-
-    def __init__(self, update: Update, uses: int) -> None:
-        self.update, self.rows, self._uses = update, update.in_order, uses
-        self._value: tuple[Gralora | Lora, Stack] | None = None
-        self._lock = threading.Lock()
-
-    def get(self, device: "torch.device", dtype: "torch.dtype") -> "tuple[Gralora | Lora, Stack]":
-        from gralora_convert.delta import Stack
-
-        with self._lock:
-            if self._value is None:
-                delta = self.update.delta(str(device))
-                stack = Stack(delta, dtype, transposed=self.update.transposed)
-                self._value = delta, stack
-            return self._value
-
-    def meet(self, start: int, stop: int) -> tuple[slice, int] | None:
-        """Which of the rows `start:stop` of the tensor it adds to, counted from `start`, and the
-        first row of its delta there."""
-        met = self.rows.meet(start, stop)
-        if met is None:
-            return None
-        assert isinstance(met[1], slice)  # in order
-        return met[0], met[1].start
-
-    def release(self) -> None:
-        with self._lock:
-            self._uses -= 1
-            if self._uses == 0:
-                self._value = None
 
 
 _buffers = Buffers()
@@ -276,7 +241,7 @@ class MergedTensor(_Tiles):
         self._checks = "F32" if DTYPE_BITS[dtype] == 16 and self._sums == "F32" else "F64"
         groups = max(PARTS, *(update.adapter.blocks for update in updates)) if check else 0
         self._checked = self._samples(min(groups, self.rows)) if groups else {}
-        self._shared = [_Shared(update, self.count) for update in updates]
+        self._shared = [Shared(update, self.count) for update in updates]
         self._lock = threading.Lock()
         self.worst = 0.0
         self.changed = False
@@ -328,12 +293,11 @@ class MergedTensor(_Tiles):
 
         start, stop = self.span(tile)
         stored = self.read(start, stop)
-        shared = [one for one in self._shared if one.meet(start, stop)]
         checked = self._checked.get(tile, ())
         try:
             before = [stored[sample].to(self.checks, copy=True) for sample in checked]
             unchanged = None if self.changed else stored.clone()
-            sums = self._sum(stored, start, stop, shared)
+            sums = self._sum(stored, start, stop)
             written = self.round(sums, lambda: self.read(start, stop))
             if unchanged is not None and not torch.equal(
                 unchanged.to(self.written), written.tensor
@@ -342,12 +306,28 @@ class MergedTensor(_Tiles):
             for sample, rows_before in zip(checked, before, strict=True):
                 self._check_rows(rows_before, written.tensor[sample], start + sample.start)
         finally:
-            for one in self._shared:
-                one.release()
+            self.release()
         return written.data
 
+    def remade(
+        self, start: int, stop: int, short: "torch.dtype | None" = None
+    ) -> tuple["torch.Tensor", memoryview]:
+        """The sums of rows `start:stop` and the bytes written for them, in this worker's buffers.
+        With `short`, updates are rounded to that dtype before they are added.
+
+        Raises:
+            CheckFailedError: as `round`.
+        """
+        sums = self._sum(self.read(start, stop), start, stop, short)
+        return sums, self.round(sums, lambda: self.read(start, stop)).data
+
+    def release(self) -> None:
+        """Lets go of factors after one tile."""
+        for one in self._shared:
+            one.release()
+
     def _sum(
-        self, stored: "torch.Tensor", start: int, stop: int, shared: Sequence[_Shared]
+        self, stored: "torch.Tensor", start: int, stop: int, short: "torch.dtype | None" = None
     ) -> "torch.Tensor":
         """Rows `start:stop` of base + updates; in place where the dtype allows it."""
         if self.device.type != "cpu":
@@ -357,10 +337,13 @@ class MergedTensor(_Tiles):
         else:
             sums = _buffers.get("sums", stop - start, self.columns, self.sums).tensor
             sums.copy_(stored)
-        for one in shared:
+        for one in self._shared:
             if met := one.meet(start, stop):
                 _, stack = one.get(self.device, self.sums)
-                stack.add_rows_(sums[met[0]], met[1], weight=one.update.weight)
+                into = sums[met[0]] if short is None else sums.new_zeros(sums[met[0]].shape)
+                stack.add_rows_(into, met[1], weight=one.update.weight)
+                if short is not None:
+                    sums[met[0]] += into.to(short)
         return sums
 
     def _samples(self, groups: int) -> dict[int, list[slice]]:
