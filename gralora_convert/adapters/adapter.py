@@ -15,7 +15,7 @@ from gralora_convert.adapters.config import (
     read_config,
     source_of,
 )
-from gralora_convert.adapters.contents import Places
+from gralora_convert.adapters.contents import contents_of
 from gralora_convert.adapters.folder import folder_of, read_weights
 from gralora_convert.adapters.keys import Role, parse_key
 from gralora_convert.adapters.rules import LARGEST_FLOAT32, way_out
@@ -291,14 +291,14 @@ def scan_adapter(path: str | Path) -> Scan:
         raise UnreadableError(f"cannot be read: {problem.strerror}", where=folder) from problem
     if file is None:
         return Scan(None, None, Report.of(findings))
-    places = Places(config, file)
-    report = Report.of([*findings, *places.findings])
+    held = contents_of(config, file)
+    report = Report.of([*findings, *held.findings])
     if not report.ok or config.config is None:
         return Scan(None, file, report)
     adapter = Adapter(
-        folder, config.config, config.dialect, file, tuple(sorted(places.roles, key=natural)),
-        places.roles, places.biases, places.saved, places.frozen, places.ignored,
-        tuple(places.unsupported), report.findings,
+        folder, config.config, config.dialect, file, tuple(sorted(held.roles, key=natural)),
+        held.roles, held.biases, held.saved, held.frozen, held.ignored,
+        tuple(held.unsupported), report.findings,
     )  # fmt: skip
     return Scan(adapter, file, report)
 

@@ -6,9 +6,8 @@ Names, shapes and dtypes only; no values.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import pairwise
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 from gralora_convert.adapters import shapes
 from gralora_convert.adapters.config import (
@@ -18,7 +17,7 @@ from gralora_convert.adapters.config import (
     LoraConfig,
     without_pipeline,
 )
-from gralora_convert.adapters.keys import Key, Role, parse_key
+from gralora_convert.adapters.keys import Key, Role, parse_key, spelling_findings
 from gralora_convert.adapters.rules import way_out
 from gralora_convert.adapters.targets import is_saved, select
 from gralora_convert.disk import TensorFile, TensorSpec
@@ -42,274 +41,341 @@ _TRAINING_ONLY = {
     "lora_monteclora_sampler": "the sampler of MonteCLoRA",
     "lora_velora_embed": "the projection of VeLoRA",
 }
+# Said of the first tensor only: the others show the same.
+_ONCE = frozenset(
+    {"key-pipeline-prefix", "peft-type-mismatch", "lora-sampler-ignored", "key-foreign-method"}
+)
 
 
-class Places:
-    """The places of the tensors of `file`, and all findings about them.
+@dataclass(slots=True)
+class Contents:
+    """The places of the tensors of a file, and all findings about them.
 
     `roles` maps module -> role -> tensor, `biases` module -> trained bias, `saved` parameter path
     -> full tensor, `frozen` parameter path -> copy of the base's, `ignored` key -> why it holds
-    nothing new;
-    `unsupported` names what makes a LoRA's update more than scaling * B @ A.
+    nothing new; `unsupported` names what makes a LoRA's update more than scaling * B @ A.
     """
 
-    def __init__(self, config: ConfigFile, file: TensorFile) -> None:
-        self.values, self.config, self.file = config.values, config.config, file
-        self.is_lora = self.values.get("peft_type") == "LORA"
-        self.bias = self.values.get("bias", "none")
-        self.findings: list[Finding] = []
-        self.roles: dict[str, dict[Role, TensorSpec]] = {}
-        self.biases: dict[str, TensorSpec] = {}
-        self.saved: dict[str, TensorSpec] = {}
-        self.frozen: dict[str, TensorSpec] = {}
-        self.ignored: dict[str, str] = {}
-        self.unsupported: dict[str, None] = {}
-        self._said: set[str] = set()
-        keys = [self._inner(parse_key(name)) for name in file.tensors if len(name) <= _LONGEST_KEY]
-        for name in file.tensors.keys() - {key.key for key in keys}:
-            self._say(error("tensor-unclaimed", name, f"is a name of {len(name)} characters"))
-        self._read_ahead(keys)
-        self.findings += _spelling_findings(keys)
-        for key in keys:
-            self._place(key, file.tensors[key.key])
-        self._check()
+    roles: dict[str, dict[Role, TensorSpec]] = field(default_factory=dict)
+    biases: dict[str, TensorSpec] = field(default_factory=dict)
+    saved: dict[str, TensorSpec] = field(default_factory=dict)
+    frozen: dict[str, TensorSpec] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    unsupported: dict[str, None] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
 
-    def _inner(self, key: Key) -> Key:
-        name = without_pipeline(key.name, self.values)
+
+@dataclass(frozen=True, slots=True)
+class _Put:
+    """The place of a tensor: a factor of a module, its bias, or a parameter in memory."""
+
+    where: Literal["factor", "biases", "saved", "frozen"]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Leave:
+    """A tensor that holds nothing new, or belongs to a `feature` that is not read here."""
+
+    reason: str
+    feature: str | None = None
+
+
+_Place = Iterator[_Put | _Leave | Finding]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the place of one key needs to know: the config, and what the other keys are."""
+
+    file: ConfigFile
+    parameters: frozenset[str]
+    has_embedding: bool
+    frozen_modules: frozenset[str]
+
+    @classmethod
+    def of(cls, file: ConfigFile, keys: Sequence[Key]) -> "_Known":
+        parameters = frozenset(key.name for key in keys if key.role == "parameter")
+        adapted = {key.name for key in keys if key.method is not None}
+        frozen = (
+            key.name for key in keys
+            if key.role == "base_weight" and key.name in adapted
+            and key.name.rpartition(".")[2] in _SAVED_TARGETS
+        )  # fmt: skip
+        has_embedding = any(map(_is_input_embedding, parameters))
+        return cls(file, parameters, has_embedding, frozenset(frozen))
+
+    @property
+    def is_lora(self) -> bool:
+        return self.file.values.get("peft_type") == "LORA"
+
+    @property
+    def bias(self) -> object:
+        return self.file.values.get("bias", "none")
+
+    def is_saved(self, parameter: str) -> bool:
+        return self.file.config is not None and bool(is_saved(self.file.config, parameter))
+
+
+def contents_of(config: ConfigFile, file: TensorFile) -> Contents:
+    """The places of the tensors of `file`, which stands beside `config`."""
+    held = Contents()
+    keys = [parse_key(name) for name in file.tensors if len(name) <= _LONGEST_KEY]
+    for name in file.tensors.keys() - {key.key for key in keys}:
+        held.findings.append(
+            error("tensor-unclaimed", name, f"is a name of {len(name)} characters")
+        )
+    for i, key in enumerate(keys):
+        name = without_pipeline(key.name, config.values)
         if name != key.name:
-            self._say(note(
+            held.findings.append(note(
                 "key-pipeline-prefix", key.key,
                 "is of a pipeline of sentence-transformers: names are read without "
                 f"{key.name.removesuffix(name)!r}",
-            ), once=True)  # fmt: skip
-        return replace(key, name=name)
-
-    def _read_ahead(self, keys: Sequence[Key]) -> None:
-        """What the place of one key needs to know about the others."""
-        parameters = {key.name for key in keys if key.role == "parameter"}
-        self._parameters = parameters
-        self._has_embedding = any(map(_is_input_embedding, parameters))
-        adapted = {key.name for key in keys if key.method is not None}
-        self._frozen_modules = {
-            key.name
-            for key in keys
-            if key.role == "base_weight"
-            and key.name in adapted
-            and key.name.rpartition(".")[2] in _SAVED_TARGETS
-        }
-
-    def _say(self, finding: Finding, *, once: bool = False) -> None:
-        if not once or finding.code not in self._said:
-            self.findings.append(finding)
-        self._said.add(finding.code)
-
-    # one tensor ----------------------------------------------------------------------------------
-
-    def _place(self, key: Key, spec: TensorSpec) -> None:
-        match key.role:
-            case "foreign":
-                self._place_foreign(key, spec)
-            case "bias":
-                self._place_bias(key, spec)
-            case "base_weight":
-                self._place_base_weight(key, spec)
-            case "parameter" if key.copy_of:
-                self._place_copy(key)
-            case "parameter":
-                self._place_parameter(key, spec)
-            case _:
-                self._place_factor(key, spec)
-
-    def _put(self, places: dict[K, TensorSpec], place: K, spec: TensorSpec) -> None:
-        if place in places:
-            self._say(error(
-                "key-duplicate-role", spec.name, f"means the same tensor as {places[place].name}",
-                "Keep one of them.",
             ))  # fmt: skip
-        places[place] = spec
+        keys[i] = replace(key, name=name)
+    held.findings += spelling_findings(keys)
+    known = _Known.of(config, keys)
+    for key in keys:
+        for place in _place(known, key):
+            _take(held, key, file.tensors[key.key], place)
+    _check(held, known, file)
+    held.findings = list(_said_once(held.findings))
+    return held
 
-    def _place_factor(self, key: Key, spec: TensorSpec) -> None:
-        if self.values and key.method == "lora" and not self.is_lora:
-            self._say_foreign(key)
-        elif key.method == "gralora" and self.is_lora:
-            self._say(error(
-                "peft-type-mismatch", key.key, "is a GraLoRA tensor, but peft_type is LORA",
-                "Set peft_type to GRALORA.",
-            ), once=True)  # fmt: skip
-        elif self.is_lora and "base_layer" in key.name.split("."):
-            self._leave(key, "factors of a layer inside another (attention, experts)")
-        else:
-            self._put(self.roles.setdefault(key.name, {}), key.role, spec)
 
-    def _leave(self, key: Key, feature: str) -> None:
-        """A tensor of a kind of LoRA that is not read here."""
-        self.unsupported[feature] = None
-        self.ignored[key.key] = f"belongs to {feature}"
+def _said_once(findings: Sequence[Finding]) -> Iterator[Finding]:
+    seen: set[str] = set()
+    for finding in findings:
+        if finding.code not in seen & _ONCE:
+            yield finding
+        seen.add(finding.code)
 
-    def _place_foreign(self, key: Key, spec: TensorSpec) -> None:
-        if self.config is not None and is_saved(self.config, key.name):
-            self._put(self.saved, key.name, spec)
-        elif self.is_lora and key.leaf in _TRAINING_ONLY:
-            self.ignored[key.key] = f"{_TRAINING_ONLY[key.leaf]}, which has no part in inference"
-            self._say(warning(
-                "lora-sampler-ignored", key.key, "is used in training only; it is left out"
-            ), once=True)  # fmt: skip
-        elif self.is_lora and key.leaf.startswith("trainable_tokens_"):
-            self._leave(key, "trainable_token_indices")
-        elif self.is_lora and key.leaf.startswith("lora_"):
-            self._leave(key, key.leaf)
-        else:
-            self._say_foreign(key)
 
-    def _say_foreign(self, key: Key) -> None:
-        if key.leaf.startswith("gralora_"):
-            self._say(error(
-                "key-leaf-unknown", key.key, "does not end as a tensor of GraLoRA does",
-                "gralora_A and gralora_B stand without '.weight', the general ones with it.",
-            ))  # fmt: skip
-        else:
-            self._say(error(
-                "key-foreign-method", key.key,
-                f"holds {key.leaf!r}: it belongs to another method than peft_type says",
-            ), once=True)  # fmt: skip
+# one tensor --------------------------------------------------------------------------------------
 
-    def _place_bias(self, key: Key, spec: TensorSpec) -> None:
-        if self.bias == "none" and key.name in self._frozen_modules:
-            self._freeze(key, f"{key.name}.bias", spec)
-            return
-        if self.bias == "none" and self.values:
-            self._say_bias(key)
-        self._put(self.biases, key.name, spec)
 
-    def _say_bias(self, key: Key) -> None:
-        self._say(error(
-            "bias-unexpected", key.key, "is a bias, but bias is 'none' in the config",
+def _take(held: Contents, key: Key, spec: TensorSpec, place: _Put | _Leave | Finding) -> None:
+    if isinstance(place, Finding):
+        held.findings.append(place)
+    elif isinstance(place, _Leave):
+        held.ignored[key.key] = place.reason
+        if place.feature is not None:
+            held.unsupported[place.feature] = None
+    elif place.where == "factor":
+        _put(held, held.roles.setdefault(place.name, {}), key.role, spec)
+    else:
+        _put(held, getattr(held, place.where), place.name, spec)
+
+
+def _put(held: Contents, places: dict[K, TensorSpec], place: K, spec: TensorSpec) -> None:
+    if place in places:
+        held.findings.append(error(
+            "key-duplicate-role", spec.name, f"means the same tensor as {places[place].name}",
+            "Keep one of them.",
+        ))  # fmt: skip
+    places[place] = spec
+
+
+def _place(known: _Known, key: Key) -> _Place:
+    match key.role:
+        case "foreign":
+            return _place_foreign(known, key)
+        case "bias":
+            return _place_bias(known, key)
+        case "base_weight":
+            return _place_base_weight(known, key)
+        case "parameter" if key.copy_of:
+            return _place_copy(known, key)
+        case "parameter":
+            return _place_parameter(known, key)
+    return _place_factor(known, key)
+
+
+def _place_factor(known: _Known, key: Key) -> _Place:
+    if known.file.values and key.method == "lora" and not known.is_lora:
+        yield _of_another_method(key)
+    elif key.method == "gralora" and known.is_lora:
+        yield error(
+            "peft-type-mismatch", key.key, "is a GraLoRA tensor, but peft_type is LORA",
+            "Set peft_type to GRALORA.",
+        )  # fmt: skip
+    elif known.is_lora and "base_layer" in key.name.split("."):
+        yield _feature("factors of a layer inside another (attention, experts)")
+    else:
+        yield _Put("factor", key.name)
+
+
+def _feature(name: str) -> _Leave:
+    """A tensor of a kind of LoRA that is not read here."""
+    return _Leave(f"belongs to {name}", name)
+
+
+def _place_foreign(known: _Known, key: Key) -> _Place:
+    if known.is_saved(key.name):
+        yield _Put("saved", key.name)
+    elif known.is_lora and key.leaf in _TRAINING_ONLY:
+        yield _Leave(f"{_TRAINING_ONLY[key.leaf]}, which has no part in inference")
+        yield warning("lora-sampler-ignored", key.key, "is used in training only; it is left out")
+    elif known.is_lora and key.leaf.startswith("trainable_tokens_"):
+        yield _feature("trainable_token_indices")
+    elif known.is_lora and key.leaf.startswith("lora_"):
+        yield _feature(key.leaf)
+    else:
+        yield _of_another_method(key)
+
+
+def _of_another_method(key: Key) -> Finding:
+    if key.leaf.startswith("gralora_"):
+        return error(
+            "key-leaf-unknown", key.key, "does not end as a tensor of GraLoRA does",
+            "gralora_A and gralora_B stand without '.weight', the general ones with it.",
+        )  # fmt: skip
+    return error(
+        "key-foreign-method", key.key,
+        f"holds {key.leaf!r}: it belongs to another method than peft_type says",
+    )  # fmt: skip
+
+
+def _place_bias(known: _Known, key: Key) -> _Place:
+    if known.bias == "none" and key.name in known.frozen_modules:
+        yield from _frozen(key, f"{key.name}.bias")
+        return
+    if known.bias == "none" and known.file.values:
+        yield _unexpected_bias(key)
+    yield _Put("biases", key.name)
+
+
+def _unexpected_bias(key: Key) -> Finding:
+    return error(
+        "bias-unexpected", key.key, "is a bias, but bias is 'none' in the config",
+        "PEFT would write it into the base.",
+    )  # fmt: skip
+
+
+def _place_base_weight(known: _Known, key: Key) -> _Place:
+    if key.name in known.frozen_modules:
+        yield from _frozen(key, f"{key.name}.weight")
+    else:
+        yield error(
+            "base-weight-in-adapter", key.key,
+            "is a base weight; PEFT would overwrite the base with it",
+        )  # fmt: skip
+
+
+def _frozen(key: Key, parameter: str) -> _Place:
+    yield _Put("frozen", parameter)
+    yield _Leave("a copy of the base's, which PEFT saves beside a targeted head")
+    yield note("embeddings-saved", key.key, "is a copy of the base's, which was not trained")
+
+
+def _place_copy(known: _Known, key: Key) -> _Place:
+    """A key inside the wrapper of a saved module: PEFT saves biases twice with bias='all', and
+    embeddings whose vocabulary was resized (0.21.2). It loads the bare name and no other."""
+    is_bias = key.name.rpartition(".")[2] == "bias" and known.bias == "all"
+    bare = known.parameters.intersection(key.copy_of)
+    if is_bias and bare:
+        yield _Leave("a second copy of a bias")
+        yield note("bias-saved-twice", key.key, "is a second copy; it is not used")
+    elif any(_is_input_embedding(name) or _is_output_embedding(name) for name in bare):
+        yield _Leave("a second copy of an embedding")
+        yield note("embeddings-saved", key.key, "is a second copy; it is not used")
+    else:
+        yield error(
+            "key-modules-to-save-infix", key.key, "holds the wrapper of a saved module; PEFT "
+            "saves the bare parameter name and cannot load this",
+        )  # fmt: skip
+
+
+def _place_parameter(known: _Known, key: Key) -> _Place:
+    is_bias = key.name.endswith(".bias")
+    if known.is_saved(key.name):
+        yield _Put("saved", key.name)
+    elif is_bias and known.bias == "all":
+        yield _Put("biases", key.name.removesuffix(".bias"))
+    elif _is_input_embedding(key.name) or (known.has_embedding and _is_output_embedding(key.name)):
+        yield _Put("saved", key.name)
+        yield note("embeddings-saved", key.key, "is a whole embedding; it replaces the base's")
+    elif known.file.config is None:
+        return  # what the config says about saved modules is not known
+    elif is_bias and known.bias == "none":
+        yield _unexpected_bias(key)
+    else:
+        yield error(
+            "tensor-unclaimed", key.key,
+            "is no tensor of the adapter: neither a factor nor a part of modules_to_save",
             "PEFT would write it into the base.",
+        )  # fmt: skip
+
+
+# all tensors -------------------------------------------------------------------------------------
+
+
+def _check(held: Contents, known: _Known, file: TensorFile) -> None:
+    config, values, findings = known.file.config, known.file.values, held.findings
+    factors = [spec for roles in held.roles.values() for spec in roles.values()]
+    findings += shapes.tensor_findings(factors, held.biases.values(), held.saved.values())
+    try:
+        if known.is_lora:
+            lora = config if isinstance(config, LoraConfig) else None
+            findings += shapes.lora_shape_findings(held.roles, lora)
+        elif values:
+            findings += shapes.gralora_shape_findings(held.roles, values)
+        findings += [] if config is None else _target_findings(held, config)
+    except UnsupportedError as problem:  # a pattern that cannot be carried out
+        findings.append(error("target-regex-invalid", CONFIG_NAME, problem.message, problem.hint))
+    if isinstance(config, LoraConfig):
+        _check_features(held, config)
+    wrong = any(finding.severity == "error" for finding in findings)
+    if not held.roles and not held.unsupported and config is not None and not wrong:
+        findings.append(error("missing-tensor", file.path.name, "holds no factors at all"))
+
+
+def _check_features(held: Contents, config: LoraConfig) -> None:
+    for feature in config.unsupported_features():
+        held.unsupported[feature] = None
+    present = {role for roles in held.roles.values() for role in roles}
+    for role, feature in (
+        ("magnitude", "use_dora"), ("lora_bias", "lora_bias"), ("embedding_A", "embeddings"),
+    ):  # fmt: skip
+        if role in present:
+            held.unsupported[feature] = None
+    if any(shapes.is_convolution(roles) for roles in held.roles.values()):
+        held.unsupported["convolutions"] = None
+    for feature in held.unsupported:
+        held.findings.append(warning(
+            "lora-feature-unsupported", CONFIG_NAME,
+            f"{feature}: the update is more than scaling * B @ A, which is not supported",
+            way_out(feature),
         ))  # fmt: skip
 
-    def _place_base_weight(self, key: Key, spec: TensorSpec) -> None:
-        if key.name in self._frozen_modules:
-            self._freeze(key, f"{key.name}.weight", spec)
-        else:
-            self._say(error(
-                "base-weight-in-adapter", key.key,
-                "is a base weight; PEFT would overwrite the base with it",
-            ))  # fmt: skip
 
-    def _freeze(self, key: Key, parameter: str, spec: TensorSpec) -> None:
-        self.frozen[parameter] = spec
-        self.ignored[key.key] = "a copy of the base's, which PEFT saves beside a targeted head"
-        self._say(
-            note("embeddings-saved", key.key, "is a copy of the base's, which was not trained")
-        )
-
-    def _place_copy(self, key: Key) -> None:
-        """A key inside the wrapper of a saved module: PEFT saves biases twice with bias='all', and
-        embeddings whose vocabulary was resized (0.21.2). It loads the bare name and no other."""
-        is_bias = key.name.rpartition(".")[2] == "bias" and self.bias == "all"
-        bare = self._parameters.intersection(key.copy_of)
-        if is_bias and bare:
-            self.ignored[key.key] = "a second copy of a bias"
-            self._say(note("bias-saved-twice", key.key, "is a second copy; it is not used"))
-        elif any(_is_input_embedding(name) or _is_output_embedding(name) for name in bare):
-            self.ignored[key.key] = "a second copy of an embedding"
-            self._say(note("embeddings-saved", key.key, "is a second copy; it is not used"))
-        else:
-            self._say(error(
-                "key-modules-to-save-infix", key.key, "holds the wrapper of a saved module; PEFT "
-                "saves the bare parameter name and cannot load this",
-            ))  # fmt: skip
-
-    def _place_parameter(self, key: Key, spec: TensorSpec) -> None:
-        if self.config is not None and is_saved(self.config, key.name):
-            self._put(self.saved, key.name, spec)
-        elif key.name.endswith(".bias") and self.bias == "all":
-            self._put(self.biases, key.name.removesuffix(".bias"), spec)
-        elif _is_input_embedding(key.name) or (
-            self._has_embedding and _is_output_embedding(key.name)
-        ):
-            self._put(self.saved, key.name, spec)
-            self._say(note(
-                "embeddings-saved", key.key, "is a whole embedding; it replaces the base's"
-            ))  # fmt: skip
-        elif self.config is None:
-            return  # what the config says about saved modules is not known
-        elif key.name.endswith(".bias") and self.bias == "none":
-            self._say_bias(key)
-        else:
-            self._say(error(
-                "tensor-unclaimed", key.key,
-                "is no tensor of the adapter: neither a factor nor a part of modules_to_save",
-                "PEFT would write it into the base.",
-            ))  # fmt: skip
-
-    # all tensors ---------------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        factors = [spec for roles in self.roles.values() for spec in roles.values()]
-        self.findings += shapes.tensor_findings(factors, self.biases.values(), self.saved.values())
-        try:
-            if self.is_lora:
-                config = self.config if isinstance(self.config, LoraConfig) else None
-                self.findings += shapes.lora_shape_findings(self.roles, config)
-            elif self.values:
-                self.findings += shapes.gralora_shape_findings(self.roles, self.values)
-            self.findings += self._target_findings()
-        except UnsupportedError as problem:  # a pattern that cannot be carried out
-            self._say(error("target-regex-invalid", CONFIG_NAME, problem.message, problem.hint))
-        if isinstance(self.config, LoraConfig):
-            self._check_features(self.config)
-        wrong = any(finding.severity == "error" for finding in self.findings)
-        if not self.roles and not self.unsupported and self.config is not None and not wrong:
-            self._say(error("missing-tensor", self.file.path.name, "holds no factors at all"))
-
-    def _check_features(self, config: LoraConfig) -> None:
-        for feature in config.unsupported_features():
-            self.unsupported[feature] = None
-        present = {role for roles in self.roles.values() for role in roles}
-        for role, feature in (
-            ("magnitude", "use_dora"), ("lora_bias", "lora_bias"), ("embedding_A", "embeddings"),
-        ):  # fmt: skip
-            if role in present:
-                self.unsupported[feature] = None
-        if any(shapes.is_convolution(roles) for roles in self.roles.values()):
-            self.unsupported["convolutions"] = None
-        for feature in self.unsupported:
-            self._say(warning(
-                "lora-feature-unsupported", CONFIG_NAME,
-                f"{feature}: the update is more than scaling * B @ A, which is not supported",
-                way_out(feature),
-            ))  # fmt: skip
-
-    def _target_findings(self) -> Iterator[Finding]:
-        config = self.config
-        if config is None:
-            return
-        targets = config.target_modules
-        if targets is None:
-            if not self.unsupported and not _has_other_targets(config):
-                yield error(
-                    "target-modules-null", CONFIG_NAME,
-                    "target_modules is null; PEFT would adapt the architecture's default modules",
-                    "Name the modules that were trained.",
-                )  # fmt: skip
-            return
-        if (isinstance(targets, str) and targets.lower() == "all-linear") or not self.roles:
-            return
-        chosen = set(select(config, self.roles))
-        if not chosen:
+def _target_findings(held: Contents, config: GraloraConfig | LoraConfig) -> Iterator[Finding]:
+    targets = config.target_modules
+    if targets is None:
+        if not held.unsupported and not _has_other_targets(config):
             yield error(
-                "target-matches-nothing", CONFIG_NAME,
-                f"target_modules {targets!r} selects none of the {len(self.roles)} modules here",
+                "target-modules-null", CONFIG_NAME,
+                "target_modules is null; PEFT would adapt the architecture's default modules",
+                "Name the modules that were trained.",
             )  # fmt: skip
-            return
-        others = () if _has_other_targets(config) else self.roles
-        for module in others:
-            if module not in chosen:
-                yield error(
-                    "tensors-without-target", module,
-                    "has tensors, but the config does not select it; PEFT would ignore them",
-                )  # fmt: skip
+        return
+    if (isinstance(targets, str) and targets.lower() == "all-linear") or not held.roles:
+        return
+    chosen = set(select(config, held.roles))
+    if not chosen:
+        yield error(
+            "target-matches-nothing", CONFIG_NAME,
+            f"target_modules {targets!r} selects none of the {len(held.roles)} modules here",
+        )  # fmt: skip
+        return
+    others = () if _has_other_targets(config) else held.roles
+    for module in others:
+        if module not in chosen:
+            yield error(
+                "tensors-without-target", module,
+                "has tensors, but the config does not select it; PEFT would ignore them",
+            )  # fmt: skip
 
 
 def _is_input_embedding(parameter: str) -> bool:
@@ -323,63 +389,3 @@ def _is_output_embedding(parameter: str) -> bool:
 
 def _has_other_targets(config: GraloraConfig | LoraConfig) -> bool:
     return isinstance(config, LoraConfig) and bool(config.extra.get("target_parameters"))
-
-
-def _is_compiled_layer(key: Key) -> bool:
-    """Whether its only wrappers are those of layers that were compiled one by one."""
-    words = key.key.split(".")
-    before = [one for one, word in pairwise(words) if word == "_orig_mod"]
-    return (
-        key.wrappers == ("_orig_mod",)
-        and words[0] != "_orig_mod"
-        and all(map(str.isdecimal, before))
-    )
-
-
-def _spelling_findings(keys: Sequence[Key]) -> Iterator[Finding]:
-    """Spellings that PEFT would not load; they are read here all the same, to be named."""
-    bare = [key for key in keys if not key.prefixed]
-    if bare:
-        yield error(
-            "key-prefix-missing", bare[0].key,
-            f"{len(bare)} of {len(keys)} keys lack the prefix 'base_model.model.'; PEFT would not "
-            "load them",
-            "Rename them, or save with PeftModel.save_pretrained.",
-        )  # fmt: skip
-    wrapped = [key for key in keys if key.wrappers]
-    if wrapped and all(map(_is_compiled_layer, wrapped)):
-        # a model that is compiled in the same way loads them
-        yield warning(
-            "key-wrapper-prefix", wrapped[0].key,
-            f"{len(wrapped)} of {len(keys)} keys name layers that are compiled one by one; they "
-            "are read without _orig_mod",
-            "Save the model that was not compiled, if others are to load it.",
-        )  # fmt: skip
-    elif wrapped:
-        yield error(
-            "key-wrapper-prefix", wrapped[0].key,
-            f"{len(wrapped)} of {len(keys)} keys hold {', '.join(wrapped[0].wrappers)} of a "
-            "wrapped model; PEFT would not load them",
-            "Save the unwrapped model.",
-        )  # fmt: skip
-    elif keys and all(key.name.startswith("module.") for key in keys):
-        # not an error: a model may have a child that is really called so, which the base shows
-        yield warning(
-            "key-wrapper-prefix", keys[0].key,
-            "every module is below 'module', as in a model that DistributedDataParallel wraps; "
-            "PEFT loads it into a model of the same names only",
-            "Save the unwrapped model.",
-        )  # fmt: skip
-    named: dict[str, list[str]] = {}
-    for key in keys:
-        if key.adapter_name is not None:
-            named.setdefault(key.adapter_name, []).append(key.key)
-    for name, (example, *others) in named.items():
-        what = f"{1 + len(others)} of {len(keys)} keys hold the adapter name {name!r}"
-        if name == "default":
-            yield warning("key-adapter-name", example, f"{what}; PEFT reads them only as such")
-        else:
-            yield error(
-                "key-adapter-name", example, f"{what}; PEFT would not load them",
-                "Save with PeftModel.save_pretrained.",
-            )  # fmt: skip

@@ -8,11 +8,12 @@ Grammar of PEFT 0.21.2 (utils/save_and_load.py, tuners/gralora/layer.py, tuners/
 Keys are parsed from the right, because a module may itself be called `gralora_A` or `default`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
-from gralora_convert.errors import UnsupportedError
+from gralora_convert.errors import Finding, UnsupportedError, error, warning
 
 Role = Literal[
     "A", "B", "general_A", "general_B", "bias", "base_weight", "lora_bias", "magnitude",
@@ -180,3 +181,63 @@ def _copied(words: Sequence[str]) -> tuple[str, ...]:
 
 def _is_foreign(word: str) -> bool:
     return word in _FOREIGN or word.startswith(_FOREIGN_STARTS)
+
+
+def _is_compiled_layer(key: Key) -> bool:
+    """Whether its only wrappers are those of layers that were compiled one by one."""
+    words = key.key.split(".")
+    before = [one for one, word in pairwise(words) if word == "_orig_mod"]
+    return (
+        key.wrappers == ("_orig_mod",)
+        and words[0] != "_orig_mod"
+        and all(map(str.isdecimal, before))
+    )
+
+
+def spelling_findings(keys: Sequence[Key]) -> Iterator[Finding]:
+    """Spellings that PEFT would not load; they are read here all the same, to be named."""
+    bare = [key for key in keys if not key.prefixed]
+    if bare:
+        yield error(
+            "key-prefix-missing", bare[0].key,
+            f"{len(bare)} of {len(keys)} keys lack the prefix 'base_model.model.'; PEFT would not "
+            "load them",
+            "Rename them, or save with PeftModel.save_pretrained.",
+        )  # fmt: skip
+    wrapped = [key for key in keys if key.wrappers]
+    if wrapped and all(map(_is_compiled_layer, wrapped)):
+        # a model that is compiled in the same way loads them
+        yield warning(
+            "key-wrapper-prefix", wrapped[0].key,
+            f"{len(wrapped)} of {len(keys)} keys name layers that are compiled one by one; they "
+            "are read without _orig_mod",
+            "Save the model that was not compiled, if others are to load it.",
+        )  # fmt: skip
+    elif wrapped:
+        yield error(
+            "key-wrapper-prefix", wrapped[0].key,
+            f"{len(wrapped)} of {len(keys)} keys hold {', '.join(wrapped[0].wrappers)} of a "
+            "wrapped model; PEFT would not load them",
+            "Save the unwrapped model.",
+        )  # fmt: skip
+    elif keys and all(key.name.startswith("module.") for key in keys):
+        # not an error: a model may have a child that is really called so, which the base shows
+        yield warning(
+            "key-wrapper-prefix", keys[0].key,
+            "every module is below 'module', as in a model that DistributedDataParallel wraps; "
+            "PEFT loads it into a model of the same names only",
+            "Save the unwrapped model.",
+        )  # fmt: skip
+    named: dict[str, list[str]] = {}
+    for key in keys:
+        if key.adapter_name is not None:
+            named.setdefault(key.adapter_name, []).append(key.key)
+    for name, (example, *others) in named.items():
+        what = f"{1 + len(others)} of {len(keys)} keys hold the adapter name {name!r}"
+        if name == "default":
+            yield warning("key-adapter-name", example, f"{what}; PEFT reads them only as such")
+        else:
+            yield error(
+                "key-adapter-name", example, f"{what}; PEFT would not load them",
+                "Save with PeftModel.save_pretrained.",
+            )  # fmt: skip

@@ -153,14 +153,12 @@ class Architecture(Names):
         return self.today(f"{module}.weight").removesuffix(".weight")
 
     def is_attention_output(self, module: str, disk_module: str) -> bool:
-        """Whether a module is the out_proj of torch's MultiheadAttention: by its parent's class, or
-        by its siblings on disk where no model can be built (a layer that is called may be stored
-        like one: RF-DETR, Step3)."""
-        if (kind := self.kind(module)) is not None:
-            return kind == "MultiheadAttention"
+        """Whether a module is the out_proj of torch's MultiheadAttention: by its siblings on disk,
+        unless its class says that it is called (RF-DETR and Step3 are stored like one)."""
         parent, _, last = disk_module.rpartition(".")
         siblings = (f"{parent}.in_proj_weight", f"{parent}.q_proj_weight")
-        return last == "out_proj" and any(name in self.base.tensors for name in siblings)
+        alike = last == "out_proj" and any(name in self.base.tensors for name in siblings)
+        return alike and self.kind(module) in (None, "MultiheadAttention")
 
     def is_uncalled(self, module: str) -> bool:
         """Whether the model's forward never calls what has the layer's name, so that an adapter

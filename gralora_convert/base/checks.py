@@ -9,7 +9,7 @@ from gralora_convert.base.edits import head_class, sizes, updated, vocabulary_ed
 from gralora_convert.base.modules import Pair
 from gralora_convert.base.names import near_misses
 from gralora_convert.base.recipe import Target
-from gralora_convert.base.replacements import Values
+from gralora_convert.base.replacements import Replacements
 from gralora_convert.base.scales import plain_dtype, plain_tensors
 from gralora_convert.base.ties import Settlement
 from gralora_convert.disk import FLOATING, WRITTEN
@@ -128,7 +128,7 @@ def orientation(pair: Pair, targets: Collection[Target]) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def config_beside(pair: Pair, values: Values) -> Iterator[Finding]:
+def config_beside(pair: Pair, values: Replacements) -> Iterator[Finding]:
     """A merge takes the `config.json` beside the adapter: it must describe the same tensors."""
     own, beside = pair.base.config, pair.adapter.model_config
     if not beside or beside.get("model_type") != pair.base.model_type:
@@ -147,7 +147,7 @@ def config_beside(pair: Pair, values: Values) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def head(pair: Pair, values: Values) -> Iterator[Finding]:
+def head(pair: Pair, values: Replacements) -> Iterator[Finding]:
     """The class of the merged model reads settings that the base's own may not read."""
     if values.head_rows is None or not (name := head_class(pair.architecture)):
         return

@@ -21,7 +21,12 @@ from gralora_convert.base.quantisation import (
 )
 from gralora_convert.base.reading import NOTHING_SAID, Reading
 from gralora_convert.base.recipe import Placement, Target
-from gralora_convert.base.replacements import Values
+from gralora_convert.base.replacements import (
+    Replacements,
+    head_findings,
+    missing_bias,
+    replacements_of,
+)
 from gralora_convert.base.sets import stray_adapter
 from gralora_convert.base.ties import Claims, Settlement, settle
 from gralora_convert.disk import Checkpoint
@@ -57,14 +62,14 @@ def place(
     )  # fmt: skip
     if architecture.rivals is not None:
         return None, Report.of([architecture.rivals])
-    values = Values(adapter, architecture)
+    values = replacements_of(adapter, architecture)
     pair = Pair(adapter, architecture, values.frozen)
     findings, settlement = _settled(pair, values)
     report = Report.of(findings)
     return (_placement(pair, values, settlement, report) if report.ok else None), report
 
 
-def _settled(pair: Pair, values: Values) -> tuple[list[Finding], Settlement]:
+def _settled(pair: Pair, values: Replacements) -> tuple[list[Finding], Settlement]:
     """All that is found, and the claims on tensors of the base, settled."""
     adapter, architecture, base = pair.adapter, pair.architecture, pair.base
     findings = [*checks.unused(pair), *extra_findings(adapter), *stray_adapter(base)]
@@ -81,9 +86,10 @@ def _settled(pair: Pair, values: Values) -> tuple[list[Finding], Settlement]:
     if targets or not problems:  # else nothing fits, and the modules say so
         findings += [*checks.selected(pair), *checks.orientation(pair, targets.values())]
         findings += checks.config_beside(pair, values)
-        values.check_head()
         findings += checks.head(pair, values)
-        values.check_biases([target.module for target in targets.values()])
+        values.findings += head_findings(values)
+        if lost := missing_bias(values, [target.module for target in targets.values()]):
+            values.findings.append(lost)
     claims = Claims(targets, values.trained, values.frozen, frozenset(values.in_place))
     settlement = settle(claims, architecture)
     findings += [*values.findings, *settlement.findings]
@@ -104,7 +110,9 @@ def place_in(adapter: Adapter, base: Checkpoint, reading: Reading = NOTHING_SAID
     return placement
 
 
-def _placement(pair: Pair, values: Values, settlement: Settlement, report: Report) -> Placement:
+def _placement(
+    pair: Pair, values: Replacements, settlement: Settlement, report: Report
+) -> Placement:
     architecture, config = pair.architecture, pair.base.config
     edits = {} if values.vocabulary is None else vocabulary_edits(config, *values.vocabulary)
     edits = tie_edits(config, settlement.flags, edits)

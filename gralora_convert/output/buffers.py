@@ -2,17 +2,18 @@
 
 import threading
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from gralora_convert.disk import TensorSpec, bytes_of, open_regular, pread_exact, read_into
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Buffer(NamedTuple):
     """A matrix in memory that is used again, and its bytes."""
 
-    tensor: torch.Tensor
+    tensor: "torch.Tensor"
     data: memoryview
 
 
@@ -37,7 +38,9 @@ class Buffers(threading.local):
             self._file, self._path = open_regular(spec.file), spec.file
         pread_exact(self._file.fileno(), buffer, spec.offset + start, spec.file)
 
-    def get(self, purpose: str, rows: int, columns: int, dtype: torch.dtype) -> Buffer:
+    def get(self, purpose: str, rows: int, columns: int, dtype: "torch.dtype") -> Buffer:
+        import torch
+
         key = (purpose, dtype, rows, columns)
         found = self._views.get(key)
         if found is not None:

@@ -56,7 +56,8 @@ class Plan:
     `CheckFailedError`, and what it returns is written into the output and returned by `write`.
     `settings` is what decides the bytes beside files and inputs. `resumable` says that everything
     which making a tensor finds out is in the account of its part, so that others may make it.
-    `meanwhile` is called once while tensors are made: work that the receipt needs done.
+    `prepare` is called once, in a thread of its own: what computing a tensor waits for, and copying
+    does not. `meanwhile` is called once while tensors are made: work that the receipt needs done.
     """
 
     command: str
@@ -69,6 +70,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     resumable: bool = False
+    prepare: Callable[[], object] = lambda: None
     meanwhile: Callable[[], object] = lambda: None
 
     def __repr__(self) -> str:
@@ -260,6 +262,7 @@ class Plan:
             progress=progress,
             journal=Journal(folder, plan) if self.resumable else None,
             tick=others.require_others,
+            prepare=self.prepare,
             meanwhile=self.meanwhile if others.ranks.is_leader else lambda: None,
         )
         for file in self.inputs:

@@ -2,28 +2,18 @@
 
 The workers of a plan call `MergedTensor.produce` for different tiles at the same time. Factors are
 read when the first tile of a tensor needs them and dropped after its last; stored bytes and sums
-live in buffers that each worker uses again and again.
+live in buffers that each worker uses again and again. Headers say how a tensor is cut; torch is
+imported for the first tile.
 """
 
 import dataclasses
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import torch
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from gralora_convert.adapters import Update
-from gralora_convert.delta import (
-    Addend,
-    Gralora,
-    Lora,
-    Stack,
-    Survival,
-    compare,
-    device_for,
-    is_finite,
-)
 from gralora_convert.disk import (
     DTYPE_BITS,
     FLOATING,
@@ -33,6 +23,7 @@ from gralora_convert.disk import (
     apply_scales,
     bytes_of,
     decode,
+    dtype_name,
     largest_magnitude,
     read_torch,
     torch_dtype,
@@ -40,6 +31,11 @@ from gralora_convert.disk import (
 from gralora_convert.errors import CheckFailedError, InvalidAdapterError, UnsupportedError
 from gralora_convert.output.buffers import Buffer, Buffers
 from gralora_convert.output.parts import Account, Computed, Copied
+
+if TYPE_CHECKING:
+    import torch
+
+    from gralora_convert.delta import Gralora, Lora, Stack, Survival
 
 # Of sums. What fits a second-level cache is slower: small tiles make workers wait for Python's
 # lock, where most of a small tile's time goes.
@@ -52,17 +48,18 @@ class _Shared:
     """An update with its factors, as they are and laid out for adding: read at its first use and
     dropped after its last."""
 
-    def __init__(self, update: Update, device: str, dtype: torch.dtype, uses: int) -> None:
-        self.update, self.rows = update, update.in_order
-        self._device, self._dtype, self._uses = device, dtype, uses
+    def __init__(self, update: Update, uses: int) -> None:
+        self.update, self.rows, self._uses = update, update.in_order, uses
         self._value: tuple[Gralora | Lora, Stack] | None = None
         self._lock = threading.Lock()
 
-    def get(self) -> tuple[Gralora | Lora, Stack]:
+    def get(self, device: "torch.device", dtype: "torch.dtype") -> "tuple[Gralora | Lora, Stack]":
+        from gralora_convert.delta import Stack
+
         with self._lock:
             if self._value is None:
-                delta = self.update.delta(self._device)
-                stack = Stack(delta, self._dtype, transposed=self.update.transposed)
+                delta = self.update.delta(str(device))
+                stack = Stack(delta, dtype, transposed=self.update.transposed)
                 self._value = delta, stack
             return self._value
 
@@ -99,15 +96,22 @@ class _Tiles:
         self.spec, self.dtype = spec, dtype
         self.columns = math.prod(spec.shape[1:]) if spec.shape else 1
         self.rows = spec.shape[0] if spec.shape else 1
-        self.stored, self.written = torch_dtype(spec.read_as), torch_dtype(dtype)
-        wide = torch.float64 in (self.stored, self.written)
-        self.sums = torch.float64 if wide else torch.float32
-        # of checked rows; float32 is exact enough for a rounding to 16 bits (`tolerance` allows)
-        short = self.written.itemsize == 2 and not wide
-        self.checks = torch.float32 if short else torch.float64
-        row_bytes = self.columns * self.sums.itemsize
+        self._sums = "F64" if "F64" in (spec.read_as, dtype) else "F32"
+        row_bytes = self.columns * DTYPE_BITS[self._sums] // 8
         self.tile_rows = max(1, min(self.rows, TILE_BYTES // max(row_bytes, 1)))
         self.count = math.ceil(self.rows / self.tile_rows)
+
+    @cached_property
+    def stored(self) -> "torch.dtype":
+        return torch_dtype(self.spec.read_as)
+
+    @cached_property
+    def written(self) -> "torch.dtype":
+        return torch_dtype(self.dtype)
+
+    @cached_property
+    def sums(self) -> "torch.dtype":
+        return torch_dtype(self._sums)
 
     def source(self) -> Computed:
         size = self.tile_rows * self.row_bytes
@@ -134,9 +138,11 @@ class _Tiles:
         start = tile * self.tile_rows
         return start, min(start + self.tile_rows, self.rows)
 
-    def read(self, start: int, stop: int, purpose: str = "stored") -> torch.Tensor:
+    def read(self, start: int, stop: int, purpose: str = "stored") -> "torch.Tensor":
         """Rows `start:stop` as stored (codes: as what they mean), in this worker's buffer for that
         purpose."""
+        import torch
+
         stored = _buffers.get(purpose, stop - start, self.columns, self.stored)
         if self.spec.scale is not None:
             codes = _buffers.get("codes", stop - start, self.columns, torch.int8)
@@ -151,8 +157,8 @@ class _Tiles:
 
     def round(
         self,
-        sums: torch.Tensor,
-        stored: Callable[[], torch.Tensor],
+        sums: "torch.Tensor",
+        stored: "Callable[[], torch.Tensor]",
         *,
         keep_infinite: bool = False,
     ) -> Buffer:
@@ -163,21 +169,23 @@ class _Tiles:
         Raises:
             CheckFailedError: a sum is no number or exceeds that dtype.
         """
+        import torch
+
         if self.written == sums.dtype and sums.device.type == "cpu":
             written = Buffer(sums, bytes_of(sums))
         else:
             written = _buffers.get("written", len(sums), self.columns, self.written)
             written.tensor.copy_(sums)
-        if are_finite(written.data, self.written):
+        if are_finite(written.data, self.dtype):
             return written
         was_finite = stored().isfinite()
         if keep_infinite and torch.equal(was_finite, written.tensor.isfinite()):
             return written
         if bool(was_finite.all()):
             largest = torch.finfo(self.written).max
+            name = dtype_name(self.written)
             raise CheckFailedError(
-                f"the result exceeds the largest {_name(self.written)} ({largest:g}) or is not a "
-                "number",
+                f"the result exceeds the largest {name} ({largest:g}) or is not a number",
                 where=self.spec.name,
                 hint="Write a wider dtype (`dtype='float32'`), or check the adapter's values.",
             )
@@ -210,8 +218,10 @@ def taken(spec: TensorSpec, dtype: str) -> Copied | Computed:
     return TrainedTensor(spec, dtype).source()
 
 
-def _require_finite(values: torch.Tensor, spec: TensorSpec) -> None:
+def _require_finite(values: "torch.Tensor", spec: TensorSpec) -> None:
     """Raises `InvalidAdapterError` for trained values that are no numbers."""
+    from gralora_convert.delta import is_finite
+
     if not is_finite(values):
         raise InvalidAdapterError(
             f"{spec.name}: holds NaN or infinity", where=spec.file,
@@ -261,20 +271,35 @@ class MergedTensor(_Tiles):
         check: bool = True,
     ) -> None:
         super().__init__(spec, dtype)
-        self.updates = tuple(updates)
-        wide = self.checks == torch.float64 or any(update.is_wide for update in updates)
-        self.device = at = device_for(device, torch.float64 if wide else torch.float32)
+        self.updates, self._device = tuple(updates), device
+        # of checked rows; float32 is exact enough for a rounding to 16 bits (`tolerance` allows)
+        self._checks = "F32" if DTYPE_BITS[dtype] == 16 and self._sums == "F32" else "F64"
         groups = max(PARTS, *(update.adapter.blocks for update in updates)) if check else 0
         self._checked = self._samples(min(groups, self.rows)) if groups else {}
-        self._shared = [_Shared(update, str(at), self.sums, self.count) for update in updates]
+        self._shared = [_Shared(update, self.count) for update in updates]
         self._lock = threading.Lock()
         self.worst = 0.0
         self.changed = False
         self._kept: dict[int, Survival] = {}  # by first row, so that threads do not change sums
+        if device != "cpu":
+            self.device  # noqa: B018 - refused now if there is none
+
+    @cached_property
+    def checks(self) -> "torch.dtype":
+        return torch_dtype(self._checks)
+
+    @cached_property
+    def device(self) -> "torch.device":
+        from gralora_convert.delta import device_for
+
+        wide = self._checks == "F64" or any(update.is_wide for update in self.updates)
+        return device_for(self._device, torch_dtype("F64" if wide else "F32"))
 
     @property
-    def survival(self) -> Survival:
+    def survival(self) -> "Survival":
         """What rounding kept of the update, over the rows that were checked."""
+        from gralora_convert.delta import Survival
+
         return sum((self._kept[row] for row in sorted(self._kept)), Survival())
 
     @property
@@ -293,10 +318,14 @@ class MergedTensor(_Tiles):
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Learns what another run or rank has found out about some of the tiles."""
+        from gralora_convert.delta import Survival
+
         self.worst, self.changed = max(self.worst, saved["worst"]), self.changed or saved["changed"]
         self._kept |= {int(row): Survival(*found) for row, found in saved["kept"].items()}
 
     def produce(self, tile: int) -> memoryview:
+        import torch
+
         start, stop = self.span(tile)
         stored = self.read(start, stop)
         shared = [one for one in self._shared if one.meet(start, stop)]
@@ -318,8 +347,8 @@ class MergedTensor(_Tiles):
         return written.data
 
     def _sum(
-        self, stored: torch.Tensor, start: int, stop: int, shared: Sequence[_Shared]
-    ) -> torch.Tensor:
+        self, stored: "torch.Tensor", start: int, stop: int, shared: Sequence[_Shared]
+    ) -> "torch.Tensor":
         """Rows `start:stop` of base + updates; in place where the dtype allows it."""
         if self.device.type != "cpu":
             sums = stored.to(self.device, self.sums)
@@ -330,7 +359,7 @@ class MergedTensor(_Tiles):
             sums.copy_(stored)
         for one in shared:
             if met := one.meet(start, stop):
-                _, stack = one.get()
+                _, stack = one.get(self.device, self.sums)
                 stack.add_rows_(sums[met[0]], met[1], weight=one.update.weight)
         return sums
 
@@ -350,11 +379,15 @@ class MergedTensor(_Tiles):
             samples.setdefault(tile, []).append(slice(start, min(start + count, last - first)))
         return samples
 
-    def _check_rows(self, before: torch.Tensor, written: torch.Tensor, start: int) -> None:
+    def _check_rows(self, before: "torch.Tensor", written: "torch.Tensor", start: int) -> None:
         """Compares checked rows (from row `start` of the tensor) with base + delta, in `checks`."""
+        from gralora_convert.delta import Addend, compare
+
         stop = start + len(before)
         addends = [
-            Addend(one.get()[0], *met, one.update.transposed, one.update.weight)
+            Addend(
+                one.get(self.device, self.sums)[0], *met, one.update.transposed, one.update.weight
+            )
             for one in self._shared
             if (met := one.meet(start, stop))
         ]
@@ -368,21 +401,11 @@ class MergedTensor(_Tiles):
             self._kept[start] = found.survival
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-_INFINITY = {
-    torch.float64: INFINITY["F64"], torch.float32: INFINITY["F32"],
-    torch.float16: INFINITY["F16"], torch.bfloat16: INFINITY["BF16"],
-}  # fmt: skip
-
-
-def are_finite(data: memoryview, dtype: torch.dtype) -> bool:
+def are_finite(data: memoryview, dtype: str) -> bool:
     """Whether the values of a floating dtype of 16 bits or more, given by their bytes, are finite:
     many times faster than torch.isfinite.
 
-    >>> are_finite(memoryview(bytes.fromhex("803f 807f")), torch.bfloat16)  # 1 and infinity
+    >>> are_finite(memoryview(bytes.fromhex("803f 807f")), "BF16")  # 1 and infinity
     False
     """
-    return largest_magnitude(data, dtype.itemsize) < _INFINITY[dtype]
+    return largest_magnitude(data, DTYPE_BITS[dtype] // 8) < INFINITY[dtype]

@@ -4,6 +4,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 
 TICK_SECONDS = 0.2  # what is left to flush when the last tile is made is waited for
 # A task writes some bytes of the output and says how many.
@@ -23,13 +24,12 @@ def carry_out(
 
     def work() -> None:
         try:
-            with one_arithmetic_thread():
-                while not stop.is_set():
-                    with lock:
-                        task = next(tasks, None)
-                    if task is None:
-                        return
-                    progress(task())
+            while not stop.is_set():
+                with lock:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                progress(task())
         except BaseException as error:  # carried to the caller's thread, whatever it is
             failures.append(error)
             stop.set()
@@ -56,6 +56,24 @@ def carry_out(
         _join(workers)
     if failures:
         raise failures[0]
+
+
+def begun(work: Callable[[], object]) -> "Future[object]":
+    """What `work` returns or raises, from a thread of its own; from this one where the system has
+    no more threads."""
+    found: Future[object] = Future()
+
+    def carry() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:  # told to whoever asks, whatever it is
+            found.set_exception(error)
+
+    try:
+        threading.Thread(target=carry, daemon=True).start()
+    except RuntimeError:
+        carry()
+    return found
 
 
 def _join(workers: Sequence[threading.Thread]) -> None:

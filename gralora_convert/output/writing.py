@@ -22,12 +22,13 @@ from gralora_convert.disk import (
     require_stamp,
 )
 from gralora_convert.errors import OutputError
-from gralora_convert.output.journal import Journal
+from gralora_convert.output.journal import Journal, joined
 from gralora_convert.output.parts import OutputFile, Piece
-from gralora_convert.output.workers import Task, carry_out
+from gralora_convert.output.workers import Task, begun, carry_out, one_arithmetic_thread
 from gralora_convert.system import ONE_CALL, copy_in_kernel, flush
 
 FLUSH_BYTES = 64 * 1024 * 1024  # flushed at a time, so that the disk writes while tiles are made
+MANY = 16  # files that are begun while nothing can be computed
 
 
 def begin_files(folder: Path, files: Iterable[OutputFile]) -> None:
@@ -50,12 +51,14 @@ def write_files(
     progress: Callable[[int], None],
     journal: Journal | None = None,
     tick: Callable[[], object] = lambda: None,
+    prepare: Callable[[], object] = lambda: None,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> None:
     """Makes pieces of files begun in `folder`, and flushes them; others may make the rest.
 
     `progress` is called with every number of bytes just written; in the caller's thread `meanwhile`
-    once, while the workers are at it, and `tick` now and then: they may raise, and then all stops.
+    once, while the workers are at it, and `tick` now and then; in a thread of its own `prepare`,
+    before anything is computed: they may raise, and then all stops.
 
     Raises:
         OutputError: a file cannot be written.
@@ -67,10 +70,22 @@ def write_files(
         stack.callback(targets.close)
 
         def tasks() -> Iterator[Task]:
+            """In order; but what must be computed is put off until `prepare` has ended."""
+            prepared, put_off = begun(prepare), list[Task]()
             for file, parts in work:
                 target = targets.open(file, parts)
-                for number in range(len(parts)):
-                    yield partial(target.make, number, sources)
+                for piece in parts:
+                    if prepared.done() or targets.are_many:
+                        prepared.result()
+                        yield from put_off
+                        put_off.clear()
+                    task = partial(target.make, piece, sources)
+                    if piece.copied is None and not prepared.done():
+                        put_off.append(task)
+                    else:
+                        yield task
+            prepared.result()
+            yield from put_off
 
         def beside() -> None:
             if todo:
@@ -187,18 +202,18 @@ class _Target:
     """One planned file, of which some pieces are made here; closed when they are."""
 
     def __init__(self, folder: Path, file: OutputFile, todo: Sequence[Piece]) -> None:
-        self.file, self.path, self._pieces = file, folder / file.name, todo
-        self._made = self._flushed = 0  # pieces, from the first one on: written; on the disk
-        self._beyond: set[int] = set()  # pieces that were made before one that comes first
+        self.file, self.path = file, folder / file.name
+        self._left = len(todo)  # pieces that are not written
+        self._written: list[Piece] = []  # and not on the disk
         self._lock = threading.Lock()
         self._file: _File | None = _File(self.path, file.nbytes, is_new=False)
 
-    def make(self, number: int, sources: _Sources) -> int:
+    def make(self, piece: Piece, sources: _Sources) -> int:
         """Makes one piece, and says how many bytes that were."""
-        piece = self._pieces[number]
         assert self._file is not None
         if piece.made is not None:
-            data = piece.made().cast("B")
+            with one_arithmetic_thread():
+                data = piece.made().cast("B")
             assert len(data) == piece.nbytes, (self.path, piece)
             self._file.write(data, piece.start)
         elif piece.copied is not None:
@@ -206,38 +221,36 @@ class _Target:
             source = sources.descriptor(path)
             self._file.copy_from(source, offset, piece.start, piece.nbytes, path)
         with self._lock:
-            self._beyond.add(number)
-            while self._made in self._beyond:
-                self._beyond.remove(self._made)
-                self._made += 1
-            is_full = self._made == len(self._pieces)
+            self._written.append(piece)
+            self._left -= 1
+            is_full = not self._left
         if is_full:
             self.close()
         return piece.nbytes
 
     def is_due(self) -> bool:
         """Whether a flush is worth its while."""
-        made, flushed = self._made, self._flushed
-        if made == len(self._pieces):
-            return True
-        return self._pieces[made].start - self._pieces[flushed].start >= FLUSH_BYTES
+        with self._lock:
+            return not self._left or sum(p.nbytes for p in self._written) >= FLUSH_BYTES
 
     def flush(self) -> Sequence[Piece]:
         """Puts what is written on the disk, by a descriptor of its own: the file may be closed.
         The pieces that are there since."""
-        first, self._flushed = self._flushed, self._made
+        with self._lock:
+            flushed, self._written = self._written, []
         with _writing(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 flush(descriptor)
             finally:
                 os.close(descriptor)
-        return self._pieces[first : self._flushed]
+        return flushed
 
     @property
     def is_safe(self) -> bool:
-        """Whether all of it is on the disk."""
-        return self._flushed == len(self._pieces)
+        """Whether all of it is on the disk, after a flush."""
+        with self._lock:
+            return not self._left and not self._written
 
     def close(self) -> None:
         file, self._file = self._file, None
@@ -256,6 +269,11 @@ class _Targets:
         self._open.append(target := _Target(self._folder, file, todo))
         return target
 
+    @property
+    def are_many(self) -> bool:
+        """Whether more of them should not be begun before some are whole."""
+        return len(self._open) >= MANY
+
     def flush(self) -> None:
         """Flushes what is worth it, and tells the journal."""
         for target in list(self._open):
@@ -267,12 +285,13 @@ class _Targets:
     def _record(self, file: OutputFile, flushed: Sequence[Piece]) -> None:
         if self._journal is None or not flushed:
             return
+        ranges = joined((piece.start, piece.stop) for piece in flushed)
         states, stop = {}, len(file.header)
         for part in file.parts:
             start, stop = stop, stop + part.nbytes
-            if part.account is not None and start < flushed[-1].stop and flushed[0].start < stop:
+            if part.account is not None and any(a < stop and start < b for a, b in ranges):
                 states[part.name] = part.account.save()
-        self._journal.record(file.name, [(piece.start, piece.stop) for piece in flushed], states)
+        self._journal.record(file.name, ranges, states)
 
     def require_safe(self) -> None:
         assert not self._open, [target.path for target in self._open]

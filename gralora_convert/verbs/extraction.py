@@ -43,7 +43,8 @@ from gralora_convert.output import (
     config_like,
     one_arithmetic_thread,
 )
-from gralora_convert.verbs.differences import Choice, Differences, Module
+from gralora_convert.verbs.differences import Choice, Differences, differences
+from gralora_convert.verbs.layers import Module
 from gralora_convert.verbs.serving import Exported, refusals, serving_notes
 
 DEFAULT_RANK = 32
@@ -111,7 +112,7 @@ def extract(
     require_device(device, torch.float64)
     choice = Choice(include, exclude, linear_only)
     reading = Reading.of(None, fan_in_fan_out, trust_remote_code)
-    found = Differences(before, after, choice, reading)
+    found = differences(before, after, choice, reading)
     with one_arithmetic_thread():
         shape = _shape(found.modules, wanted, svd, device)
     return _plan(before, after, found, _How(shape, torch_dtype(written), svd, device, verify))

@@ -8,6 +8,7 @@ base's own, or shards of a given size.
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
@@ -28,7 +29,6 @@ from gralora_convert.base import (
     unread_tensor,
     updated,
 )
-from gralora_convert.delta import Survival
 from gralora_convert.disk import (
     FLOATING,
     Checkpoint,
@@ -144,6 +144,7 @@ def merge(
             "verify": verify,
         },
         resumable=True,
+        prepare=partial(import_module, "torch"),
         meanwhile=lambda: [adapter.sha256() for adapter in opened],
     )
 
@@ -245,6 +246,8 @@ def _receipt(
             "stored dtype",
             hint='Is the adapter trained? If it is, write `dtype="float32"`.',
         )
+    from gralora_convert.delta import Survival
+
     survival = sum((tensor.survival for tensor in merged.values()), Survival())
     for name, tensor in merged.items():
         if tensor.worst > 1.0:
