@@ -209,14 +209,25 @@ def inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 def forward(model: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """All floating outputs in one row; None when the model does not take these inputs."""
+    named = outputs(model, given)
+    return torch.cat(list(named.values())) if named else None
+
+
+def outputs(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The floating outputs by name, each in a row; none when the model does not take these."""
     torch.manual_seed(0)
     try:
         with torch.no_grad():
             result = model.eval()(**given)
     except Exception:
-        return None
-    values = [t.flatten().float() for t in _tensors(result) if t.is_floating_point()]
-    return torch.cat(values) if values else None
+        return {}
+    named = result if isinstance(result, Mapping) else {"": result}
+    found = {}
+    for name, value in named.items():
+        values = [t.flatten().float() for t in _tensors(value) if t.is_floating_point()]
+        if values:
+            found[name] = torch.cat(values)
+    return found
 
 
 def _tensors(result: object) -> Iterator[torch.Tensor]:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import gralora_convert as gc
-from benchmarks.architectures import Case, judge
+from benchmarks.adapting import Case
+from benchmarks.architectures import judge
 from gralora_convert.delta.forms import Gralora
 from tests import oracle
 from tests.builders import random_delta, write_adapter, write_model
