@@ -1,16 +1,17 @@
-"""vLLM and llama.cpp as processes: each model, adapter and command in one of its own."""
+"""vLLM, SGLang and llama.cpp as processes: each model, adapter and command in one of its own."""
 
 import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 TOKENS, PROMPTS, LENGTH = 16, 6, 8
-WAIT = 300.0  # seconds for a server to start
+WAIT = 600.0  # seconds for a server to start
 
 Run = list[tuple[list[int], list[float]]]  # tokens and their log-probabilities, prompt by prompt
 
@@ -109,6 +110,25 @@ for job in json.load(open(sys.argv[1])):
 """
 
 
+# What a CPU does not have: page-locked memory, for which SGLang asks torch, and the kernels of
+# sglang-kernel (an empty module is in their place: who calls one is told that it is missing).
+SHIM = """
+import functools
+import torch
+
+def unpinned(make):
+    @functools.wraps(make)
+    def made(*args, **more):
+        more.pop("pin_memory", None)
+        return make(*args, **more)
+    return made
+
+for name in ("arange", "empty", "full", "ones", "tensor", "zeros"):
+    setattr(torch, name, unpinned(getattr(torch, name)))
+torch.Tensor.pin_memory = lambda self, *_, **__: self
+"""
+
+
 class RefusedError(Exception):
     """What an engine, or this tool, says when it does not serve something."""
 
@@ -118,7 +138,14 @@ class Engines:
     vllm: str
     source: str
     server: str
+    sglang: str | None = None
+    with_4: str | None = None
     converter: "subprocess.Popen[str] | None" = None
+
+    @property
+    def names(self) -> list[str]:
+        """The servers that there are."""
+        return ["sglang", "llama.cpp", "vllm"] if self.sglang else ["llama.cpp", "vllm"]
 
     def converted(self, words: Sequence[str], folder: Path) -> None:
         """Carries out a command of llama.cpp's converters."""
@@ -140,6 +167,8 @@ class Engines:
         words = shlex.split(line.replace("MODEL", str(folder / "model")).replace("NAME", "it"))
         if words[0] == "vllm":
             return [str(Path(self.vllm).with_name("vllm")), *words[1:]]
+        if words[0] == "sglang":
+            return [str(self.sglang), *words[1:]]
         return [self.server, *words[1:]] if words[0] == "llama-server" else words
 
     def by_llama_cpp(self, lines: Sequence[str], folder: Path) -> Run:
@@ -148,6 +177,16 @@ class Engines:
             self.converted(command[1:], folder)
         with _server([*last, "--ctx-size", "256", "--threads", "2"]) as port:
             return _by_llama_cpp(port)
+
+    def by_sglang(self, line: str, folder: Path) -> Run:
+        shim = folder / "shim"
+        shim.mkdir(exist_ok=True)
+        (shim / "sitecustomize.py").write_text(SHIM)
+        (shim / "common_ops.py").touch()
+        how = ["--device", "cpu", "--lora-backend", "torch_native", "--skip-server-warmup"]
+        size = ["--max-total-tokens", "1024", "--max-running-requests", "4"]
+        with _server([*self.typed(line, folder), *how, *size], shim) as port:
+            return _by_sglang(port)
 
     def by_vllm_server(self, line: str, folder: Path) -> Run:
         sizes = ["--max-model-len", "64", "--max-num-seqs", "4", "--enforce-eager"]
@@ -168,7 +207,8 @@ class Engines:
 def _environment() -> dict[str, str]:
     return os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
+        "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", "SGLANG_USE_CPU_ENGINE": "1",
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
     }  # fmt: skip
 
 
@@ -185,7 +225,7 @@ def _reason(text: str) -> str:
 
 
 @contextmanager
-def _server(command: Sequence[str]) -> Iterator[int]:
+def _server(command: Sequence[str], shim: Path | None = None) -> Iterator[int]:
     """A server that answers, on a free port of this machine; it is ended with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -194,7 +234,8 @@ def _server(command: Sequence[str]) -> Iterator[int]:
     with log.open("w") as file:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True,
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent,
+            env=_environment() | ({} if shim is None else {"PYTHONPATH": str(shim)}),
         )  # fmt: skip
     try:
         until = time.monotonic() + WAIT
@@ -204,12 +245,12 @@ def _server(command: Sequence[str]) -> Iterator[int]:
             time.sleep(0.5)
         yield port
     finally:
-        if process.poll() is None:
-            process.terminate()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         log.unlink()
 
@@ -244,6 +285,17 @@ def _by_vllm(port: int) -> Run:
         })["choices"][0]["logprobs"]  # fmt: skip
         ids = [int(token.removeprefix("token_id:")) for token in told["tokens"]]
         found.append((ids, told["token_logprobs"]))
+    return found
+
+
+def _by_sglang(port: int) -> Run:
+    found: Run = []
+    for prompt in prompts():
+        told = _ask(port, "/generate", {
+            "input_ids": prompt, "lora_path": "it", "return_logprob": True,
+            "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
+        })["meta_info"]["output_token_logprobs"]  # fmt: skip
+        found.append(([step[1] for step in told], [step[0] for step in told]))
     return found
 
 

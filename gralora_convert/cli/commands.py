@@ -42,7 +42,9 @@ from gralora_convert.errors import MisuseError
 from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
+    from gralora_convert.adapters import Adapter
     from gralora_convert.delta import Method
+    from gralora_convert.output import Plan
     from gralora_convert.verbs import Inspection
 
 
@@ -227,6 +229,7 @@ def merge(
 @click.option("--allow-inexact", is_flag=True,
               help="Approximate optimally, print the error.  [default: off]")  # fmt: skip
 @server_option(help="Make the LoRA as this engine reads it, or refuse.  [default: as PEFT does]")
+@plot_option
 @some_base_option(
     help="The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  [default: none]"
 )
@@ -237,14 +240,19 @@ def convert(
     wanted: Wanted,
     allow_inexact: bool,
     server: str | None,
+    plot: str | None,
     base: str | None,
     run: Run,
     said: Said,
 ) -> int:
-    """Write ADAPTER as GraLoRA, Hybrid GraLoRA or LoRA, exactly unless told otherwise."""
+    """Write ADAPTER as GraLoRA, Hybrid GraLoRA or LoRA, exactly unless told otherwise.
+
+    --plot draws the error of a LoRA against its rank, with the largest ranks of servers.
+    """
     from gralora_convert.cli.pages import adapter_summary
     from gralora_convert.verbs import convert
 
+    drawn = None if plot is None else _drawn(adapter, wanted, plot)
     plan = convert(
         adapter,
         **wanted,
@@ -256,7 +264,38 @@ def convert(
         verify=run.verify,
         **said.as_arguments(),
     )
-    return run.carry_out(plan, adapter_summary)
+    status = run.carry_out(plan, adapter_summary)
+    if plot is not None and drawn is not None:
+        _plot_trade(drawn, plan, plot, run.progress)
+    return status
+
+
+def _drawn(path: str, wanted: Wanted, plot: str) -> "Adapter":
+    """The adapter whose ranks are to be drawn; refuses early what cannot be."""
+    from gralora_convert.adapters import Adapter
+    from gralora_convert.cli.plots import require_drawable
+
+    require_drawable(plot)
+    if wanted["to"] != "lora":
+        raise MisuseError("--plot draws the ranks of a LoRA", hint="Give --to lora.")
+    adapter = Adapter.open(path)
+    adapter.require_plain()
+    return adapter
+
+
+def _plot_trade(adapter: "Adapter", plan: "Plan", plot: str, progress: bool | None) -> None:
+    """The ranks that a LoRA of this adapter could have."""
+    import json
+
+    from gralora_convert.adapters import CONFIG_NAME
+    from gralora_convert.cli.plots import draw_trade
+    from gralora_convert.verbs import RANK_LIMITS, dissect
+
+    total = sum(adapter.factor_bytes(module) for module in adapter.modules)
+    with bar(total, progress) as advance:
+        anatomy = dissect(adapter, progress=advance)
+    draw_trade(anatomy, json.loads(plan.texts[CONFIG_NAME])["r"], RANK_LIMITS, plot)
+    show_notes([f"drawn: {plot}"])
 
 
 @commands.command(

@@ -111,6 +111,47 @@ def draw_equivalence(found: "Equivalence", path: str | Path) -> None:
     _save(figure, Path(path))
 
 
+def draw_trade(anatomy: "Anatomy", r: int, limits: Mapping[str, int], path: str | Path) -> None:
+    """The error of a LoRA against its rank, the rank that was written, and the largest ranks of
+    servers, as far as these ranks go.
+
+    Raises:
+        MisuseError: as `require_drawable`.
+        OutputError: the file cannot be written.
+    """
+    import numpy
+
+    require_drawable(path)
+    figure = _figure(9, 5.2)
+    axes = figure.subplots()
+    ranks = numpy.arange(max(len(part.tails) for part in anatomy.parts))
+    left = numpy.zeros((len(anatomy.parts), len(ranks)))
+    for row, part in enumerate(anatomy.parts):
+        left[row, : len(part.tails)] = part.tails.numpy()
+    whole = numpy.sqrt(left.sum(axis=0) / (left[:, 0].sum() or 1.0))
+    norms = left[:, :1].copy()
+    norms[norms == 0] = 1
+    worst = numpy.sqrt((left / norms).max(axis=0))
+    for errors, label, colour, dash in (
+        (whole, "all modules", COLOURS[0], "-"), (worst, "worst module", COLOURS[4], "--"),
+    ):  # fmt: skip
+        axes.semilogy(ranks, numpy.maximum(errors, 1e-9), dash, color=colour, lw=1.8, label=label)
+    error = whole[min(r, len(ranks) - 1)]
+    axes.plot(r, max(error, 1e-3), "o", color="#000000", ms=7,
+              label=f"written: r={r}, error {error:.3g}")  # fmt: skip
+    axes.set_ylim(1e-3, 1.2)
+    axes.set_xlim(0, max(anatomy.exact_rank, r) * 1.04)
+    for (server, rank), dash in zip(limits.items(), DASHES[1:], strict=False):
+        if rank < axes.get_xlim()[1]:
+            axes.axvline(rank, color="#666666", lw=1, ls=dash, label=f"{server}: at most {rank}")
+    axes.set_xlabel("rank of the LoRA")
+    axes.set_ylabel("relative error of the update (Frobenius)")
+    axes.set_title(f"{_short(anatomy.name)}: exact from r={anatomy.exact_rank}", fontsize=11)
+    axes.grid(color="#dddddd", lw=0.6)
+    axes.legend(fontsize=8, frameon=False)
+    _save(figure, Path(path))
+
+
 # tables -------------------------------------------------------------------------------------------
 
 

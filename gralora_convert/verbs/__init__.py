@@ -15,15 +15,15 @@ if TYPE_CHECKING:
         inspect,
     )
     from gralora_convert.verbs.merging import merge
-    from gralora_convert.verbs.serving import ENGINES, SERVED_RANKS, served_rank
+    from gralora_convert.verbs.serving import ENGINES, RANK_LIMITS, SERVED_RANKS, served_rank
     from gralora_convert.verbs.spectra import Anatomy, Spectrum, dissect
     from gralora_convert.verbs.validation import validate
     from gralora_convert.verbs.verification.verdict import Equivalence, verify
 
 __all__ = [
-    "ENGINES", "SERVED_RANKS", "AdapterFacts", "Anatomy", "CheckpointFacts", "Equivalence",
-    "Inspection", "SoundFacts", "Spectrum", "convert", "dissect", "extract", "inspect", "merge",
-    "served_rank", "validate", "verify",
+    "ENGINES", "RANK_LIMITS", "SERVED_RANKS", "AdapterFacts", "Anatomy", "CheckpointFacts",
+    "Equivalence", "Inspection", "SoundFacts", "Spectrum", "convert", "dissect", "extract",
+    "inspect", "merge", "served_rank", "validate", "verify",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
@@ -31,7 +31,7 @@ __getattr__ = opened(__name__, {
     "extraction": "extract",
     "inspection": "AdapterFacts CheckpointFacts Inspection SoundFacts inspect",
     "merging": "merge",
-    "serving": "ENGINES SERVED_RANKS served_rank",
+    "serving": "ENGINES RANK_LIMITS SERVED_RANKS served_rank",
     "spectra": "Anatomy Spectrum dissect",
     "validation": "validate",
     "verification.verdict": "Equivalence verify",

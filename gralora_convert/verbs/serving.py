@@ -15,6 +15,7 @@ from gralora_convert.errors import MisuseError
 # vLLM's choices of max_lora_rank
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LORAX_RANK = 128  # of its kernels
+RANK_LIMITS: Mapping[str, int] = {"vLLM": SERVED_RANKS[-1], "LoRAX": LORAX_RANK}
 GPT2 = frozenset({"c_attn", "c_fc", "c_proj"})
 HEADS = frozenset({"lm_head", "embed_out"})
 MERGE = "merge it"

@@ -1,7 +1,9 @@
 """Pictures: every format, the numbers behind them, and what is refused."""
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,3 +135,52 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     outcome = run("inspect", LLAMA, "--plot", tmp_path / "nowhere" / "x.png")
     assert outcome.status == 2
     assert "cannot be written" in outcome.stderr
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_convert_draws_the_trade_of_rank_and_error(
+    more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = pytest.importorskip("matplotlib.axes")
+    monkeypatch.chdir(ROOT)
+    seen: dict[str, Any] = {}
+    legend = axes.Axes.legend
+
+    def noted(self: Any, **keywords: Any) -> Any:
+        for line in self.lines:
+            seen[line.get_label()] = line.get_ydata()
+        return legend(self, **keywords)
+
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", noted)
+    path = tmp_path / "trade.png"
+    options = ("--to", "lora", "--max-error", "0.05", "-o", tmp_path / "out", "--plot", path)
+    run_ok("convert", LLAMA, *options, *more)
+    assert path.read_bytes().startswith(STARTS["png"])
+    errors = seen["all modules"]
+    written = next(label for label in seen if label.startswith("written: "))
+    assert written == f"written: r=5, error {errors[5]:.3g}"
+    assert errors[4] > 0.05 >= errors[5], "the rank that was asked for by its error"
+    if not more:
+        receipt = json.loads((tmp_path / "out" / "gralora_convert.json").read_text())
+        assert receipt["error"] == pytest.approx(errors[5], rel=1e-4)
+
+
+def test_the_trade_shows_the_largest_ranks_of_servers(tmp_path: Path) -> None:
+    axes = pytest.importorskip("matplotlib.axes")
+    labels: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(axes.Axes, "legend", lambda self, **_: labels.extend(
+            line.get_label() for line in self.lines))  # fmt: skip
+        folder = write_adapter(tmp_path / "a", {"q": random_delta(256, 256, r=144, k=2)})
+        plots.draw_trade(dissect(folder), 64, {"vLLM": 512, "LoRAX": 128}, tmp_path / "x.svg")
+    assert "LoRAX: at most 128" in labels
+    assert not any(label.startswith("vLLM") for label in labels), "no rank here is above 512"
+
+
+def test_only_a_lora_has_a_trade(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    outcome = run("convert", LLAMA, "--to", "gralora", "-o", tmp_path / "out",
+                  "--plot", tmp_path / "x.png")  # fmt: skip
+    assert outcome.status == 2
+    assert "--to lora" in outcome.stderr
+    assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from gralora_convert.verbs.verification.comparison import Comparison
 from gralora_convert.verbs.verification.factored import Factored
 from tests.builders import random_delta, write_adapter, write_base, write_model
 from tests.command import run, run_ok
-from tests.merges import WRONG, Setting, Tensors, applies, setting, wrong_modules
+from tests.merges import SHAPES, WRONG, Setting, Tensors, applies, setting, wrong_modules
 from tests.zoo import ARCHITECTURES, save_base, train
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -267,6 +267,34 @@ def test_the_survival_report_names_the_module_that_lost_most(tmp_path: Path) -> 
     assert survival["worst"]["noise"] > survival["noise"]
     assert "least kept: layers.1.q" in found.as_text()
     assert '`dtype="float32"`' in found.as_text()
+
+
+@pytest.mark.parametrize(
+    ("rho", "dtype", "strength"),
+    [
+        (0.03, torch.float32, "strong"),
+        (0.03, torch.bfloat16, "strong"),
+        (3e-5, torch.bfloat16, "weak"),
+        (1e-9, torch.bfloat16, "none"),
+    ],
+)
+def test_a_verdict_says_how_strong_its_evidence_is(
+    rho: float, dtype: torch.dtype, strength: str, tmp_path: Path
+) -> None:
+    made = setting(tmp_path, dtype=dtype, rho=rho)
+    merged = made.right()
+    found = audit(made, merged, "weights")
+    assert found.ok
+    evidence = found.as_json()["evidence"]
+    assert isinstance(evidence, dict)
+    [(stored, told)] = evidence.items()
+    assert stored == {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    assert told["strength"] == strength
+    differ = sum(int((merged[f"{n}.weight"] != made.base[f"{n}.weight"]).sum()) for n in SHAPES)
+    assert round(told["changed"] * told["elements"]) == differ
+    assert f"evidence in {stored}: {strength}, " in found.as_text()
+    if strength == "none":
+        assert all(torch.equal(merged[f"{n}.weight"], made.base[f"{n}.weight"]) for n in SHAPES)
 
 
 def test_levels_leave_out_what_they_do_not_run(tmp_path: Path) -> None:

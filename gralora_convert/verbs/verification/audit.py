@@ -38,6 +38,7 @@ class Row:
     survival: Survival | None = None
     output_worst: float | None = None
     kept: bool = False  # a tensor that no adapter touches
+    dtype: str = ""  # in which an adapted matrix is stored
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Row":
@@ -135,7 +136,7 @@ def _merged(audit: _Audit, output: str, entry: Merged) -> Iterator[Row]:
     adapters = {update.module: update.adapter for update in entry.updates}
     for found in comparison.found(lambda module: _others(adapters[module], module)):
         row = (found.worst, found.what, found.survival, found.output_worst)
-        yield Row(output, found.module or _module_of(output), *row)
+        yield Row(output, found.module or _module_of(output), *row, dtype=after.dtype)
 
 
 def _others(adapter: Adapter, module: str) -> Others:

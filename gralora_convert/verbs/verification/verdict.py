@@ -34,6 +34,7 @@ from gralora_convert.verbs.verification.probes import PROBES
 LEVELS = ("weights", "modules", "model")
 SHOWN = 20  # wrong tensors in the text; JSON has all
 MUCH_LOST, MUCH_NOISE = 0.9, 0.5  # kept below, or noise above: the dtype is too coarse
+LITTLE = 0.01  # fewer of the elements that show an update are little evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,16 @@ class Equivalence:
         return sum((row.survival for row in self.rows if row.survival), Survival())
 
     @property
+    def evidence(self) -> dict[str, Survival]:
+        """By stored dtype, what its elements show of the updates that are right: where none of
+        them changed, a merge without the update would look the same."""
+        found: dict[str, Survival] = {}
+        for row in self.rows:
+            if row.survival and row.survival.energy and row.worst <= self.slack:
+                found[row.dtype] = found.get(row.dtype, Survival()) + row.survival
+        return found
+
+    @property
     def least_kept(self) -> Row | None:
         """The module of which rounding kept least, the noisiest of equals."""
         held = [(row, row.survival) for row in self.rows if row.survival and row.survival.energy]
@@ -113,6 +124,10 @@ class Equivalence:
             },
             "model": self.model.as_json() if self.model else None,
             "survival": self._survival_json(),
+            "evidence": {
+                dtype: {"strength": _strength(seen), **seen.as_json(), "elements": seen.elements}
+                for dtype, seen in self.evidence.items()
+            },
             "notes": list(self.notes),
             "unanswered": self.unanswered or None,
         }
@@ -153,6 +168,8 @@ class Equivalence:
             yield from self._contradiction(self.model)
         if self.weights_ok:
             yield from self._survival_lines()
+            for dtype, seen in self.evidence.items():
+                yield f"evidence in {dtype}: {_strength(seen)}, {_shown(seen)}"
         yield f"{self.verdict}: {self.unanswered}" if self.ok is None else self.verdict
 
     def _settings(self, model: ModelComparison) -> Iterator[str]:
@@ -188,6 +205,21 @@ class Equivalence:
         yield f"least kept: {least.module}, {part.kept:.1%}, noise {part.noise:.1%}"
         if part.kept < MUCH_LOST or part.noise > MUCH_NOISE:
             yield 'much of the update is lost to the dtype: merge with `dtype="float32"`'
+
+
+def _strength(seen: Survival) -> str:
+    if not seen.changed:
+        return "none"
+    return "weak" if seen.share_changed < LITTLE else "strong"
+
+
+def _shown(seen: Survival) -> str:
+    if not seen.changed:
+        return (
+            f"no one of {seen.elements:,} measured elements shows the update: a merge without it "
+            "is stored the same"
+        )
+    return f"{seen.changed:,} of {seen.elements:,} measured elements show the update"
 
 
 def _times(ratio: float) -> str:
