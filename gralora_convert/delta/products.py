@@ -248,8 +248,9 @@ def rows(
             return (weight.T if transposed else weight)[start:stop].to(dtype)
 
 
-def elements(delta: Gralora | Lora, out: Tensor, into: Tensor) -> Tensor:
-    """delta[out, into] for indices of one length n each: (n,), float64, by the formula of `delta`.
+def elements(delta: Gralora | Lora, out: Tensor, into: Tensor, *, absolute: bool = False) -> Tensor:
+    """delta[out, into] for indices of one length n each: (n,), float64, by the formula of `delta`;
+    for `absolute` the sums of absolute products.
 
     For a few elements here and there of a large delta; shares no code with `add_rows_`.
 
@@ -259,17 +260,19 @@ def elements(delta: Gralora | Lora, out: Tensor, into: Tensor) -> Tensor:
     """
 
     def products(left: Tensor, right: Tensor) -> Tensor:
-        return (left.double() * right.double()).sum(1)
+        found = left.double() * right.double()
+        return (found.abs_() if absolute else found).sum(1)
 
+    scaling = abs(delta.scaling) if absolute else delta.scaling
     if isinstance(delta, Lora):
-        return delta.scaling * products(delta.B[out], delta.A[:, into].T)
+        return scaling * products(delta.B[out], delta.A[:, into].T)
     k, s, (_, m, _), p = delta.k, delta.s, delta.A.shape, delta.B.shape[2]
     a4, b4 = delta.A.view(k, m, k, s), delta.B.view(k, k, s, p)  # n, i, j, t and j, n, t, o
     j, n = out // p, into // m
     found = products(b4.transpose(2, 3)[j, n, out % p], a4[n, into % m, j])
     if delta.general_A is not None and delta.general_B is not None:
         found += products(delta.general_B[out], delta.general_A[:, into].T)
-    return delta.scaling * found
+    return scaling * found
 
 
 def row_blocks(

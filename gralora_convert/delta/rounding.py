@@ -124,13 +124,20 @@ def tolerance(
 
 
 def rounding_lengths(
-    after: Tensor, moved: Tensor, *, terms: int, dtype: torch.dtype, dim: int
+    after: Tensor,
+    moved: Tensor,
+    *,
+    terms: int,
+    dtype: torch.dtype,
+    dim: int,
+    delta_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Euclidean lengths over `dim` of the `tolerance` of stored values that are right, from above:
 
     |half_ulp(after)| + (terms + 4) u (|after| + 2 |moved|), |after| <= 4 half_ulp(after) / eps
 
-    `moved` is what was added; it stands for the sums of absolute products behind it.
+    `moved` is what was added; it stands for the sums of absolute products behind it, and for the
+    delta where that may have been rounded to `delta_dtype`: |half_ulp(moved)| comes to it.
 
     >>> one = torch.ones(4, 1)
     >>> rounding_lengths(one, one, terms=0, dtype=torch.bfloat16, dim=0) * 2**7
@@ -138,7 +145,10 @@ def rounding_lengths(
     """
     unit = _unit(dtype) * (2 if after.dtype == torch.float32 else 1) * (terms + 4)
     halves, added = ((v * v).sum(dim).sqrt_() for v in (half_ulp(after, dtype), moved))
-    return halves.mul_(1 + 4 * unit / torch.finfo(dtype).eps).add_(added, alpha=2 * unit)
+    halves.mul_(1 + 4 * unit / torch.finfo(dtype).eps).add_(added, alpha=2 * unit)
+    if delta_dtype is not None:
+        halves += half_ulp(moved, delta_dtype).square_().sum(dim).sqrt_()
+    return halves
 
 
 def _unit(dtype: torch.dtype) -> float:

@@ -340,7 +340,10 @@ class MergedTensor(_Tiles):
         for one in self._shared:
             if met := one.meet(start, stop):
                 _, stack = one.get(self.device, self.sums)
-                into = sums[met[0]] if short is None else sums.new_zeros(sums[met[0]].shape)
+                into = sums[met[0]]
+                if short is not None:
+                    update = _buffers.get("update", len(into), self.columns, self.sums).tensor
+                    into = update.zero_().to(sums.device)
                 stack.add_rows_(into, met[1], weight=one.update.weight)
                 if short is not None:
                     sums[met[0]] += into.to(short)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -22,7 +23,15 @@ from gralora_convert.delta.exact import (
     pad_lora,
     with_scaling,
 )
-from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, is_finite, require_device
+from gralora_convert.delta.forms import (
+    Delta,
+    Dense,
+    Gralora,
+    Lora,
+    is_finite,
+    require_device,
+    tensors_of,
+)
 from gralora_convert.delta.products import add_rows_, delta_weight, dense, elements, rows
 from gralora_convert.errors import MisuseError
 from tests import oracle
@@ -99,6 +108,11 @@ def test_the_general_part_adds(delta: Gralora) -> None:
     assert torch.equal(dense(delta), dense(blocks) + dense(general))
 
 
+def _absolute(factors: Gralora | Lora) -> Gralora | Lora:
+    tensors = {name: tensor.abs() for name, tensor in tensors_of(factors).items()}
+    return replace(factors, scaling=abs(factors.scaling), **tensors)  # type: ignore[arg-type]
+
+
 @given(graloras(), st.booleans(), st.data())
 def test_rows_of_any_cut_are_rows_of_the_dense_delta(
     delta: Gralora, transposed: bool, data: st.DataObject
@@ -113,6 +127,9 @@ def test_rows_of_any_cut_are_rows_of_the_dense_delta(
     for factors in (delta, lora):
         found = elements(factors, *(places[::-1] if transposed else places))
         assert torch.equal(found, whole[places])
+        sizes = elements(_absolute(factors), *(places[::-1] if transposed else places))
+        other = elements(factors, *(places[::-1] if transposed else places), absolute=True)
+        assert torch.equal(other, sizes)
     for form in forms:
         tile = torch.full((stop - start, whole.shape[1]), 3.0, dtype=torch.float64)
         add_rows_(tile, form, start, transposed=transposed, weight=weight)

@@ -578,6 +578,40 @@ def test_memory_does_not_grow_with_the_output(tmp_path: Path) -> None:
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_what_is_copied_does_not_wait_for_what_computing_needs(
+    jobs: int, source: TensorFile, tmp_path: Path
+) -> None:
+    specs = list(source.tensors.values())
+    copies, ready, tiles = threading.Event(), threading.Event(), list[bool]()
+    first = computed("first", 5000, 700, lambda tile: tiles.append(ready.is_set()))
+    file = OutputFile("model.safetensors", (first, *map(copied, specs)))
+    total = sum(spec.nbytes for spec in specs)
+    done = [0]
+
+    def progress(count: int) -> None:
+        done[0] += count
+        if done[0] == total:
+            copies.set()
+
+    def prepare() -> None:
+        assert copies.wait(30)
+        ready.set()
+
+    replace(plan_of(file), prepare=prepare).write(tmp_path / "out", jobs=jobs, progress=progress)
+    assert tiles == [True] * 8
+
+
+def test_what_computing_needs_fails(source: TensorFile, tmp_path: Path) -> None:
+    def prepare() -> None:
+        raise OSError("libtorch is missing")
+
+    file = OutputFile("model.safetensors", (copied(source.tensors["a"]), computed("x", 9, 9)))
+    with pytest.raises(OSError, match="libtorch"):
+        replace(plan_of(file), prepare=prepare).write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_link_is_no_part_of_a_stopped_run(tmp_path: Path) -> None:
     """It would be written through, into a file of somebody else."""
     file = OutputFile("model.safetensors", ())

@@ -82,6 +82,21 @@ def test_an_update_that_was_rounded_to_the_adapters_16_bits_is_right(
     assert found.ok, found.as_text()
 
 
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16, torch.float16])
+def test_merges_by_other_sums_are_not_measured_element_by_element(
+    stored: torch.dtype, factors: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums in float64 stand for those of another order; 16-bit updates are rounded, as by PEFT."""
+    monkeypatch.setattr(auditing, "WHOLE", 0)
+    monkeypatch.setattr(Comparison, "_tiles", None)
+    made = setting(tmp_path, dtype=stored, rho=0.03, factors=factors)
+    found = audit(
+        made, made.every(lambda delta: dense(delta, torch.float64).to(factors).float()), "weights"
+    )
+    assert found.ok, found.as_text()
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mistake", WRONG)

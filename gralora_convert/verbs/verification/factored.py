@@ -80,9 +80,9 @@ class Factored:
 
 
 def worst_of(unlike: Unlike, updates: Sequence[Factored], dtype: torch.dtype) -> float:
-    """The largest |difference| / bound of single elements of a matrix with these updates, float64;
-    by the quick bound (see `delta.compare`), so that what is above 1 may still be right."""
-    delta, products, rounded = torch.zeros_like(unlike.after), 0, None
+    """The largest |difference| / bound of single elements of a matrix with these updates, float64.
+    The bound takes the sums of absolute products, which are less than `magnitude_rows`."""
+    delta, sizes, products, rounded = torch.zeros_like(unlike.after), unlike.before.abs(), 0, None
     for one in updates:
         inside = (unlike.rows >= one.rows.start) & (unlike.rows < one.rows.stop)
         rows, columns = unlike.rows[inside], unlike.columns[inside]
@@ -90,15 +90,18 @@ def worst_of(unlike: Unlike, updates: Sequence[Factored], dtype: torch.dtype) ->
             rows = rows - one.rows.start + one.rows.first
             places = (columns, rows) if one.transposed else (rows, columns)
             delta[inside] += _elements(one.delta, *places)
+            sizes[inside] += _elements(one.delta, *places, absolute=True)
             products, rounded = products + terms(one.delta), rounded or one.rounded
     exact = unlike.before + delta
     bound = tolerance(
-        unlike.after, exact, magnitude=unlike.before.abs() + delta.abs(), terms=products,
-        dtype=dtype, delta=delta, delta_dtype=rounded,
+        unlike.after, exact, magnitude=sizes, terms=products, dtype=dtype, delta=delta,
+        delta_dtype=rounded,
     )  # fmt: skip
     return worst_ratio(unlike.after, exact, bound)
 
 
-def _elements(delta: Gralora | Lora, out: Tensor, into: Tensor) -> Tensor:
+def _elements(
+    delta: Gralora | Lora, out: Tensor, into: Tensor, *, absolute: bool = False
+) -> Tensor:
     device = delta.A.device
-    return elements(delta, out.to(device), into.to(device)).cpu()
+    return elements(delta, out.to(device), into.to(device), absolute=absolute).cpu()

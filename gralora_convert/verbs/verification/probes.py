@@ -48,7 +48,7 @@ class Probe:
         self.squares = torch.zeros(n_out, dtype=torch.float64)
         self.sums = torch.zeros(PROBES, n_out, dtype=torch.float64)
         self.difference = torch.zeros(PROBES, n_out, dtype=torch.float64)
-        self.terms = 0
+        self.terms, self.rounded = 0, update.rounded
         for one in updates:  # all that is added to these rows
             if met := one.rows.meet(update.rows.start, update.rows.stop):
                 self.difference -= self._path(one, met[0])
@@ -82,7 +82,9 @@ class Probe:
         (`rounding_lengths`)."""
         x, place = self._inputs(start, len(after))
         moved, dim = after - before, 0 if self.update.transposed else 1
-        lengths = rounding_lengths(after, moved, terms=self.terms, dtype=dtype, dim=dim)
+        lengths = rounding_lengths(
+            after, moved, terms=self.terms, dtype=dtype, dim=dim, delta_dtype=self.rounded
+        )
         lengths, moved = lengths.cpu().double(), moved.cpu().double()
         outputs = x @ (moved if self.update.transposed else moved.T)
         return Outputs(place, outputs, x.norm(dim=1)[:, None] * lengths, lengths.square())
