@@ -166,12 +166,6 @@ def validate(
 @weight_option
 @click.option("--shard-size", default="keep", show_default=True, metavar="keep|SIZE",
               help="keep = the base's own files; else a size such as 5GB.")  # fmt: skip
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="Go on from what a broken run left, and leave what is done if this one breaks.  "
-    "[default: off]",
-)
 @click.option("--digests/--no-digests", default=None,
               help="State the sha256 of every file in the receipt.  "
               "[default: for outputs up to 256 MiB]")  # fmt: skip
@@ -188,7 +182,6 @@ def merge(
     base: str | None,
     weights: Sequence[float],
     shard_size: str,
-    resume: bool,
     digests: bool | None,
     again: bool,
     labels: str | None,
@@ -215,7 +208,7 @@ def merge(
         labels=None if labels is None else labels.split(","),
         **said.as_arguments(),
     )
-    return run.carry_out(plan, merge_summary, resume=resume, digests=digests)
+    return run.carry_out(plan, merge_summary, digests=digests)
 
 
 @commands.command(

@@ -110,6 +110,7 @@ class Run:
     output: str
     dtype: str
     jobs: int | None
+    resume: bool
     dry_run: bool
     overwrite: bool
     verify: bool
@@ -122,7 +123,6 @@ class Run:
         plan: "Plan",
         summary: Callable[[Mapping[str, object], str], Sequence[str]],
         *,
-        resume: bool = False,
         digests: bool | None = None,
     ) -> int:
         from gralora_convert.output import Ranks
@@ -136,15 +136,15 @@ class Run:
             return 0
         if is_speaker:
             show_notes(plan.notes)
-        if resume and is_speaker and (left := plan.resumable_bytes(self.output)):
+        if self.resume and is_speaker and (left := plan.resumable_bytes(self.output)):
             show_notes([f"goes on: {left:,} bytes are there already"])
         tensors = sum(file.data_nbytes for file in plan.files)
         shown = self.progress if is_speaker else False
-        with _resumable(plan.resumable and not resume), bar(tensors, shown) as advance:
+        with _resumable(not self.resume), bar(tensors, shown) as advance:
             receipt = plan.write(
                 self.output,
                 overwrite=self.overwrite,
-                resume=resume,
+                resume=self.resume,
                 jobs=self.jobs,
                 verify=self.verify,
                 digests=digests,
@@ -201,6 +201,9 @@ writing_options = _gathered(
     click.option("--dtype", type=Choice(DTYPES), default="keep", show_default=True,
                  help="dtype of the tensors written; keep = each tensor's own."),
     click.option("--jobs", type=click.IntRange(min=1), help="Worker threads.  [default: the CPUs]"),
+    click.option("--resume", is_flag=True,
+                 help="Go on from what a broken run left, and leave what is done if this one "
+                 "breaks.  [default: off]"),
     click.option("--dry-run", is_flag=True,
                  help="Print the plan and write nothing.  [default: off]"),
     click.option("--overwrite", is_flag=True, help="Replace DIR, atomically.  [default: off]"),

@@ -19,7 +19,7 @@ from gralora_convert.delta.exact import (
 from gralora_convert.delta.fit import Fit, exact_rank, to_gralora, to_hybrid, to_lora
 from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, tensors_of
 from gralora_convert.delta.forward import forward_path
-from gralora_convert.delta.svd import Method, squared_norm
+from gralora_convert.delta.svd import Method, squared_norm, svd_effort
 from gralora_convert.errors import CheckFailedError, MisuseError, is_number
 
 Made = TypeVar("Made", Gralora, Lora)
@@ -176,6 +176,22 @@ def resize(
             return _as_hybrid(delta, shape, method, generator)
         case other:
             assert_never(other)
+
+
+def effort(shape: Shape, weight: tuple[int, int], method: Method = "auto") -> int:
+    """What `resize` takes for a dense delta of this (out, in), in bytes copied (0.3 ns): measured
+    on one core, good for even shares of several processes.
+
+    >>> effort(Shape("lora", 1, 32, 0, 1.0), (2048, 2048)) < effort(
+    ...     Shape("gralora", 4, 32, 0, 1.0), (2048, 2048)
+    ... )
+    True
+    """
+    k, ranks = shape.k, (shape.r // shape.k, shape.hybrid_r)
+    fits = [(k, ranks[0])] + [(1, ranks[1])] * bool(shape.hybrid_r)
+    if shape.kind != "lora":  # and the LoRA of as many parameters beside it
+        fits.append((1, min(shape.r + shape.hybrid_r, *weight)))
+    return sum(k * k * svd_effort(weight[0] // k, weight[1] // k, rank, method) for k, rank in fits)
 
 
 def _fitted_dtype(delta: Delta) -> torch.dtype:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from gralora_convert.doors import opened
 
 if TYPE_CHECKING:
-    from gralora_convert.output.adapter_files import New, adapter_plan, config_like
+    from gralora_convert.output.adapter_files import Losses, New, adapter_plan, config_like
     from gralora_convert.output.cards import CARD_NAME, adapter_card, merged_card
     from gralora_convert.output.parts import Computed, Copied, OutputFile, Part
     from gralora_convert.output.plan import Plan
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     from gralora_convert.output.workers import one_arithmetic_thread
 
 __all__ = [
-    "CARD_NAME", "CastTensor", "Computed", "Copied", "MergedTensor", "New", "OutputFile", "Part",
-    "PatchedTensor", "Plan", "Ranks", "adapter_card", "adapter_plan", "adapter_receipt_findings",
-    "are_finite", "checkpoint_receipt_findings", "config_like", "index_json", "index_name",
-    "lay_out", "meeting", "merged_card", "one_arithmetic_thread", "taken",
+    "CARD_NAME", "CastTensor", "Computed", "Copied", "Losses", "MergedTensor", "New", "OutputFile",
+    "Part", "PatchedTensor", "Plan", "Ranks", "adapter_card", "adapter_plan",
+    "adapter_receipt_findings", "are_finite", "checkpoint_receipt_findings", "config_like",
+    "index_json", "index_name", "lay_out", "meeting", "merged_card", "one_arithmetic_thread",
+    "taken",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
-    "adapter_files": "New adapter_plan config_like",
+    "adapter_files": "Losses New adapter_plan config_like",
     "cards": "CARD_NAME adapter_card merged_card",
     "plan": "Plan",
     "ranks": "Ranks meeting",

@@ -4,9 +4,7 @@ What `convert`, `extract` and `Attachment.save_pretrained` write is one plan: th
 modules, then biases and saved modules, the config, and a receipt.
 """
 
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
@@ -22,10 +20,10 @@ from gralora_convert.adapters import (
     Role,
     key_of,
 )
-from gralora_convert.delta import Gralora, Lora, Shape, tensors_of
+from gralora_convert.delta import Gralora, Lora, Loss, Shape, tensors_of
 from gralora_convert.disk import DTYPE_OF_TORCH, TensorSpec, bytes_of
 from gralora_convert.output.cards import CARD_NAME
-from gralora_convert.output.parts import Computed, OutputFile, Part
+from gralora_convert.output.parts import Account, Computed, OutputFile, Part
 from gralora_convert.output.plan import Plan
 from gralora_convert.output.tiles import taken
 from gralora_convert.version import __version__
@@ -36,12 +34,15 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class New(Generic[T]):
     """The factors of a module, or a value beside them, to write: `outline` has their shapes and
-    dtypes. `make` gives them where that is on the meta device, and keeps up to `nbytes` bytes
-    meanwhile."""
+    dtypes. `make` gives them where that is on the meta device, keeps up to `nbytes` bytes
+    meanwhile, takes `effort` (at least these, in bytes copied), and leaves in `account` what it
+    finds out."""
 
     outline: T
     make: Callable[[], T] | None = None
     nbytes: int = 0
+    effort: int = 0
+    account: Account | None = None
 
     def made(self) -> T:
         return self.outline if self.make is None else self.make()
@@ -63,9 +64,7 @@ def adapter_plan(
     `values` are biases and parameters of saved modules by path in memory; `receipt` is told after
     what wrote it; `more` are fields of the plan.
     """
-    workshop, parts = Workshop(), list[Part]()
-    for name, module in modules.items():
-        parts += workshop.parts(name, module)
+    parts = [part for name, module in modules.items() for part in _Module(module).parts(name)]
     for path, value in values.items():
         holder, _, leaf = path.rpartition(".")
         own = leaf == "bias" and holder in modules
@@ -74,7 +73,8 @@ def adapter_plan(
             source = taken(value, value.dtype)
             parts.append(Part(key, value.dtype, value.shape, value.nbytes, source))
         else:
-            parts.append(_part(key, value.outline, partial(_bytes, value), value.outline.nbytes))
+            memory = value.outline.nbytes
+            parts.append(_part(key, value.outline, partial(_bytes, value), memory=memory))
     written = replace(config, inference_mode=True, peft_version=PEFT_VERSION)
     texts = {CONFIG_NAME: written.to_json()} | ({} if card is None else {CARD_NAME: card})
     said = {"tool": "gralora-convert", "version": __version__, "command": command}
@@ -101,67 +101,50 @@ def _bytes(value: New[torch.Tensor], tile: int) -> memoryview:
     return bytes_of(value.made())
 
 
-def _part(key: str, like: torch.Tensor, produce: Callable[[int], memoryview], memory: int) -> Part:
+def _part(key: str, like: torch.Tensor, produce: Callable[[int], memoryview], **more: Any) -> Part:
     dtype = DTYPE_OF_TORCH[str(like.dtype).removeprefix("torch.")]
-    source = Computed(max(1, like.nbytes), produce, memory)
+    source = Computed(max(1, like.nbytes), produce, **more)
     return Part(key, dtype, tuple(like.shape), like.nbytes, source)
 
 
-class Workshop:
-    """The modules of a plan, each made once by the worker that needs it first.
+class Losses(dict[str, Loss]):
+    """What making a module lost, by what is compared: an account of its tensors."""
 
-    A worker that finds its module in the making makes the next one meanwhile, so that all workers
-    are busy although the tensors of one module follow one another in the file.
-    """
+    def save(self) -> dict[str, Loss]:
+        return dict(self)
 
-    def __init__(self) -> None:
-        self._modules: list[New[Gralora | Lora]] = []
-        self._made: dict[int, Future[Gralora | Lora]] = {}
-        self._uses: list[int] = []
-        self._lock = threading.Lock()
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        self.update({name: (loss[0], loss[1]) for name, loss in saved.items()})
 
-    def parts(self, name: str, module: New[Gralora | Lora]) -> list[Part]:
-        """The tensors of one module under PEFT's keys."""
-        factors, place = tensors_of(module.outline), len(self._modules)
+    @staticmethod
+    def of(modules: Mapping[str, "Losses"], name: str) -> dict[str, Loss]:
+        """One comparison, of all modules that have it."""
+        return {module: losses[name] for module, losses in modules.items() if name in losses}
+
+
+class _Module:
+    """The factors of one module: made when the first is asked for, dropped after the last."""
+
+    def __init__(self, module: New[Gralora | Lora]) -> None:
+        self._module = module
+        self._factors: dict[str, torch.Tensor] = {}
+
+    def parts(self, name: str) -> list[Part]:
+        """Its tensors under PEFT's keys, one unit: no two runs or ranks, whose arithmetic may
+        differ, make a part each."""
+        module, parts = self._module, list[Part]()
         method: Method = "lora" if isinstance(module.outline, Lora) else "gralora"
-        self._modules.append(module)
-        self._uses.append(len(factors))
-        parts: list[Part] = []
-        for field, like in factors.items():
-            role = cast(Role, field)
-            produce = partial(self._bytes_of, place, role)
-            memory = 0 if parts else module.nbytes
-            parts.append(_part(key_of(name, role, method), like, produce, memory))
+        effort = max(module.effort, module.nbytes)
+        said: dict[str, Any] = {
+            "memory": module.nbytes, "account": module.account, "effort": effort,
+        }  # fmt: skip
+        for role, like in tensors_of(module.outline).items():
+            key = key_of(name, cast(Role, role), method)
+            parts.append(_part(key, like, partial(self._bytes_of, role), unit=self, **said))
+            said = {}  # of the module, so once
         return parts
 
-    def _bytes_of(self, place: int, role: Role, tile: int) -> memoryview:
-        with self._lock:
-            begun = place in self._made
-            cell = self._made.setdefault(place, Future())
-        if not begun:
-            self._make(place)
-        elif not cell.done():
-            self._make_next(place)
-        tensor = getattr(cell.result(), role)
-        assert isinstance(tensor, torch.Tensor)
-        with self._lock:
-            self._uses[place] -= 1
-            if self._uses[place] == 0:
-                del self._made[place]
-        return bytes_of(tensor)
-
-    def _make_next(self, place: int) -> None:
-        with self._lock:
-            others = range(place + 1, len(self._modules))
-            free = next((n for n in others if n not in self._made and self._uses[n]), None)
-            if free is None:
-                return
-            self._made[free] = Future()
-        self._make(free)
-
-    def _make(self, place: int) -> None:
-        cell = self._made[place]
-        try:
-            cell.set_result(self._modules[place].made())
-        except BaseException as problem:  # told to every worker that asks for this module
-            cell.set_exception(problem)
+    def _bytes_of(self, role: str, tile: int) -> memoryview:
+        if role not in self._factors:
+            self._factors = tensors_of(self._module.made())
+        return bytes_of(self._factors.pop(role))

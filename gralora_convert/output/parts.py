@@ -1,8 +1,9 @@
 """What is written, stated: files of parts, and the pieces of them that are made in one go."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -36,13 +37,17 @@ class Computed:
     """A tensor made tile by tile: `produce(i)` gives bytes `[i * tile_bytes, ...)` of it.
 
     The buffer that it returns may be used again after the worker's next call. `memory` is what
-    the tiles of this tensor keep alive together beside one buffer, in bytes (its factors).
+    the tiles of this tensor keep alive together beside one buffer, in bytes (its factors); `effort`
+    what making it takes beside its bytes, in bytes copied. Neighbours of one `unit` (the factors of
+    a module, each in one tile) are made in one go, in order, by one worker.
     """
 
     tile_bytes: int
     produce: Callable[[int], memoryview]
     memory: int = 0
     account: Account | None = None
+    effort: int = 0
+    unit: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,10 @@ class Part:
     @property
     def account(self) -> Account | None:
         return self.source.account if isinstance(self.source, Computed) else None
+
+    @property
+    def unit(self) -> object:
+        return self.source.unit if isinstance(self.source, Computed) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +105,7 @@ class Piece:
     stop: int
     copied: tuple[Path, int] | None = None
     made: Callable[[], memoryview] | None = None
+    effort: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -104,17 +114,18 @@ class Piece:
     @property
     def cost(self) -> int:
         """What making it takes, in bytes copied."""
-        return 1 + self.nbytes * (1 if self.copied else COMPUTING)
+        return 1 + self.nbytes * (1 if self.copied else COMPUTING) + self.effort
 
 
 def pieces(file: OutputFile) -> Iterator[Piece]:
-    """All of a file in the order of its bytes, each made by one worker; neighbouring copies are
-    joined."""
+    """All of a file in the order of its bytes, each made by one worker; neighbouring copies, and
+    neighbours of one unit, are joined."""
     position = len(file.header)
     run: Piece | None = None
-    for part in file.parts:
-        stop = position + part.nbytes
-        match part.source:
+    for _, neighbours in groupby(file.parts, lambda part: part.unit or part.name):
+        parts = [*neighbours]
+        stop = position + sum(part.nbytes for part in parts)
+        match parts[0].source:
             case Copied(spec=TensorSpec(strides=None) as spec):
                 if run and run.copied == (spec.file, spec.offset - run.nbytes):
                     run = replace(run, stop=stop)
@@ -124,7 +135,10 @@ def pieces(file: OutputFile) -> Iterator[Piece]:
             case source:
                 yield from _chunks(run)
                 run = None
-                yield from _tiles(source, position, stop)
+                if parts[0].unit is None:
+                    yield from _tiles(source, position, stop)
+                else:
+                    yield _joined(parts, position, stop)
         position = stop
     yield from _chunks(run)
 
@@ -147,6 +161,15 @@ def _tiles(source: Copied | Computed, position: int, end: int) -> Iterator[Piece
         else:
             made = partial(_in_order, source.spec, start - position, stop - position)
         yield Piece(start, stop, made=made)
+
+
+def _joined(parts: Sequence[Part], start: int, stop: int) -> Piece:
+    sources = [part.source for part in parts if isinstance(part.source, Computed)]
+    effort = sum(source.effort for source in sources)
+    return Piece(
+        start, stop, effort=effort,
+        made=lambda: memoryview(b"".join(source.produce(0) for source in sources)),
+    )  # fmt: skip
 
 
 def _in_order(spec: TensorSpec, start: int, stop: int) -> memoryview:

@@ -139,6 +139,7 @@ class Plan:
         digest = hashlib.sha256()
         for known in (__version__, self.command, dict(self.settings)):
             digest.update(json.dumps(known, sort_keys=True).encode() + b"\0")
+        digest.update(self.texts.get(CONFIG_NAME, b"") + b"\0")
         for file in self.files:
             digest.update(file.name.encode() + b"\0" + file.header)
         for read in self.inputs:
@@ -209,7 +210,7 @@ class Plan:
             make = partial(self._make, plan, others, jobs, progress or (lambda count: None))
             if not ranks.is_leader:
                 make(staging.folder, Done())
-                others.hear()
+                others.gather()  # published
                 return {}
             left = self.resumable_bytes(output) if resume else 0
             with staging.open(self.nbytes - left, begun if resume else None) as folder:
@@ -217,7 +218,7 @@ class Plan:
                 digested = self.nbytes <= DIGESTED_BYTES if digests is None else digests
                 receipt = self._finish(folder, verify, digested)
                 staging.publish()
-            others.hear()
+            others.gather()
         return receipt
 
     def _begin(self, folder: Path, plan: str) -> Done:
@@ -240,7 +241,9 @@ class Plan:
 
     def _accounts(self) -> Iterator[tuple[str, Account]]:
         for file in self.files:
-            yield from ((part.name, part.account) for part in file.parts if part.account)
+            yield from (
+                (part.name, part.account) for part in file.parts if part.account is not None
+            )
 
     def _make(
         self,
@@ -268,7 +271,7 @@ class Plan:
         for file in self.inputs:
             file.require_unchanged()
         found = {name: account.save() for name, account in self._accounts()}
-        for states in others.gather(found) if others.ranks.size > 1 else ():
+        for states in others.gather(found):
             self._restore({("", name): state for name, state in states.items()})
 
     def share(self, done: Done, ranks: Ranks) -> Iterator[tuple[OutputFile, list[Piece]]]:

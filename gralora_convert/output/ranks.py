@@ -1,8 +1,7 @@
-"""The processes of a launcher that carry out one plan together, each a share of its bytes.
+"""The processes of a launcher that carry out one plan together, each a share of its cost.
 
-torchrun, srun and mpirun start and supervise them; torch.distributed (its store, and gloo, which
-sees a peer that has gone) carries what they say to one another. Rank 0 makes the output's folder
-and publishes it; all write into it, so they need to see one file system.
+torchrun, srun and mpirun start and supervise them; torch.distributed carries what they say (its
+store) and sees who has gone without a word (gloo). All need to see the folder that they write.
 """
 
 import contextlib
@@ -10,17 +9,15 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from gralora_convert.errors import ConvertError, MisuseError, OutputError
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
 
 T = TypeVar("T")
 # What launchers set: this process's number, how many there are, and how many on this machine.
@@ -31,14 +28,14 @@ _VARIABLES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH and its kin
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
 )
-# What tells one launch from the next, where no address for the processes to meet at is given.
-_LAUNCHES = ("SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
-_JOBS = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # whose steps are counted from 0
+# What tells launches apart where no address is given; the last two, jobs that count steps from 0.
+_LAUNCHES = ("SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID",
+             "SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # fmt: skip
 _MEETINGS = itertools.count()  # of this process: a launcher's store outlives them
-JOIN_SECONDS = 120.0  # until all are there
-WORK_SECONDS = 3600.0  # that one may write longer than another
+JOIN_SECONDS, WORK_SECONDS = 120.0, 3600.0  # until all are there; that one may work longer
 HEARD_SECONDS = 5.0  # that the store of rank 0 outlives its work, for the others to read
-_AGAIN = "Run all of them again, a merge with `resume=True`: what is done is not done again."
+_ALONE = "Start all with the same address, or unset RANK and WORLD_SIZE to run alone."
+_AGAIN = "Run all of them again, with `resume=True`: what is done is not done again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +52,16 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Ranks":
-        """What the launcher says; one process alone without a launcher.
-
-        Raises:
-            MisuseError: numbers that are none.
-        """
+        """What the launcher says, else one process alone. `MisuseError`: that are no numbers."""
         for names in _VARIABLES:
             if names[0] in environment and names[1] in environment:
-                rank, size = (_number(environment, name) for name in names[:2])
-                local = _number(environment, names[2]) if names[2] in environment else 1
-                if not 0 <= rank < size:
-                    raise MisuseError(
-                        f"{names[0]}={rank} is not below {names[1]}={size}",
-                        hint="Unset both to run alone.",
-                    )
-                return cls(rank, size, max(1, local))
+                said = [environment.get(name, "1") for name in names]
+                sound = all(re.fullmatch("[0-9]{1,9}", text) for text in said)
+                if not sound or not int(said[0]) < int(said[1]):
+                    told = ", ".join(map("=".join, zip(names, said, strict=True)))
+                    hint = f"Unset {names[0]} and {names[1]} to run alone."
+                    raise MisuseError(f"{told}: a number below another was needed", hint=hint)
+                return cls(int(said[0]), int(said[1]), int(said[2]) or 1)
         return cls()
 
     @property
@@ -77,104 +69,71 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Callable[[], Iterable[T]], cost: Callable[[T], int]) -> Iterator[T]:
-        """This rank's run of all `items`, which come in order at each call: the runs of all ranks
-        have the same cost, as far as the items allow.
+        """This rank's run of all `items`, which come in order at each call: of even cost.
 
         >>> [list(Ranks(rank, 2).share(lambda: "abcde", ord)) for rank in range(2)]
         [['a', 'b', 'c'], ['d', 'e']]
         """
         total, before = sum(map(cost, items())), 0
         for item in items():
-            middle = 2 * before + cost(item)
-            before += cost(item)
-            if middle * self.size // (2 * total) == self.rank:
+            before += 2 * cost(item)
+            if (before - cost(item)) * self.size // (2 * total) == self.rank:
                 yield item
-
-
-def _number(environment: Mapping[str, str], name: str) -> int:
-    text = environment[name]
-    if not text.isdecimal() or len(text) > 9:
-        raise MisuseError(
-            f"{name}={text!r} is set in the environment, a number was needed",
-            hint="Unset it to run alone.",
-        )
-    return int(text)
 
 
 @contextlib.contextmanager
 def meeting(ranks: Ranks, output: Path) -> Iterator["Meeting"]:
-    """All ranks of one launch, met; a failure within is told to the others. One process alone
-    imports and starts nothing for it.
+    """All ranks of one launch, met; one process alone imports and starts nothing for it.
 
-    Raises:
-        OutputError: one did not come, or has failed or gone before the end.
-        MisuseError: the launcher names no place to meet at.
+    `OutputError`, also within: one did not come, has failed, or is lost. `MisuseError`: no place.
     """
+    met = Meeting(ranks, output)
     if ranks.size == 1:
-        yield Meeting(ranks, output)
+        yield met
         return
     import torch.distributed as dist
 
-    met = Meeting(ranks, output, _store(ranks, output))
+    with met.losing(_ALONE):
+        met.store = _store(ranks, output)
+    met.gather(seconds=JOIN_SECONDS)
     try:
-        met.gather("here")
-        with _lost(output):
-            dist.init_process_group(
-                "gloo", store=met.store, rank=ranks.rank, world_size=ranks.size,
-                timeout=timedelta(seconds=JOIN_SECONDS),
-            )  # fmt: skip
-            met.group = dist.new_group(timeout=timedelta(seconds=WORK_SECONDS))
+        with met.losing():
+            for seconds in (JOIN_SECONDS, WORK_SECONDS):  # to meet soon, to work for long
+                store, most = dist.PrefixStore(str(seconds), met.store), timedelta(seconds=seconds)
+                met.groups.append(dist.ProcessGroupGloo(store, ranks.rank, ranks.size, most))
         yield met
-    except BaseException as error:
-        met.tell(error)
+    except BaseException as error:  # told to the others, unless one of them was first
+        why = str(error) if isinstance(error, ConvertError) else "it was interrupted"
+        with contextlib.suppress(RuntimeError):
+            met.store.compare_set("failed", "", f"rank {ranks.rank} failed: {why}")
         raise
     finally:
-        met.leave()
-        if met.group is not None:  # ours, not one that the caller has
-            dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # the store, which rank 0 may serve and others read
+            met.store.set(f"gone-{ranks.rank}", "")
+            everyone = [f"gone-{rank}" for rank in range(ranks.size if ranks.is_leader else 0)]
+            met.store.wait(everyone, timedelta(seconds=HEARD_SECONDS))
+        met.groups.clear()
 
 
-def _store(ranks: Ranks, output: Path) -> "Store":
-    """Where the ranks meet: the launcher's address, or a file beside the output."""
+def _store(ranks: Ranks, output: Path) -> Any:
+    """Where the ranks meet: at the launcher's address, or in a file beside the output."""
     import torch.distributed as dist
 
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not address or not port:
-        launch = [value for name in _LAUNCHES if (value := os.environ.get(name))]
-        if not launch:
-            raise MisuseError(
-                f"{ranks.size} processes were started, and nothing says where they meet",
-                hint="Set MASTER_ADDR and MASTER_PORT alike for all of them, or use torchrun.",
-            )
-        launch += [os.environ.get(name, "") for name in _JOBS]
-        job = hashlib.sha256(repr([str(output), *launch]).encode()).hexdigest()[:16]
+    said, most = os.environ.get, timedelta(seconds=JOIN_SECONDS / 3)  # of each of 2.7 tries
+    launch = [said(name) for name in _LAUNCHES]
+    if (address := said("MASTER_ADDR")) and (port := said("MASTER_PORT")):
+        # torchrun serves one itself, for all attempts (torch 2.13, distributed/rendezvous.py)
+        serves = ranks.is_leader and said("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store: Any = dist.TCPStore(address, int(port), None, serves, most, wait_for_workers=False)
+    elif any(launch[:4]):
+        job = hashlib.sha256(repr([str(output), launch]).encode()).hexdigest()[:16]
         folder = next(folder for folder in output.parents if folder.is_dir())
-        return dist.FileStore(str(folder / f".gralora-convert-{job}"), ranks.size)
-    # torchrun serves a store itself (torch 2.13, distributed/rendezvous.py), the same one for all
-    # attempts of a launch; else rank 0 does
-    is_master = ranks.is_leader and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    try:
-        store = dist.TCPStore(
-            address, int(port), None, is_master, timedelta(seconds=JOIN_SECONDS),
-            wait_for_workers=False,
-        )  # fmt: skip
-    except (RuntimeError, ValueError) as error:
-        raise OutputError(
-            f"the processes cannot meet at {address}:{port}: {str(error).splitlines()[0]}",
-            where=output, hint="Unset RANK and WORLD_SIZE to run alone.",
-        ) from error  # fmt: skip
-    return dist.PrefixStore(f"gralora-convert/{attempt}/{next(_MEETINGS)}", store)
-
-
-@contextlib.contextmanager
-def _lost(output: Path) -> Iterator[None]:
-    """torch.distributed says with a RuntimeError that a peer, or the store, is not there."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OutputError(f"another rank is lost ({reason})", where=output, hint=_AGAIN) from error
+        store = dist.FileStore(str(folder / f".gralora-convert-{job}"), ranks.size)
+    else:
+        why = f"{ranks.size} processes were started, and nothing says where they meet"
+        raise MisuseError(why, hint="Set MASTER_ADDR and MASTER_PORT for all, or use torchrun.")
+    name = f"gralora-convert/{said('TORCHELASTIC_RESTART_COUNT')}/{next(_MEETINGS)}"
+    return dist.PrefixStore(name, store)
 
 
 @dataclass
@@ -183,101 +142,53 @@ class Meeting:
 
     ranks: Ranks
     output: Path
-    store: "Store | None" = None
-    group: "ProcessGroup | None" = None
+    store: Any = None
+    groups: list[Any] = field(default_factory=list)
     _steps: Iterator[int] = field(default_factory=itertools.count)
 
-    def gather(self, value: Any) -> list[Any]:
-        """What each rank says at this step, as JSON, when all have come this far.
-
-        Raises:
-            OutputError: one did not come, has failed, or is lost.
-        """
+    def gather(self, value: Any = None, seconds: float = WORK_SECONDS) -> list[Any]:
+        """What each rank says at this step, as JSON, when all have come this far."""
         if self.store is None:
             return [value]
-        step = next(self._steps)
+        step, until = next(self._steps), time.monotonic() + seconds
         names = [f"{step}-{rank}" for rank in range(self.ranks.size)]
-        with _lost(self.output):
+        with self.losing():
             self.store.set(names[self.ranks.rank], json.dumps(value))
-            self._come(names) if self.group is None else self._meet(self.group)
+            peers: Any = self.groups[-1].barrier() if self.groups else None
+            while not self.store.check(names):
+                lost = peers is not None and peers.is_completed()
+                self.require_others()  # who fails says so before going
+                if lost:
+                    peers.wait()  # who has gone without a word
+                if time.monotonic() > until:
+                    absent = next(r for r, name in enumerate(names) if not self.store.check([name]))
+                    why = f"rank {absent} of {self.ranks.size} did not come"
+                    raise OutputError(why, where=self.output, hint=_ALONE)
+                time.sleep(0.02)
             return [json.loads(self.store.get(name)) for name in names]
 
-    def _come(self, names: list[str]) -> None:
-        assert self.store is not None
-        until = time.monotonic() + JOIN_SECONDS
-        while not self.store.check(names):
-            self.require_others()
-            if time.monotonic() > until:
-                absent = next(r for r, name in enumerate(names) if not self.store.check([name]))
-                raise OutputError(
-                    f"rank {absent} of {self.ranks.size} did not come", where=self.output,
-                    hint="Start all of them, or unset RANK and WORLD_SIZE to run alone.",
-                )  # fmt: skip
-            time.sleep(0.02)
-
-    def _meet(self, group: "ProcessGroup") -> None:
-        """A barrier of gloo, which sees who has gone without a word."""
-        import torch.distributed as dist
-
-        barrier = dist.barrier(group, async_op=True)
-        assert barrier is not None
-        while not barrier.is_completed():
-            self.require_others()
-            time.sleep(0.02)
-        barrier.wait()
-
-    def agree(self, plan: str, known: Any) -> Any:
-        """What rank 0 knows, when all have come this far with the same plan.
-
-        Raises:
-            MisuseError: one has another.
-            OutputError: as `gather`.
-        """
-        said = self.gather([plan, known])
-        for rank, (other, _) in enumerate(said):
-            if other != plan:
-                raise MisuseError(
-                    f"rank {max(rank, self.ranks.rank)} would do something else than rank "
-                    f"{min(rank, self.ranks.rank)}",
-                    where=self.output,
-                    hint="Give all processes the same arguments, inputs and version of the tool.",
-                )
-        return said[0][1]
+    def agree(self, plan: str, known: Any = None) -> Any:
+        """What rank 0 knows, when all have come this far. `MisuseError`: with other plans."""
+        plans, told = zip(*self.gather([plan, known]), strict=True)
+        if others := [rank for rank, other in enumerate(plans) if other != plans[0]]:
+            why = f"rank {others[0]} would do something else than rank 0"
+            hint = "Give all processes the same arguments, inputs and version of the tool."
+            raise MisuseError(why, where=self.output, hint=hint)
+        return told[0]
 
     def require_others(self) -> None:
         """Raises `OutputError` when another has failed; cheap, to be asked now and then."""
-        if self.store is None:
-            return
-        with _lost(self.output):
-            failed = self.store.get("failed").decode() if self.store.check(["failed"]) else ""
-        if failed:
-            raise OutputError(failed, where=self.output, hint=_AGAIN)
+        with self.losing():
+            if self.store is not None and self.store.check(["failed"]):
+                why = self.store.get("failed").decode()
+                raise OutputError(why, where=self.output, hint=_AGAIN)
 
-    def hear(self) -> None:
-        """Rank 0 says that all is done; the others wait until it does."""
-        if self.store is None:
-            return
-        with _lost(self.output):
-            if self.ranks.is_leader:
-                self.store.set("done", "")
-            while not self.store.check(["done"]):
-                self.require_others()
-                time.sleep(0.05)
-
-    def tell(self, error: BaseException) -> None:
-        """Tells the others why they will wait in vain, unless one of them was first."""
-        assert self.store is not None
-        known = str(error) if isinstance(error, ConvertError) else "it was interrupted"
-        with contextlib.suppress(RuntimeError):  # the store is gone, and with it who would read it
-            if not self.store.check(["failed"]):
-                self.store.set("failed", f"rank {self.ranks.rank} failed: {known}")
-
-    def leave(self) -> None:
-        """Goes; rank 0, whose store the others read, when they have, or soon after."""
-        assert self.store is not None
-        names = [f"gone-{rank}" for rank in range(self.ranks.size)]
-        with contextlib.suppress(RuntimeError):  # the store has gone before
-            self.store.set(names[self.ranks.rank], "")
-            until = time.monotonic() + HEARD_SECONDS
-            while self.ranks.is_leader and time.monotonic() < until and not self.store.check(names):
-                time.sleep(0.02)
+    @contextlib.contextmanager
+    def losing(self, hint: str = _AGAIN) -> Iterator[None]:
+        """torch.distributed says with a RuntimeError that a peer, or the store, is not there."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            what = "another rank is lost" if self.groups else "the ranks cannot meet"
+            why = f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            raise OutputError(why, where=self.output, hint=hint) from error

@@ -31,7 +31,6 @@ from gralora_convert.delta import (
     Gralora,
     Kind,
     Lora,
-    Loss,
     Shape,
     Wanted,
     least_rank,
@@ -56,6 +55,7 @@ from gralora_convert.disk import (
 )
 from gralora_convert.errors import InexactError, MisuseError, UnreadableError, UnsupportedError
 from gralora_convert.output import (
+    Losses,
     New,
     Plan,
     adapter_card,
@@ -149,7 +149,7 @@ def convert(
             shape = _within(server, source, shape)
         if not allow_inexact and max_error is None:
             _require_exact(source, shape)
-    plan = _plan(source, shape, dtype, verify, notes)
+    plan = _plan(source, shape, dtype, verify, notes, reading)
     return plan if server is None else tailored(plan, server, _exported(source, shape))
 
 
@@ -267,10 +267,14 @@ def _draws(source: Source, module: str) -> torch.Generator:
     return torch.Generator().manual_seed(source.adapter.modules.index(module))
 
 
-def _plan(source: Source, shape: Shape, dtype: str, verify: bool, notes: Sequence[str]) -> Plan:
+def _plan(
+    source: Source, shape: Shape, dtype: str, verify: bool, notes: Sequence[str], reading: Reading
+) -> Plan:
     adapter, base = source.adapter, source.base
-    lost: dict[str, Loss] = {}  # by the modules that are made
-    modules = {name: _new(source, shape, name, dtype, verify, lost) for name in adapter.modules}
+    lost = {name: Losses() for name in adapter.modules}
+    modules = {
+        name: _new(source, shape, name, dtype, verify, lost[name]) for name in adapter.modules
+    }
     exported = _exported(source, shape) if shape.kind == "lora" else None
     told = [*notes, *_left_out(adapter.ignored), *map(str, chain_findings(adapter))]
     if exported is not None:
@@ -285,7 +289,8 @@ def _plan(source: Source, shape: Shape, dtype: str, verify: bool, notes: Sequenc
         if base is not None:
             inputs["base"] = {"source": base.source, "headers_sha256": base.digest()}
         return {
-            "inputs": inputs, "notes": told, "dtype": dtype, **shape.as_json(), **loss_json(lost),
+            "inputs": inputs, "notes": told, "dtype": dtype, **shape.as_json(),
+            **loss_json(Losses.of(lost, "own")),
             "serving": None if exported is None else refusals(exported),
             "base_dtype": None if exported is None else exported.dtype,
         }  # fmt: skip
@@ -297,11 +302,13 @@ def _plan(source: Source, shape: Shape, dtype: str, verify: bool, notes: Sequenc
         inputs=(adapter.file, *(() if base is None else base.layout.values())),
         protected=(adapter.path, *(() if base is None else (base.path,))),
         notes=tuple(told),
+        settings={"device": source.device, "verify": verify, "reading": repr(reading)},
+        resumable=True,
     )  # fmt: skip
 
 
 def _new(
-    source: Source, shape: Shape, module: str, dtype: str, verify: bool, lost: dict[str, Loss]
+    source: Source, shape: Shape, module: str, dtype: str, verify: bool, lost: Losses
 ) -> New[Gralora | Lora]:
     weight = source.adapter.shape(module)
     kept = torch_dtype(_dtype_of(source.adapter, module, dtype))
@@ -314,10 +321,10 @@ def _new(
         delta = source.delta(module)
         fit = resize(delta, shape, _draws(source, module))
         made = stored(module, delta, fit, kept, verify=verify)
-        lost[module] = fit.error2, fit.norm2
+        lost["own"] = fit.error2, fit.norm2
         return made
 
-    return New(outline, make, source.memory(module) + nbytes)
+    return New(outline, make, source.memory(module) + nbytes, account=lost)
 
 
 def _dtype_of(adapter: Adapter, module: str, wanted: str) -> str:

@@ -6,7 +6,7 @@ difference at a time.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -19,10 +19,10 @@ from gralora_convert.delta import (
     Gralora,
     Kind,
     Lora,
-    Loss,
     Method,
     Shape,
     Wanted,
+    effort,
     loss_json,
     relative,
     require_device,
@@ -36,6 +36,7 @@ from gralora_convert.delta import (
 from gralora_convert.disk import Checkpoint, dtype_name, torch_dtype, written_dtype
 from gralora_convert.errors import MisuseError, UnsupportedError
 from gralora_convert.output import (
+    Losses,
     New,
     Plan,
     adapter_card,
@@ -144,38 +145,32 @@ class _How:
     verify: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Losses:
-    """What each module made lost, what a LoRA of as many parameters would have lost, and what the
-    rounding of the tuned model alone accounts for."""
-
-    own: dict[str, Loss] = field(default_factory=dict)
-    of_lora: dict[str, Loss] = field(default_factory=dict)
-    floor: dict[str, Loss] = field(default_factory=dict)
-
-
-def _made(module: Module, how: _How, losses: _Losses) -> Gralora | Lora:
+def _made(module: Module, how: _How, lost: Losses) -> Gralora | Lora:
+    """Also finds out what a LoRA of as many parameters would have lost, and what the rounding of
+    the tuned model alone accounts for."""
     delta, shape = module.delta(how.device), how.shape
     fit = resize(delta, shape, method=how.svd)
     made = stored(module.name, delta, fit, how.dtype, verify=how.verify)
-    losses.own[module.name] = fit.error2, fit.norm2
+    found = {"own": (fit.error2, fit.norm2)}
     if shape.kind != "lora":
         budget = min(shape.r + shape.hybrid_r, *module.shape)
         rival = to_lora(delta, budget, method=how.svd)
-        losses.of_lora[module.name] = rival.error2, rival.norm2
+        found["lora"] = rival.error2, rival.norm2
     rounding2 = module.rounding2()
     if rounding2 is not None:
-        losses.floor[module.name] = rounding2, fit.norm2
+        found["rounding"] = rounding2, fit.norm2
+    lost.update(found)
     return made
 
 
 def _plan(before: Checkpoint, after: Checkpoint, found: Differences, how: _How) -> Plan:
-    losses, shape = _Losses(), how.shape
+    losses, shape = {module.name: Losses() for module in found.modules}, how.shape
     factor = 2 if shape.kind == "hybrid" else 1  # beside the difference, what is fitted by turns
     modules = {
         module.name: New(
-            shape.outline(*module.shape, how.dtype), partial(_made, module, how, losses),
-            factor * module.nbytes,
+            shape.outline(*module.shape, how.dtype),
+            partial(_made, module, how, losses[module.name]),
+            factor * module.nbytes, effort(shape, module.shape, how.svd), losses[module.name],
         )
         for module in found.modules
     }  # fmt: skip
@@ -195,6 +190,8 @@ def _plan(before: Checkpoint, after: Checkpoint, found: Differences, how: _How) 
     return adapter_plan(
         "extract", modules, values, config,
         partial(_receipt, inputs, found, how, losses, exported),
+        settings={"svd": how.svd, "device": how.device, "verify": how.verify},
+        resumable=True,
         card=adapter_card(shape.kind, before.source),
         inputs=(*before.layout.values(), *after.layout.values()),
         protected=(before.path, after.path),
@@ -206,7 +203,7 @@ def _receipt(
     inputs: Mapping[str, Checkpoint],
     found: Differences,
     how: _How,
-    losses: _Losses,
+    losses: Mapping[str, Losses],
     exported: Exported | None,
 ) -> dict[str, object]:
     receipt: dict[str, object] = {
@@ -217,12 +214,12 @@ def _receipt(
         "saved": sorted(found.saved), "biases": sorted(found.biases), "notes": found.notes,
         "left_out": found.left_out,
         "dtype": str(how.dtype).removeprefix("torch."), **how.shape.as_json(),
-        **loss_json(losses.own),
+        **loss_json(Losses.of(losses, "own")),
     }  # fmt: skip
-    if losses.of_lora:
-        receipt["lora_error"] = relative(losses.of_lora)
+    if rival := Losses.of(losses, "lora"):
+        receipt["lora_error"] = relative(rival)
     if exported is not None:
         receipt |= {"serving": refusals(exported), "base_dtype": exported.dtype}
-    if losses.floor:
-        receipt["rounding_floor"] = relative(losses.floor)
+    if rounding := Losses.of(losses, "rounding"):
+        receipt["rounding_floor"] = relative(rounding)
     return receipt

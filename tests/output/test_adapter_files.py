@@ -16,8 +16,7 @@ from gralora_convert.delta.fit import to_gralora, to_lora
 from gralora_convert.delta.forms import Dense, Gralora, Lora
 from gralora_convert.delta.resizing import Shape, require_same
 from gralora_convert.errors import CheckFailedError
-from gralora_convert.output.adapter_files import New, Workshop
-from gralora_convert.output.parts import OutputFile
+from gralora_convert.output.adapter_files import New, adapter_plan
 from gralora_convert.output.plan import Plan
 from gralora_convert.verbs.serving import Exported, refusals, serving_notes
 from tests.builders import random_delta
@@ -45,13 +44,9 @@ class Factory:
 
 
 def plan(numbers: list[int], factory: Factory) -> Plan:
-    workshop, outline = Workshop(), Shape("lora", 1, 2, 0, 1.0).outline(6, 4, torch.float32)
-    parts = [
-        part
-        for n in numbers
-        for part in workshop.parts(f"m{n}", New(outline, partial(factory.make, n), 64))
-    ]
-    return Plan("convert", (OutputFile("adapter_model.safetensors", tuple(parts)),), dict)
+    outline = Shape("lora", 1, 2, 0, 1.0).outline(6, 4, torch.float32)
+    modules = {f"m{n}": New(outline, partial(factory.make, n), 64) for n in numbers}
+    return adapter_plan("convert", modules, {}, LoraConfig(r=2, target_modules=[*modules]), dict)
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 5])

@@ -31,7 +31,9 @@ from gralora_convert.errors import MisuseError
 from gralora_convert.output import ranks as ranks_module
 from gralora_convert.output.journal import Done
 from gralora_convert.output.ranks import Ranks
+from gralora_convert.verbs.conversion import convert
 from gralora_convert.verbs.merging import merge
+from tests.builders import SHAPES, write_base
 from tests.command import run, run_ok
 from tests.faults import tree
 
@@ -460,15 +462,69 @@ def test_a_failure_of_rank_0_is_heard(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_a_command_that_is_not_shared_says_so_at_once(
-    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# convert and extract ------------------------------------------------------------------------------
+
+
+def adapters_from(folder: Path, verb: str) -> list[str]:
+    """A command that makes an adapter, without the output. (torchrun takes `--r` for an option of
+    its own, wherever it stands, unless `--` goes before.)"""
+    if verb == "convert":
+        return ["convert", str(folder / "adapter"), "--to", "hybrid", "--hybrid-r", "2", "--r", "4",
+                "--allow-inexact"]  # fmt: skip
+    shapes = {**SHAPES, "layers.1.wide": (48, 40)}
+    write_base(folder / "before", shapes)
+    write_base(folder / "after", shapes, seed=1)
+    return ["extract", "--base", str(folder / "before"), "--tuned", str(folder / "after"),
+            "--to", "gralora", "--r", "4", "--linear", "*"]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("verb", ["convert", "extract"])
+def test_ranks_make_the_adapter_of_one_process(
+    verb: str, size: int, inputs: list[str], tmp_path: Path
 ) -> None:
-    for name, value in launched(1, 2, free_port()).items():
-        monkeypatch.setenv(name, value)
-    outcome = run("convert", inputs[1], "--to", "lora", "-o", tmp_path / "out")
-    assert outcome.status == 2
-    assert "convert runs in one process" in outcome.stderr
-    assert not (tmp_path / "out").exists()
+    del inputs
+    arguments = adapters_from(tmp_path, verb)
+    run_ok(*arguments, "-o", tmp_path / "one")
+    outcome = subprocess.run(
+        [*torchrun(size), "-m", "--", "gralora_convert", *arguments, "-o", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")  # the receipt's errors included
+
+
+@pytest.mark.parametrize("restarts", [0, 3])
+@pytest.mark.parametrize("verb", ["convert", "extract"])
+def test_a_worker_that_makes_an_adapter_is_killed(
+    verb: str, restarts: int, inputs: list[str], tmp_path: Path
+) -> None:
+    del inputs
+    arguments = adapters_from(tmp_path, verb)
+    run_ok(*arguments, "-o", tmp_path / "one")
+    (tmp_path / "dying.py").write_text(DYING)
+    outcome = subprocess.run(
+        [*torchrun(2, "--max-restarts", str(restarts)), "--", str(tmp_path / "dying.py"), "1",
+         "late", *arguments, "--resume", "-o", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (outcome.returncode == 0) == (restarts > 0), outcome.stderr
+    assert (tmp_path / "out").exists() == (restarts > 0)
+    if not restarts:  # what both have made is kept
+        assert "are there already" in run_ok(*arguments, "--resume", "-o", tmp_path / "out").stderr
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+def test_a_module_is_made_by_one_rank(inputs: list[str], tmp_path: Path) -> None:
+    """Its factors belong together: the SVDs of two machines may differ in signs."""
+    del inputs
+    plan = convert(tmp_path / "adapter", to="hybrid", hybrid_r=2, r=4, allow_inexact=True)
+    starts = {part.name: part.nbytes for part in plan.files[0].parts}
+    assert len(starts) == 4 * len(SHAPES)
+    for size in range(2, 6):
+        shares = [list(plan.share(Done(), Ranks(rank, size))) for rank in range(size)]
+        made = [piece for share in shares for _, pieces in share for piece in pieces]
+        assert len(made) == len(SHAPES)
 
 
 # verify -------------------------------------------------------------------------------------------

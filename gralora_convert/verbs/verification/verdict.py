@@ -282,7 +282,7 @@ def verify(
     ranks = ranks or Ranks()
     with meeting(ranks, result.path) as others, one_arithmetic_thread():
         entries = [(name, one.spec.dtype, one.spec.shape) for name, one in recipe.tensors.items()]
-        others.agree(repr([level, factors, entries]), None)
+        others.agree(repr([level, factors, entries]))
         mine = audited(
             recipe, result, probe=level != "weights", device=near,
             progress=progress or (lambda count: None), ranks=ranks,
