@@ -140,11 +140,14 @@ class Engines:
     server: str
     sglang: str | None = None
     with_4: str | None = None
+    only: str | None = None
     converter: "subprocess.Popen[str] | None" = None
 
     @property
     def names(self) -> list[str]:
-        """The servers that there are."""
+        """The servers that there are, the slowest first."""
+        if self.only:
+            return [self.only]
         return ["sglang", "llama.cpp", "vllm"] if self.sglang else ["llama.cpp", "vllm"]
 
     def converted(self, words: Sequence[str], folder: Path) -> None:

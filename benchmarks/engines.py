@@ -135,6 +135,8 @@ class Trial:
             else:
                 lines = lines_of(told, "python", "llama-server")
                 self.asks[ask] = partial(self.engines.by_llama_cpp, lines, folder)
+        if self.engines.only:
+            return
         gc.merge(adapter, base=folder / "model").write(merged)
         self.job("vllm merged", str(merged), None, 0)
         gguf = [
@@ -216,6 +218,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*")
     for name in ("vllm", "llama-cpp", "llama-server", "sglang", "with-4"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--only", help="this engine alone: vllm, sglang or llama.cpp")
     parser.add_argument("--serve", action="store_true", help="the printed lines of vLLM, too")
     parser.add_argument("--page", type=Path, help="write the results of earlier runs there")
     options = parser.parse_intermixed_args()
@@ -226,21 +229,25 @@ def main() -> None:
         options.page.write_text(page(found, options.page.read_text()))
         return
     engines = Engines(
-        options.vllm, options.llama_cpp, options.llama_server, options.sglang, options.with_4
-    )
+        options.vllm, options.llama_cpp, options.llama_server, options.sglang, options.with_4,
+        only=options.only,
+    )  # fmt: skip
     cases = options.cases or [n for n, c in CASES.items() if options.with_4 or not c.needs_4]
     trials = [Trial(name, folder / name, engines) for name in cases]
     for trial in trials:
         shutil.rmtree(trial.folder, ignore_errors=True)
         trial.folder.mkdir(parents=True)
         trial.prepare()
-    engines.by_vllm([job for trial in trials for job in trial.jobs], folder)
+    if "vllm" in engines.names:
+        engines.by_vllm([job for trial in trials for job in trial.jobs], folder)
     for server in reversed(engines.names):  # the slowest last
         for trial in trials:
             trial.gather(server)
             if options.serve and server == "vllm":
                 as_printed(trial)
-            found[trial.name] = trial.cells | {"date": f"{datetime.now(UTC):%Y-%m-%d}"}
+            found[trial.name] = (
+                found.get(trial.name, {}) | trial.cells | {"date": f"{datetime.now(UTC):%Y-%m-%d}"}
+            )
             results.write_text(json.dumps(found, indent=1))
 
 

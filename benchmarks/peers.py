@@ -61,6 +61,7 @@ SAID = {0: "passes", 1: "found", 2: "no answer", 3: "no answer"}
 def extraction(folder: Path, program: str, runs: int) -> None:
     """Both programs in turn; above start-up is above the same command on the tiny pair."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # mergekit asks the Hub about a base's name for its card
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for others would count as work
     base = make_base(folder / "base-1", 1)
     pairs = {"one layer": (base, make_tuned(folder / "tuned-1", base)), "start": _tiny(folder)}
     found: dict[tuple[str, str], list[Run]] = {}

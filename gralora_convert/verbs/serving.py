@@ -5,7 +5,7 @@ names; docs/engines.md shows the runs.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gralora_convert.adapters import LoraConfig
@@ -55,7 +55,8 @@ class Engine:
 ENGINES: Mapping[str, Engine] = {
     "vllm": Engine(
         "vLLM", "0.32.0",
-        ("config/lora.py", "lora/peft_helper.py", "lora/lora_model.py", "lora/model_manager.py",
+        ("config/lora.py", "lora/peft_helper.py", "lora/lora_model.py", "lora/lora_weights.py",
+         "lora/model_manager.py",
          "model_executor/models/registry.py", "config/model.py"),
     ),
     "sglang": Engine(
@@ -209,6 +210,7 @@ def _vllm(lora: Exported) -> Iterator[str]:
         without = frozenset({"GPT2LMHeadModel"})
     if without:
         yield f"has no LoRA for {min(without)}: {MERGE}"
+    yield from _partial_stacks(lora)
     if served_rank(lora.rank) is None:
         yield (
             f"takes ranks up to {SERVED_RANKS[-1]}: `r={SERVED_RANKS[-1]}` with "
@@ -254,11 +256,7 @@ def _llama_cpp(lora: Exported) -> Iterator[str]:
         yield f"does not adapt a head that is tied to the embeddings: {MERGE}"
     if lora.config.use_rslora or lora.config.alpha_pattern:
         yield 'scales by lora_alpha alone (convert with `to="lora"` writes it so)'
-    for stack, held in _stacks(lora.modules).items():
-        if len({frozenset(leaves) for leaves in held.values()}) > 1 or any(
-            len(leaves) < 3 for leaves in held.values()
-        ):
-            yield f"needs all three layers of all experts where one is adapted ({stack}): {MERGE}"
+    yield from _partial_stacks(lora)
 
 
 def _peft(lora: Exported) -> Iterator[str]:
@@ -271,8 +269,18 @@ _RULES: Mapping[str, Callable[[Exported], Iterator[str]]] = {
 }  # fmt: skip
 
 
-def _stacks(modules: Collection[str]) -> dict[str, dict[str, set[str]]]:
-    """The adapted layers of experts: by their stack, by their number."""
+def _partial_stacks(lora: Exported) -> Iterator[str]:
+    """vLLM (`pack_moe`) and llama.cpp's converter stack the layers of all experts."""
+    stored = () if lora.base is None else lora.base.tensors
+    whole = _stacks(name.removesuffix(".weight") for name in stored)
+    for stack, held in _stacks(lora.modules).items():
+        experts = whole.get(stack) or {str(n) for n in range(1 + max(map(int, held)))}
+        if set(held) != set(experts) or any(len(leaves) < 3 for leaves in held.values()):
+            yield f"needs all three layers of all experts where one is adapted ({stack}): {MERGE}"
+
+
+def _stacks(modules: Iterable[str]) -> dict[str, dict[str, set[str]]]:
+    """The layers of experts: by their stack, by their number."""
     found: dict[str, dict[str, set[str]]] = {}
     for module in modules:
         if held := _EXPERT.fullmatch(module):

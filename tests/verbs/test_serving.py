@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from gralora_convert.adapters import LoraConfig
@@ -18,6 +19,7 @@ from gralora_convert.verbs.serving import (
     refusals,
     served_rank,
 )
+from tests.builders import write_model
 from tests.command import run_ok
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
@@ -118,7 +120,9 @@ def exported(
         (exported(*(f"layers.0.experts.{n}.w{i}" for n in (0, 1) for i in (1, 2, 3))),
          {"sglang": "names (w1, w2, w3)"}),
         (exported(*(f"layers.0.experts.{n}.w{i}" for n in (0, 1) for i in (1, 3))),
-         {"sglang": "names (w1, w3)", "llama.cpp": "all three layers of all experts"}),
+         {"sglang": "names (w1, w3)", **dict.fromkeys(("vllm", "llama.cpp"), "all experts")}),
+        (exported(*(f"layers.0.experts.1.w{i}" for i in (1, 2, 3))),
+         {"sglang": "names (w1, w2, w3)", **dict.fromkeys(("vllm", "llama.cpp"), "all experts")}),
     ],
     ids=lambda value: " ".join(value.modules) if isinstance(value, Exported) else "",
 )  # fmt: skip
@@ -161,3 +165,16 @@ def test_a_merge_in_float32_says_how_it_stays_so(tmp_path: Path) -> None:
     assert "serve it with --dtype float32" in told
     assert "--outtype f32" in told
     assert "--outtype" not in run_ok("merge", *arguments, "-o", tmp_path / "kept").stdout
+
+
+def test_the_base_tells_how_many_experts_there_are(tmp_path: Path) -> None:
+    stack = "model.layers.0.block_sparse_moe.experts"
+    layers = [f"{stack}.{n}.w{i}" for n in range(4) for i in (1, 2, 3)]
+    base = Checkpoint.open(
+        write_model(tmp_path, {f"{name}.weight": torch.zeros(4, 4) for name in layers})
+    )
+    config = LoraConfig(r=4, target_modules=layers)
+    for held in (layers, layers[:6]):
+        for modules in (held, held[:-1]):
+            why = refusals(Exported(config, modules, base=base))
+            assert bool(why["vllm"]) == bool(why["llama.cpp"]) == (modules != layers)
