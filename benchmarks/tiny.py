@@ -55,6 +55,7 @@ def _resnet(*stages: int) -> dict[str, Any]:
 
 
 OWN: Mapping[str, Mapping[str, Any]] = {  # what single types need beside
+    "gptj": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"num_heads": 8},
     "reformer": {"is_decoder": True},

@@ -13,7 +13,9 @@ from gralora_convert.adapters.targets import Selection, is_saved, rule_of, selec
 from gralora_convert.errors import Finding, error, note, warning
 
 # The findings that say: it does not hold what it must.
-INCOMPLETE = frozenset({"target-without-tensors", "modules-to-save-missing", "bias-missing"})
+INCOMPLETE = frozenset(
+    {"target-without-tensors", "modules-to-save-missing", "bias-missing", "head-incomplete"}
+)
 
 
 def is_all_linear(config: Selection) -> bool:

@@ -11,6 +11,7 @@ from gralora_convert.base.names import near_misses
 from gralora_convert.base.recipe import Target
 from gralora_convert.base.replacements import Replacements
 from gralora_convert.base.scales import plain_dtype, plain_tensors
+from gralora_convert.base.source_text import HEADS
 from gralora_convert.base.ties import Settlement
 from gralora_convert.disk import FLOATING, WRITTEN
 from gralora_convert.errors import Finding, error, note, warning
@@ -57,9 +58,10 @@ def misnamed(pair: Pair) -> Iterator[Finding]:
 def selected(pair: Pair) -> Iterator[Finding]:
     """The modules that the config selects in the base against those in the file."""
     names = pair.architecture.likely_modules()
-    if names is None or missing_targets(pair.adapter, names):
-        # a module on disk need not exist in memory: ask the model
-        exact = pair.architecture.linear_modules(head=not is_all_linear(pair.adapter.config))
+    every = is_all_linear(pair.adapter.config)
+    if names is None or missing_targets(pair.adapter, [*names, *(() if every else HEADS)]):
+        # a module on disk need not exist in memory, nor a tied head on disk: ask the model
+        exact = pair.architecture.linear_modules(head=not every)
         names = names if exact is None else exact
         if beyond := _beyond_encoder(pair, names or []):
             yield note(

@@ -149,7 +149,7 @@ class Attachment:
         and scaling, and names neither a task nor a base model.
 
         Raises:
-            MisuseError: deltas that one config cannot describe.
+            MisuseError: deltas that one config cannot describe; values that FSDP 1 has in pieces.
             OutputError: the folder exists (and not `overwrite`), or cannot be written.
             UnsupportedError: a LoRA whose factors PEFT stores in pieces.
 
@@ -169,7 +169,10 @@ class Attachment:
                 "a BD-LoRA stores blocks of its factors, and is not written here"
             )
         modules = {name: New(delta) for name, delta in deltas.items()}
-        values = {path: New(whole(value)) for path, value in self.replaced.items()}
+        values = {
+            change.path: New(whole(self._now(change), change.original.shape))
+            for change in self._replacements
+        }
         adapter_plan("save", modules, values, config, dict).write(folder, overwrite=overwrite)
 
     def _implied_config(self, deltas: Mapping[str, Gralora | Lora]) -> GraloraConfig:

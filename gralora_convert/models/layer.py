@@ -25,6 +25,7 @@ class Branch(nn.Module):
     A: nn.Parameter
     B: nn.Parameter
     scaling: float
+    shapes: Mapping[str, torch.Size]  # of the whole factors, whatever FSDP keeps of them here
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -51,6 +52,7 @@ class _GraloraBranch(Branch):
         general = delta.general_A is not None and delta.general_B is not None
         self.general_A = make(delta.general_A) if general else None
         self.general_B = make(delta.general_B) if general else None
+        self.shapes = _shapes(self)
 
     def forward(self, x: Tensor, result: Tensor) -> Tensor:
         """`result` + this adapter's part; each term is rounded to the dtype of `result`."""
@@ -65,16 +67,15 @@ class _GraloraBranch(Branch):
         return result + scaling * general.to(result)
 
     def value(self) -> Gralora:
-        general_A, general_B = (
-            None if factor is None else whole(factor) for factor in (self.general_A, self.general_B)
-        )
-        return Gralora(whole(self.A), whole(self.B), self.scaling, general_A, general_B)
+        factors = {role: whole(getattr(self, role), shape) for role, shape in self.shapes.items()}
+        return Gralora(**factors, scaling=self.scaling)
 
 
 class _LoraBranch(Branch):
     def __init__(self, delta: Lora, dropout: float, make: "_Maker") -> None:
         super().__init__(dropout)
         self.A, self.B, self.scaling = make(delta.A), make(delta.B), delta.scaling
+        self.shapes = _shapes(self)
 
     def forward(self, x: Tensor, result: Tensor) -> Tensor:
         """`result` + this adapter's part, in the wider of the two dtypes (PEFT's LoRA forward)."""
@@ -82,7 +83,7 @@ class _LoraBranch(Branch):
         return result + product.to(result.device) * (self.scaling * self.scale)
 
     def value(self) -> Lora:
-        return Lora(whole(self.A), whole(self.B), self.scaling)
+        return Lora(whole(self.A, self.shapes["A"]), whole(self.B, self.shapes["B"]), self.scaling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +100,29 @@ class _Maker:
         return nn.Parameter(values.contiguous(), requires_grad=self.trainable)
 
 
-def whole(value: Tensor) -> Tensor:
-    """A copy of a value; one that FSDP 2 shards is gathered, which every rank has to ask for."""
-    gather = getattr(value.detach(), "full_tensor", None)
-    return value.detach().clone() if gather is None else gather().clone()
+def _shapes(branch: Branch) -> dict[str, torch.Size]:
+    return {role: factor.shape for role, factor in branch.named_parameters()}
+
+
+def whole(value: Tensor, shape: torch.Size) -> Tensor:
+    """A copy of a value of this shape; one that FSDP 2 shards is gathered, which every rank has to
+    ask for.
+
+    Raises:
+        MisuseError: FSDP 1 holds the rest of it.
+    """
+    found = value.detach()
+    gather = getattr(found, "full_tensor", None)
+    if gather is not None:
+        found = gather()
+    freed = found.numel() > 0 and found.untyped_storage().nbytes() == 0
+    if found.shape != shape or freed:
+        raise MisuseError(
+            "FSDP 1 keeps the adapter's values in pieces",
+            hint="Ask within `with FullyShardedDataParallel.summon_full_params(model):`, on every "
+            "rank.",
+        )
+    return found.clone()
 
 
 class GraloraLinear(nn.Module):
@@ -120,7 +140,8 @@ class GraloraLinear(nn.Module):
     * In training mode `dropout` is drawn for the blocks and once more for the Hybrid part.
     * `trainable` says whether the factors require gradients; the base layer keeps its own flags.
     * `state_dict()` keeps the names of the base layer (`weight`, `bias`) and adds the factors under
-      `adapters.<name>.<role>`; `load_state_dict` reads the same. `named_parameters()` tells the
+      `adapters.<name>.<role>`; `load_state_dict` reads the same. Under FSDP 1 the base layer's are
+      `base_layer.weight`, which `load_state_dict` reads, too. `named_parameters()` tells the
       truth about where the base layer is (`base_layer.weight`).
 
     Raises:
@@ -253,6 +274,9 @@ _BASE = "base_layer."
 def _save_base_names(
     module: nn.Module, state: dict[str, object], prefix: str, metadata: object
 ) -> None:
+    managed = getattr(module, "_is_fsdp_managed_module", False)
+    if managed and not any(hasattr(value, "full_tensor") for value in module.parameters()):
+        return  # FSDP 1 looks for the names of `named_parameters`
     for key in [key for key in state if key.startswith(prefix)]:
         state[prefix + key.removeprefix(prefix).removeprefix(_BASE)] = state.pop(key)
 
