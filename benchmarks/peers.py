@@ -101,7 +101,16 @@ def run(way: str, tests: Path, folder: Path, only: str) -> None:
         "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1",
         "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.peers_plugin", "-o", "addopts="]
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "benchmarks.peers_plugin",
+        "-o",
+        "addopts=",
+    ]
     files = [f"tests/{file}" for file in FAMILIES.values()]
     with (folder / f"{way}.log").open("w") as log:
         subprocess.run(
