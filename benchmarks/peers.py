@@ -99,13 +99,15 @@ def run(way: str, tests: Path, folder: Path, only: str) -> None:
     environment = {
         **os.environ, "PEERS_WAY": way, "PEERS_RESULTS": str(new), "PYTHONPATH": here,
         "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1",
-        "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
+        "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.peers_plugin", "-o", "addopts="]
+    options = "-q -p benchmarks.peers_plugin -o addopts= --tb=short -W ignore::FutureWarning"
+    pytest = [sys.executable, "-m", "pytest", *options.split(), "-k", f"gralora and ({only})"]
     files = [f"tests/{file}" for file in FAMILIES.values()]
     with (folder / f"{way}.log").open("w") as log:
         subprocess.run(
-            [*pytest, "-k", f"gralora and ({only})", "--tb=short", "-W", "ignore::FutureWarning", *files],
+            [*pytest, *files],
             cwd=tests.parent, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
     rows = json.loads(results.read_text()) if results.exists() else {}

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,16 @@ def _delta(layer: Any, name: str) -> gc.Gralora:
 def _share(branch: Branch, layer: Any, name: str) -> None:
     """PEFT's own parameters in our branch, so that gradients reach them."""
     for role, parameter in _factors(layer, name).items():
-        setattr(branch, role, parameter)
+        _put(branch, role, parameter)
+
+
+def _put(owner: nn.Module, leaf: str, live: Tensor) -> None:
+    """A live parameter in its place; a plain tensor, too, which FSDP 1 makes of them."""
+    owner._parameters.pop(leaf, None)
+    if isinstance(live, nn.Parameter):
+        setattr(owner, leaf, live)
+    else:
+        owner.__dict__[leaf] = live
 
 
 def _on(layer: Any) -> list[str]:
@@ -240,18 +248,20 @@ def _attached(root: Any, names: list[str]) -> Any:
                 _share(branch, layers[module], name)
             for parameter in handle.replaced:  # heads: the live ones, as for the factors
                 owner, _, leaf = parameter.rpartition(".")
-                live = _saved_module(root, owner, name).get_parameter(leaf)
-                setattr(model.get_submodule(owner), leaf, live)
+                place = model.get_submodule(owner)
+                place = place.base_layer if isinstance(place, GraloraLinear) else place
+                _put(place, leaf, getattr(_live(root, owner, name), leaf))
     return model
 
 
-def _saved_module(root: nn.Module, path: str, name: str) -> Any:
-    """The trained copy of a module that lies in `modules_to_save`, or inside one of these."""
+def _live(root: nn.Module, path: str, name: str) -> Any:
+    """The module whose values are trained: in `modules_to_save`, or with a trained bias."""
     for above, wrapper in root.named_modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and f"{path}.".startswith(f"{above}."):
             inner = path.removeprefix(above).removeprefix(".")
             return wrapper.modules_to_save[name].get_submodule(inner)
-    raise AssertionError(f"{path} is in no saved module")
+    found = root.get_submodule(path)
+    return found.get_base_layer() if isinstance(found, GraloraLayer) else found
 
 
 def _merged(root: Any, names: list[str]) -> dict[str, Tensor]:

@@ -229,5 +229,7 @@ def test_what_extract_writes_is_complete(to: str, tmp_path: Path) -> None:
     gc.merge(FIXTURES / name, base=base).write(tmp_path / "tuned")
     kind: Any = to
     hybrid = 2 if to == "hybrid" else None
-    gc.extract(base=base, tuned=tmp_path / "tuned", to=kind, r=12, hybrid_r=hybrid).write(tmp_path / "adapter")
+    gc.extract(base=base, tuned=tmp_path / "tuned", to=kind, r=12, hybrid_r=hybrid).write(
+        tmp_path / "adapter"
+    )
     assert set(verdicts(name, tmp_path / "adapter").values()) == {"complete"}
