@@ -158,7 +158,7 @@ def validate(
 @commands.command(
     epilog=examples(
         "gralora-convert merge ./adapter --base ./model -o ./merged",
-        "torchrun --nproc-per-node 4 -m gralora_convert merge ./adapter --base ./model -o ./merged",
+        "torchrun --nproc-per-node 4 -m -- gralora_convert merge ./adapter --base ./model -o out",
     )
 )
 @click.argument("adapters", type=PATH, metavar="ADAPTER...", nargs=-1, required=True)

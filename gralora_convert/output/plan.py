@@ -5,6 +5,7 @@ each tensor either the place whose bytes it copies or the tiles that compute it.
 the bytes in a folder beside the output and publishes that folder with one rename.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from gralora_convert.disk import (
     read_safetensors,
     reading,
 )
-from gralora_convert.errors import CheckFailedError, MisuseError
+from gralora_convert.errors import CheckFailedError, MisuseError, OutputError
 from gralora_convert.output.journal import (
     Done,
     Journal,
@@ -196,7 +197,7 @@ class Plan:
             CheckFailedError: with `verify`, when what was written is not what was planned.
         """
         ranks = ranks or Ranks()
-        jobs = max(1, usable_cpus() // ranks.local) if jobs is None else jobs
+        jobs = max(1, usable_cpus() // max(1, ranks.local)) if jobs is None else jobs
         self._require_possible(jobs, resume, ranks)
         staging = self._staging(output, overwrite, keep=resume or ranks.size > 1)
         plan = self.fingerprint()
@@ -218,7 +219,8 @@ class Plan:
                 digested = self.nbytes <= DIGESTED_BYTES if digests is None else digests
                 receipt = self._finish(folder, verify, digested)
                 staging.publish()
-            others.gather()
+                with contextlib.suppress(OutputError):  # it is complete, whoever is lost now
+                    others.gather()
         return receipt
 
     def _begin(self, folder: Path, plan: str) -> Done:

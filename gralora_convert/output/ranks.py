@@ -61,7 +61,7 @@ class Ranks:
                     told = ", ".join(map("=".join, zip(names, said, strict=True)))
                     hint = f"Unset {names[0]} and {names[1]} to run alone."
                     raise MisuseError(f"{told}: a number below another was needed", hint=hint)
-                return cls(int(said[0]), int(said[1]), int(said[2]) or 1)
+                return cls(*map(int, said))
         return cls()
 
     @property
@@ -93,12 +93,12 @@ def meeting(ranks: Ranks, output: Path) -> Iterator["Meeting"]:
         return
     import torch.distributed as dist
 
-    with met.losing(_ALONE):
+    with met.losing():
         met.store = _store(ranks, output)
     met.gather(seconds=JOIN_SECONDS)
     try:
-        with met.losing():
-            for seconds in (JOIN_SECONDS, WORK_SECONDS):  # to meet soon, to work for long
+        for seconds in (JOIN_SECONDS, WORK_SECONDS):  # to meet soon, to work for long
+            with met.losing():
                 store, most = dist.PrefixStore(str(seconds), met.store), timedelta(seconds=seconds)
                 met.groups.append(dist.ProcessGroupGloo(store, ranks.rank, ranks.size, most))
         yield met
@@ -108,7 +108,7 @@ def meeting(ranks: Ranks, output: Path) -> Iterator["Meeting"]:
             met.store.compare_set("failed", "", f"rank {ranks.rank} failed: {why}")
         raise
     finally:
-        with contextlib.suppress(RuntimeError):  # the store, which rank 0 may serve and others read
+        with contextlib.suppress(RuntimeError, KeyboardInterrupt):  # others read rank 0's store
             met.store.set(f"gone-{ranks.rank}", "")
             everyone = [f"gone-{rank}" for rank in range(ranks.size if ranks.is_leader else 0)]
             met.store.wait(everyone, timedelta(seconds=HEARD_SECONDS))
@@ -162,8 +162,7 @@ class Meeting:
                     peers.wait()  # who has gone without a word
                 if time.monotonic() > until:
                     absent = next(r for r, name in enumerate(names) if not self.store.check([name]))
-                    why = f"rank {absent} of {self.ranks.size} did not come"
-                    raise OutputError(why, where=self.output, hint=_ALONE)
+                    raise RuntimeError(f"rank {absent} of {self.ranks.size} did not come")
                 time.sleep(0.02)
             return [json.loads(self.store.get(name)) for name in names]
 
@@ -184,11 +183,12 @@ class Meeting:
                 raise OutputError(why, where=self.output, hint=_AGAIN)
 
     @contextlib.contextmanager
-    def losing(self, hint: str = _AGAIN) -> Iterator[None]:
+    def losing(self) -> Iterator[None]:
         """torch.distributed says with a RuntimeError that a peer, or the store, is not there."""
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            what = "another rank is lost" if self.groups else "the ranks cannot meet"
-            why = f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            what, hint = ("is lost", _AGAIN) if self.groups else ("cannot be met", _ALONE)
+            why = f"another rank {what}: {said}"
             raise OutputError(why, where=self.output, hint=hint) from error

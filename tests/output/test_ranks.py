@@ -186,7 +186,8 @@ def test_a_worker_killed_at_a_random_moment(
     if (tmp_path / "out").exists():
         assert tree(tmp_path / "out") == single[1]
     assert (tmp_path / "out").exists() or not restarts, err
-    assert (process.returncode == 0) == (tmp_path / "out").exists(), err
+    # a worker killed at its exit, after all is published, fails its launcher all the same
+    assert process.returncode != 0 or (tmp_path / "out").exists(), err
 
 
 @pytest.fixture
@@ -355,7 +356,9 @@ def test_a_rank_that_refuses_is_heard(inputs: list[str], tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("rank", "who"), [(0, "rank 1 of 2 did not come"), (1, "cannot meet")])
+@pytest.mark.parametrize(
+    ("rank", "who"), [(0, "rank 1 of 2 did not come"), (1, "another rank cannot be met")]
+)
 def test_a_rank_alone_gives_up(
     rank: int, who: str, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
