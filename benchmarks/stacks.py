@@ -77,21 +77,29 @@ def make(case: Case, folder: Path, given: str | None) -> str:
     else:
         model = tiny.build(base_auto(case), case.model_type)
     model.save_pretrained(folder / "base")
-    bare, _ = _load(case, folder / "base")
+    bare, missing = _load(case, folder / "base")
+    if missing and TASKS.get(case.auto) not in HEADED:
+        return f"does not find {missing[0]} in its own save"
     torch.save(_outputs(case, bare, folder.parent / "inputs.pt"), folder / "bare.pt")
     for name, adapted in _adapters(case, folder):
         found = _outputs(case, adapted.base_model.model.eval(), folder.parent / "inputs.pt")
         torch.save(found, folder / f"{name}.pt")
-        _save_merged(case, adapted.merge_and_unload(), folder / f"{name}, {MERGED}")
+        _save_merged(case, adapted, folder / f"{name}, {MERGED}")
     return ""
 
 
-def _save_merged(case: Case, merged: Any, folder: Path) -> None:
-    """PEFT's merge; a note that it is no judge where its own stack does not load what was saved:
-    PEFT unties no head that it adapted."""
-    merged.save_pretrained(folder)
-    if other := _other_weights(_load(case, folder)[0], merged):
-        (folder / NO_JUDGE).write_text(other)
+def _save_merged(case: Case, adapted: Any, folder: Path) -> None:
+    """PEFT's merge; a note that it is no judge where PEFT cannot merge, or its own stack does not
+    load what was saved: PEFT unties no head that it adapted."""
+    try:
+        merged = adapted.merge_and_unload()
+        merged.save_pretrained(folder)
+        problem = _other_weights(_load(case, folder)[0], merged)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        folder.mkdir(exist_ok=True)
+        (folder / NO_JUDGE).write_text(problem)
 
 
 def _adapters(case: Case, folder: Path) -> Iterator[tuple[str, Any]]:
@@ -141,22 +149,30 @@ def _judge(case: Case, trained: Path, name: str, base: Path) -> tuple[str, str]:
         return "WRONG", f"{lacking[0]} is missing"
     right, bare = torch.load(trained / f"{name}.pt"), torch.load(trained / "bare.pt")
     inputs, merged = trained.parent / "inputs.pt", trained / f"{name}, {MERGED}"
-    peft, lost = _load(case, merged)
     seen = bool(right) and _gap(right, bare) > CLOSE_OUTPUTS  # else the outputs say nothing
     gap = _gap(_outputs(case, ours, inputs), right) if seen else 0.0
-    if lost or (merged / NO_JUDGE).exists():
+    peft, lost = (None, [""]) if (merged / NO_JUDGE).exists() else _load(case, merged)
+    if lost:
         if seen and gap < CLOSE_OUTPUTS:
             return "right", "outputs"
-        return "not judged", "no outputs, and PEFT's own merge is not what its stack loads"
+        if seen and not _differs(case, trained, bare):
+            return "WRONG", f"outputs differ by {gap:.2g}"
+        return "not judged", "no outputs to compare, and PEFT's own merge does not load as it was"
     other_weights = _other_weights(ours, peft)
     if other_weights:
         return "WRONG", f"{other_weights}; outputs differ by {gap:.2g}"
     if seen and gap < CLOSE_OUTPUTS:
         return "right", "outputs"
-    here = torch.load(trained.parent / "here/bare.pt")
-    if seen and TASKS.get(case.auto) not in HEADED and _gap(here, bare) < CLOSE_OUTPUTS:
+    if seen and not _differs(case, trained, bare):
         return "WRONG", f"outputs differ by {gap:.2g}, weights do not"
     return "right", f"weights: {'the forward is another here' if seen else 'no outputs'}"
+
+
+def _differs(case: Case, trained: Path, bare: Outputs) -> bool:
+    """Whether the bare model gives other outputs here than where it was trained, or may: a new
+    head is drawn at random."""
+    here = torch.load(trained.parent / "here/bare.pt")
+    return TASKS.get(case.auto) in HEADED or _gap(here, bare) > CLOSE_OUTPUTS
 
 
 def _gap(found: Outputs, expected: Outputs) -> float:

@@ -116,8 +116,11 @@ class Architecture(Names):
 
     def misnamed(self) -> tuple[list[str], list[str]]:
         """Parameters of the base's own class that no tensor is loaded into, and tensors that are
-        loaded into none, where there are both; of a model that was built already."""
-        found = vars(self).get("blueprint")
+        loaded into none, where there are both. The model is built for it only where a tensor is
+        called what the source text never says."""
+        words = {word for name in self.base.tensors for word in name.split(".")}
+        strange = not all(map(self.text.names, words))
+        found = self.blueprint if strange else vars(self).get("blueprint")
         if found is None or type(found.model).__name__ not in self.base.architectures:
             return [], []
         lacking, strays = found.lacking(()), found.strays

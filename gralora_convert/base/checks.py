@@ -43,8 +43,8 @@ def unused(pair: Pair) -> Iterator[Finding]:
 
 def misnamed(pair: Pair) -> Iterator[Finding]:
     """Other names than its class has: that a loader fills at random, adapter or not."""
-    lacking, strays = pair.architecture.misnamed()
-    if lacking and pair.method is None:
+    lacking, strays = ([], []) if pair.method else pair.architecture.misnamed()
+    if lacking:
         yield warning(
             "base-misnamed", pair.base.path,
             f"has no tensor for {lacking[0]} ({len(lacking)} parameters in all), and "

@@ -1,5 +1,6 @@
 """Where one adapted module goes in a base, or why it cannot."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -39,6 +40,29 @@ class Pair:
     def method(self) -> str | None:
         """The quantisation of the base, None for plain numbers."""
         return quantised_by(self.base)
+
+    @cached_property
+    def renaming(self) -> Mapping[str, str]:
+        """Leading parts of modules that the base lacks -> those under which it has them all, in the
+        right shapes, where these have levels more or less; {} when that is not the only way."""
+        weights = {name: self.base.tensors[f"{name}.weight"].shape
+                   for name in self.architecture.disk_modules()}  # fmt: skip
+        taken = {rows.tensor.removesuffix(".weight") for module in self.adapter.modules
+                 for rows in self.architecture.locate(f"{module}.weight")}  # fmt: skip
+        found: dict[str, str] = {}
+        for module in self.adapter.modules:
+            if self.architecture.locate(f"{module}.weight"):
+                continue
+            shape = self.adapter.shape(module)
+            fitting = (n for n, s in weights.items() if s in (shape, shape[::-1]))
+            pairs = [_starts(module, name) for name in fitting if name not in taken]
+            pairs = sorted((pair for pair in pairs if _is_relevelled(*pair)), key=_first_length)
+            if not pairs or (len(pairs) > 1 and _first_length(pairs[0]) == _first_length(pairs[1])):
+                return {}
+            start, to = pairs[0]
+            if found.setdefault(start, to) != to:
+                return {}
+        return dict(sorted(found.items(), reverse=True))  # the longer of two before the shorter
 
     @cached_property
     def scales(self) -> Scales:
@@ -121,10 +145,30 @@ def _absent(pair: Pair, module: str) -> Finding:
             "Take it off the base with torch.nn.utils.parametrize.remove_parametrizations, "
             "and save that.",
         )  # fmt: skip
-    return error(
-        "module-not-in-base", module, f"is not in the base {pair.base.source}",
-        f"{near_misses(module, names)} Another base, or `key_map=FROM=TO`?".strip(),
-    )  # fmt: skip
+    if pair.renaming:
+        advice = f"Another base? If only its names are others: `key_map={pair.renaming}`."
+    else:
+        advice = f"{near_misses(module, names)} Another base, or `key_map=FROM=TO`?".strip()
+    return error("module-not-in-base", module, f"is not in the base {pair.base.source}", advice)
+
+
+def _starts(one: str, other: str) -> tuple[str, str]:
+    """What is before the common end of two names, with as much of it as leaves neither empty."""
+    first, second = one.split("."), other.split(".")
+    while len(first) > 1 and len(second) > 1 and first[-1] == second[-1]:
+        first.pop(), second.pop()
+    return ".".join(first), ".".join(second)
+
+
+def _first_length(pair: tuple[str, str]) -> int:
+    return len(pair[0])
+
+
+def _is_relevelled(one: str, other: str) -> bool:
+    """Whether two names have the same words, but for some that one of them has more."""
+    first, second = Counter(one.split(".")), Counter(other.split("."))
+    numbered = any(word.isdecimal() for word in (*first, *second))
+    return not numbered and (first <= second or second <= first)
 
 
 def _kind_problem(

@@ -60,6 +60,14 @@ class SourceText:
         return "\n".join(modeling(name) for name in self.types if name)
 
     @cached_property
+    def _identifiers(self) -> frozenset[str]:
+        return frozenset({"weight", "bias", *re.findall(r"\w+", self.text)})
+
+    def names(self, word: str) -> bool:
+        """Whether a part of a tensor's name occurs in the text, or may be made of it: a number."""
+        return not self.text or word.isdecimal() or word in self._identifiers
+
+    @cached_property
     def prefixes(self) -> tuple[str, ...]:
         """The architecture's own `base_model_prefix`."""
         text = modeling(self.types[0]) if self.types and self.types[0] else ""

@@ -1,5 +1,7 @@
 """Names that tools put in an adapter's way, pairs of models, and bases under other names."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import transformers
 from peft import GraloraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from tests.command import run_ok
+from tests.command import run, run_ok
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -124,3 +126,57 @@ def test_a_base_that_its_own_class_loads_in_part_is_told(tmp_path: Path) -> None
     assert "warning[base-misnamed]" in told
     assert "model.layers.0.input_layernorm.weight" in told
     assert "model.layers.0.norm_before.weight is no parameter" in told
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_the_model_is_built_where_a_name_is_none_of_its_source_text(
+    renamed: bool, tmp_path: Path
+) -> None:
+    trained(llama(tmp_path / "base"), tmp_path / "adapter", ["q_proj"], task_type="CAUSAL_LM")
+    if renamed:
+        file = tmp_path / "base/model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.3.norm_before.weight"] = tensors.pop(
+            "model.layers.3.input_layernorm.weight"
+        )
+        save_file(tensors, file, metadata={"format": "pt"})
+    script = (
+        "import sys; from gralora_convert import validate; report = validate(*sys.argv[1:])\n"
+        "print([f.code for f in report.findings], 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "adapter"), str(tmp_path / "base")]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert ("base-misnamed" in told) == renamed
+    assert told.endswith(f"{renamed}\n")
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (
+            "inner.model.",
+            "Another base? If only its names are others: --key-map model=inner.model.",
+        ),
+        ("backbone.", "Another base, or --key-map FROM=TO?"),  # another word may be another tower
+    ],
+)
+def test_a_base_under_other_names_is_refused_with_the_command(
+    start: str, said: str, tmp_path: Path
+) -> None:
+    adapted = trained(llama(tmp_path / "base"), tmp_path / "adapter", ["q_proj", "down_proj"])
+    file = tmp_path / "base/model.safetensors"
+    tensors = {
+        f"{start}{name.removeprefix('model.')}": tensor for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    arguments = ["merge", tmp_path / "adapter", "--base", tmp_path / "base"]
+    told = run(*arguments, "-o", tmp_path / "out").stderr
+    assert told.rstrip().endswith(said)
+    if "FROM" in said:
+        return
+    option = said.split()[-2:]
+    run_ok(*arguments, option[0], option[1].rstrip("."), "-o", tmp_path / "out")
+    merged = load_file(tmp_path / "out/model.safetensors")
+    layer = adapted.base_model.model.model.layers[10].self_attn.q_proj
+    found = merged[f"{start}layers.10.self_attn.q_proj.weight"]
+    torch.testing.assert_close(found, layer.weight + layer.get_delta_weight("default"))
