@@ -181,7 +181,7 @@ def checks(make: Maker) -> Iterator[Call]:
 # Values, types, and functions that take no tensor.
 OTHERS = {
     "EXACT", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora", "Loss",
-    "Made", "Method", "Shape", "Start", "Survival", "Stack", "loss_json", "relative",
+    "Made", "Method", "Shape", "Start", "Survival", "Stack", "effort", "loss_json", "relative",
     "Addend", "Verdict", "device_for", "require_device", "require_divisible", "Wanted",
 }  # fmt: skip
 CLOSED_OVER = {"explain", "tolerance", "admissible", "compare", "add_rows_"}
