@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         written_settings,
     )
     from gralora_convert.base.identity import model_at_hand
-    from gralora_convert.base.names import near_misses, spellings
+    from gralora_convert.base.likeness import near_misses, spellings
     from gralora_convert.base.placement import place, place_in
     from gralora_convert.base.quantisation import quantised_by, unread_tensor
     from gralora_convert.base.reading import NOTHING_SAID, Reading
@@ -45,7 +45,7 @@ __getattr__ = opened(__name__, {
     "architecture": "Architecture",
     "edits": "Setting different_settings named_labels updated written_settings",
     "identity": "model_at_hand",
-    "names": "near_misses spellings",
+    "likeness": "near_misses spellings",
     "placement": "place place_in",
     "quantisation": "quantised_by unread_tensor",
     "reading": "NOTHING_SAID Reading",

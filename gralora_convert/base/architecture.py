@@ -193,6 +193,8 @@ class Architecture(Names):
         if self.blueprint is None:
             return None
         found, inside = self.blueprint.linear(head=head), f"{self.part}."
+        if within := self.blueprint.part:
+            return [self._module_spelt(name) for name in found if name.startswith(f"{within}.")]
         if not self.part or any(self.blueprint.has(self.module_today(m)) for m in self.modules):
             return [self._module_spelt(name) for name in found]
         return [name.removeprefix(inside) for name in found if name.startswith(inside)]

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 from gralora_convert.adapters import CONFIG_NAME, is_all_linear, missing_targets, target_findings
 from gralora_convert.base.edits import head_class, sizes, updated, vocabulary_edits
+from gralora_convert.base.likeness import near_misses
 from gralora_convert.base.modules import Pair
-from gralora_convert.base.names import near_misses
 from gralora_convert.base.recipe import Target
 from gralora_convert.base.replacements import Replacements
 from gralora_convert.base.scales import plain_dtype, plain_tensors

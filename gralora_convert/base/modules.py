@@ -1,13 +1,12 @@
 """Where one adapted module goes in a base, or why it cannot."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from gralora_convert.adapters import Adapter
 from gralora_convert.base.architecture import Architecture
-from gralora_convert.base.names import near_misses
+from gralora_convert.base.likeness import is_relevelled, near_misses, starts
 from gralora_convert.base.quantisation import ADVICE, RESAVED, by_config, companion, quantised_by
 from gralora_convert.base.recipe import Target
 from gralora_convert.base.replacements import stored_shape
@@ -55,8 +54,8 @@ class Pair:
                 continue
             shape = self.adapter.shape(module)
             fitting = (n for n, s in weights.items() if s in (shape, shape[::-1]))
-            pairs = [_starts(module, name) for name in fitting if name not in taken]
-            pairs = sorted((pair for pair in pairs if _is_relevelled(*pair)), key=_first_length)
+            pairs = [starts(module, name) for name in fitting if name not in taken]
+            pairs = sorted((pair for pair in pairs if is_relevelled(*pair)), key=_first_length)
             if not pairs or (len(pairs) > 1 and _first_length(pairs[0]) == _first_length(pairs[1])):
                 return {}
             start, to = pairs[0]
@@ -152,23 +151,8 @@ def _absent(pair: Pair, module: str) -> Finding:
     return error("module-not-in-base", module, f"is not in the base {pair.base.source}", advice)
 
 
-def _starts(one: str, other: str) -> tuple[str, str]:
-    """What is before the common end of two names, with as much of it as leaves neither empty."""
-    first, second = one.split("."), other.split(".")
-    while len(first) > 1 and len(second) > 1 and first[-1] == second[-1]:
-        first.pop(), second.pop()
-    return ".".join(first), ".".join(second)
-
-
 def _first_length(pair: tuple[str, str]) -> int:
     return len(pair[0])
-
-
-def _is_relevelled(one: str, other: str) -> bool:
-    """Whether two names have the same words, but for some that one of them has more."""
-    first, second = Counter(one.split(".")), Counter(other.split("."))
-    numbered = any(word.isdecimal() for word in (*first, *second))
-    return not numbered and (first <= second or second <= first)
 
 
 def _kind_problem(

@@ -5,16 +5,17 @@ else transformers' model on the meta device (`models/meta.py`, which imports tor
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from gralora_convert.base.likeness import LEGACY
 from gralora_convert.base.quantisation import nested
 from gralora_convert.base.reading import NOTHING_SAID, Reading
 from gralora_convert.base.source_text import SourceText
 from gralora_convert.disk import FLOATING, Checkpoint, Rows
-from gralora_convert.errors import Finding, error, nearest
+from gralora_convert.errors import Finding, error
 
 if TYPE_CHECKING:
     from gralora_convert.models import Blueprint
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 _EMBEDDING = re.compile(
     r"(.*\.)?(embed_tokens|\w*embeddings?|embed_in|wte|wpe|shared|tok_embeddings)"
 )
-_LEGACY = {"weight": "gamma", "bias": "beta"}  # norms of the first BERT checkpoints
 AUTO_CLASSES: Mapping[str, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -166,7 +166,7 @@ class Names:
     def _on_disk(self, rename: Callable[[str], str], parameter: str) -> str | None:
         mapped = self.mapped(parameter)
         module, _, leaf = (rename(mapped) if mapped == parameter else mapped).rpartition(".")
-        for last in (leaf, _LEGACY.get(leaf, leaf)):
+        for last in (leaf, LEGACY.get(leaf, leaf)):
             name = f"{module}.{last}" if module else last
             if name in self.base.tensors:
                 return name
@@ -175,11 +175,18 @@ class Names:
     @cached_property
     def _by_blueprint(self) -> bool:
         """Whether names on disk are to be asked of transformers: where it renames tensors, and the
-        adapter's names are those of today's model (older adapters carry the names on disk)."""
-        if not self.text.is_converted or not self.modules:
+        adapter's names are those of today's model (older adapters carry the names on disk), or of a
+        part of it that headers do not show."""
+        if not self.modules or not (self.text.is_converted or self._is_of_a_part):
             return False
         blueprint = self.blueprint
         return blueprint is not None and all(blueprint.today(f"{m}.weight") for m in self.modules)
+
+    @property
+    def _is_of_a_part(self) -> bool:
+        """Whether the class in memory may be a part of the base's: that lacks modules."""
+        named = self.class_name not in (None, *self.base.architectures)
+        return named and len(self._found(self._way)) < len(self.modules)
 
     def today(self, parameter: str) -> str:
         """The name of a parameter in the model of the installed transformers; the adapter was
@@ -318,9 +325,9 @@ class Names:
 
     def loaded_as(self, tensor: str) -> tuple[str, set[str]]:
         """The parameter that a tensor beside those of the base would become ('' when none), and the
-        tensors of the base that become the same; by transformers' conversion mapping, where names
-        on disk are others than in memory."""
-        model = self.blueprint if self.text.is_converted else None
+        tensors of the base that become the same, by the loader's own mapping; `tensor` itself where
+        transformers cannot build the model."""
+        model = self.blueprint
         if model is None:
             return tensor, set()
         name, moved = model.loaded_name(tensor)
@@ -384,19 +391,3 @@ def _stripper(prefix: str) -> Callable[[str], str]:
 def _adder(prefix: str, base: Checkpoint) -> Callable[[str], str]:
     """Adds the prefix, except to what stands beside the base model (a head)."""
     return lambda name: name if name in base.tensors else f"{prefix}.{name}"
-
-
-def near_misses(name: str, names: Sequence[str]) -> str:
-    """The names most like `name`, for a message; '' when none is."""
-    found = nearest(name, names, 3)
-    return f"Near misses: {', '.join(found)}." if found else ""
-
-
-def spellings(name: str, prefixes: Sequence[str]) -> Iterator[str]:
-    """The names that a tensor may have in another checkpoint of the model, its own first."""
-    found = [name]
-    for prefix in prefixes:
-        found += [f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
-    for new, old in _LEGACY.items():
-        found += [f"{c.removesuffix(f'.{old}')}.{new}" for c in found if c.endswith(f".{old}")]
-    yield from found

@@ -19,6 +19,7 @@ from gralora_convert.adapters import (
     unplaced,
 )
 from gralora_convert.base.architecture import Architecture
+from gralora_convert.base.likeness import is_relevelled, starts
 from gralora_convert.base.quantisation import nested
 from gralora_convert.base.recipe import Patched, Replaced
 from gralora_convert.disk import Checkpoint, Rows, TensorSpec, same_values
@@ -156,12 +157,29 @@ def _place_new(held: Replacements, parameter: str, spec: TensorSpec) -> None:
     """A saved tensor that the base lacks: an output head that shares the embeddings, or a head
     trained for a task."""
     shared = held.architecture.tied_source(parameter.rpartition(".")[0], spec.shape)
+    if shared is None and (renaming := _renaming(held, parameter, spec)):
+        held.findings.append(error(
+            "module-not-in-base", parameter, "is a saved module that the base calls otherwise",
+            f"Another base? If only its names are others: `key_map={renaming}`.",
+        ))  # fmt: skip
+        return
     if shared is None:
         held.is_new_head = True
         _check_new(held, parameter, spec)
         if len(spec.shape) == 2:
             held.heads[parameter] = spec.shape[0]
     _put_new(held, parameter, spec)
+
+
+def _renaming(held: Replacements, parameter: str, spec: TensorSpec) -> dict[str, str]:
+    """How the base calls a parameter that it seems to have with levels more or less; {} where its
+    model has one of the adapter's name that no tensor is loaded into."""
+    model = held.architecture.blueprint
+    if model is not None and (today := model.today(parameter)) and today not in model.loaded:
+        return {}
+    alike = [starts(parameter, n) for n, s in held.base.tensors.items() if s.shape == spec.shape]
+    found = [pair for pair in alike if is_relevelled(*pair)]
+    return dict(found) if len(found) == 1 else {}
 
 
 def _check_new(held: Replacements, parameter: str, spec: TensorSpec) -> None:

@@ -44,6 +44,7 @@ class Blueprint:
 
     def __init__(self, model: torch.nn.Module, base: Checkpoint) -> None:
         self.model, self.base = model, base
+        self.part = ""  # of the model, that alone was adapted: names are meant within it
         self.prefix = str(getattr(model, "base_model_prefix", ""))
         self.state: dict[str, torch.Tensor] = dict(model.state_dict())
 
@@ -56,18 +57,38 @@ class Blueprint:
         *,
         trust_remote_code: bool = False,
     ) -> "Blueprint | None":
-        """The first of the classes that has all `modules`, else the one that has most of them;
-        None when transformers can build none of them."""
+        """The first of the classes that has all `modules`, as parts of it of the first class may,
+        else the one that has most of them; None when transformers can build none of them."""
         best: tuple[int, Blueprint] | None = None
         with quiet():
             for model in models(base, class_names, trust_remote_code):
                 found = cls(model, base)
-                hits = sum(found.today(f"{module}.weight") is not None for module in modules)
+                hits = found._hits(modules)
+                if hits < len(modules) and found._enter_part(class_names[:1], modules):
+                    hits = len(modules)
                 if best is None or hits > best[0]:
                     best = hits, found
                 if hits == len(modules):
                     break
         return None if best is None else best[1]
+
+    def _hits(self, modules: Sequence[str]) -> int:
+        """How many of the modules it has; those of a part that was built alone it must load."""
+        names = [self.today(f"{module}.weight") for module in modules]
+        if type(self.model).__name__ in self.base.architectures:
+            return sum(name is not None for name in names)
+        return sum(name in self.loaded for name in names)
+
+    def _enter_part(self, classes: Sequence[str], modules: Sequence[str]) -> bool:
+        """Takes names as within the part of these classes that has all `modules`, if it is one."""
+        holding = []
+        for name, inner in self._modules.items():
+            if name and type(inner).__name__ in classes:
+                self.part = name
+                if self._hits(modules) == len(modules):
+                    holding.append(name)
+        self.part = holding[0] if len(holding) == 1 else ""
+        return self.part != ""
 
     # modules ------------------------------------------------------------------------------------
 
@@ -183,6 +204,8 @@ class Blueprint:
         """The name of a parameter in this model, which another release of transformers may have
         called otherwise: what the loader makes of a checkpoint of that release. None when there is
         no such parameter, or its values are stored in another form."""
+        if self.part:
+            parameter = f"{self.part}.{parameter}"
         if parameter in self.state:
             return parameter
         name, moved = self.loaded_name(parameter)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.command import run, run_ok
 
 IDS = torch.tensor([[1, 2, 3, 4]])
+PIXELS = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2}  # fmt: skip
 
@@ -82,7 +83,7 @@ def with_bert() -> Any:
 @pytest.mark.parametrize(
     ("build", "inputs"),
     [
-        (with_vit, {"pixel_values": torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)}),
+        (with_vit, {"pixel_values": PIXELS}),
         (with_bert, {"input_ids": IDS}),
     ],
 )
@@ -180,3 +181,82 @@ def test_a_base_under_other_names_is_refused_with_the_command(
     layer = adapted.base_model.model.model.layers[10].self_attn.q_proj
     found = merged[f"{start}layers.10.self_attn.q_proj.weight"]
     torch.testing.assert_close(found, layer.weight + layer.get_delta_weight("default"))
+
+
+class Wrapper(torch.nn.Module):
+    """As trainers of rewards write them: one level more before every name."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+
+def test_a_saved_head_that_a_key_map_forgets_is_no_new_one(tmp_path: Path) -> None:
+    model = Wrapper(llama(tmp_path / "base"))
+    adapted = trained(model, tmp_path / "adapter", ["q_proj"], modules_to_save=["lm_head"])
+    arguments = ["merge", tmp_path / "adapter", "--base", tmp_path / "base"]
+    half = ["--key-map", "model.model=model"]
+    told = run(*arguments, *half, "-o", tmp_path / "out").stderr
+    assert "model.lm_head.weight: [module-not-in-base]" in told
+    assert told.rstrip().endswith("--key-map model.lm_head=lm_head.")
+    whole = [*half, "--key-map", "model.lm_head=lm_head"]
+    for number, options in enumerate([[], whole]):
+        run_ok(*arguments, *options, "-o", tmp_path / f"out{number}")
+        merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / f"out{number}").eval()
+        wanted = adapted.base_model.model.model(IDS).logits
+        torch.testing.assert_close(merged(IDS).logits, wanted, rtol=0, atol=1e-5)
+
+
+def bart() -> Any:
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(
+        vocab_size=32, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, dropout=0.0,
+        max_position_embeddings=16,
+    ))  # fmt: skip
+
+
+def llava() -> Any:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TINY, image_size=4, patch_size=2),
+        text_config=transformers.LlamaConfig(**TINY, vocab_size=32),
+        image_token_index=31, image_seq_length=4, vision_feature_layer=-1,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+TEXT = {"input_ids": IDS, "decoder_input_ids": IDS}
+IMAGE = {"input_ids": torch.tensor([[3, 31, 31, 31, 31, 5]]),
+         "pixel_values": torch.arange(48).float().sin().reshape(1, 3, 4, 4)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("build", "part", "saved", "inputs"),
+    [
+        (bart, "model.encoder", None, TEXT),
+        (bart, "model.decoder", None, TEXT),
+        (with_vit, "decoder", None, {"pixel_values": PIXELS, "decoder_input_ids": IDS}),
+        (llava, "model.language_model", ["norm"], IMAGE),
+        (llava, "model.vision_tower", ["pre_layrnorm"], IMAGE),
+    ],
+)
+def test_an_adapter_of_a_part_goes_into_that_part(
+    build: Callable[[], Any], part: str, saved: list[str] | None, inputs: Any, tmp_path: Path
+) -> None:
+    """The part alone was adapted: its names lack the way to it, its class says which it is."""
+    torch.manual_seed(0)
+    model = build()
+    if build is with_vit:
+        model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
+    model.save_pretrained(tmp_path / "base")
+    whole = type(model).from_pretrained(tmp_path / "base").eval()
+    adapted = trained(
+        whole.get_submodule(part), tmp_path / "adapter", "all-linear", modules_to_save=saved
+    )
+    whole.set_submodule(part, adapted.base_model.model)
+    wanted = whole(**inputs).logits
+    told = run_ok("merge", tmp_path / "adapter", "--base", tmp_path / "base", "-o", tmp_path / "o")
+    assert "target" not in told.stderr
+    merged = type(model).from_pretrained(tmp_path / "o").eval()
+    torch.testing.assert_close(merged(**inputs).logits, wanted, rtol=0, atol=1e-5)
+    before = type(model).from_pretrained(tmp_path / "base").eval()
+    assert (before(**inputs).logits - wanted).abs().max() > 1e-3
