@@ -98,7 +98,7 @@ class Adapter:
         if isinstance(path, Live):
             return path.adapter()
         if not isinstance(path, str | Path):
-            raise TypeError(f"{path!r:.99} is no adapter, its folder or its name")
+            raise TypeError(f"{path!r:.99} is neither an adapter nor its folder or name")
         scan = scan_adapter(path)
         scan.report.require_ok(path)
         assert scan.adapter is not None

@@ -142,7 +142,8 @@ def test_a_plan_fits_a_screen(tmp_path: Path) -> None:
     assert computed.split() == [*"compute F32 40 16 x 16".split(), computed.split()[-1]]
     assert computed.endswith("  model.layers.{0-39}.self_attn.q_proj.weight")
     (total,) = run_ok(*arguments, "-q").stdout.splitlines()
-    assert total == lines[-1]
+    free = re.compile(r"[\d,]+ bytes free")  # others write meanwhile
+    assert free.sub("", total) == free.sub("", lines[-1]) != total
     parts = run_ok(*arguments, "--json").json["parts"]
     assert isinstance(parts, list)
     with safe_open(base / "model.safetensors", "pt") as file:

@@ -365,5 +365,5 @@ def test_a_copy_of_what_is_attached_leaves_nothing_behind(
 
 
 def test_what_is_no_adapter_is_a_slip_of_the_program() -> None:
-    with pytest.raises(TypeError, match="3 is no adapter"):
+    with pytest.raises(TypeError, match="3 is neither an adapter"):
         gc.merge(3, base=LLAMA)  # type: ignore[arg-type]
