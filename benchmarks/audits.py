@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     bad = sum(_right(name, options.rounds) for name in DTYPES)
     print("\n| wrong merges | made | missed | modules and words right | smallest / bound |")
     print("|---|---|---|---|---|")
-    for name in ("float32", "bfloat16"):
+    for name in DTYPES:
         bad += _wrong(name, options.wrong)
     return bad > 0
 

@@ -5,6 +5,7 @@ stored dtype (twice, where another tool rounds D first). The bound is a forward 
 right merge never exceeds it; see N. Higham, Accuracy and Stability of Numerical Algorithms, ch. 3.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,12 +33,24 @@ def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
 
     IEEE 754 binary formats; N. Higham, Accuracy and Stability of Numerical Algorithms, section 2.1.
     """
-    info = torch.finfo(dtype)
-    smallest = max(info.smallest_normal, 2.0**-1021)
+    return _powers(values).clamp_min_(_least_power(dtype)).mul_(torch.finfo(dtype).eps / 2)
+
+
+def _powers(values: Tensor) -> Tensor:
+    """The powers of two at or below |values|: their exponent bits alone; zero for subnormals."""
     integers, mask = _EXPONENT[values.dtype]
-    # The exponent bits alone are the power of two at or below |value|.
-    power = values.contiguous().view(integers).bitwise_and(mask).view(values.dtype)
-    return power.clamp_min_(smallest).mul_(info.eps / 2)
+    return values.contiguous().view(integers).bitwise_and(mask).view(values.dtype)
+
+
+def _least_power(dtype: torch.dtype) -> float:
+    return max(torch.finfo(dtype).smallest_normal, 2.0**-1021)
+
+
+def _half_ulps_length(values: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    """The Euclidean lengths of `half_ulp` over `dim`, from above."""
+    least = _least_power(dtype) * math.sqrt(values.shape[dim])
+    lengths: Tensor = torch.linalg.vector_norm(_powers(values), dim=dim)
+    return lengths.add_(least).mul_(torch.finfo(dtype).eps / 2)
 
 
 def magnitude_rows(
@@ -144,10 +157,11 @@ def rounding_lengths(
     tensor([1.0005])
     """
     unit = _unit(dtype) * (2 if after.dtype == torch.float32 else 1) * (terms + 4)
-    halves, added = ((v * v).sum(dim).sqrt_() for v in (half_ulp(after, dtype), moved))
+    halves = _half_ulps_length(after, dtype, dim)
+    added = torch.linalg.vector_norm(moved, dim=dim)
     halves.mul_(1 + 4 * unit / torch.finfo(dtype).eps).add_(added, alpha=2 * unit)
     if delta_dtype is not None:
-        halves += half_ulp(moved, delta_dtype).square_().sum(dim).sqrt_()
+        halves += _half_ulps_length(moved, delta_dtype, dim)
     return halves
 
 
