@@ -81,7 +81,10 @@ def adapt(case: Case, base: Path, out: Path) -> tuple[Any, str]:
         if not explicit and any("gralora_" in name for name in _ignored(adapted)):
             continue
         _randomise(adapted)
-        adapted.save_pretrained(out)
+        try:
+            adapted.save_pretrained(out)
+        except NotImplementedError:  # its class does not say which its embeddings are
+            adapted.save_pretrained(out, save_embedding_layers=False)
         return adapted, "all that PEFT can adapt" if explicit else "all-linear"
     raise ValueError("PEFT adapts none of its layers")
 

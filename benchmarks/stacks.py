@@ -89,12 +89,16 @@ def make(case: Case, folder: Path, given: str | None) -> str:
 
 
 def _save_merged(case: Case, adapted: Any, folder: Path) -> None:
-    """PEFT's merge; a note that it is no judge where PEFT cannot merge, or its own stack does not
-    load what was saved: PEFT unties no head that it adapted."""
+    """PEFT's merge; a note that it is no judge where PEFT cannot merge, its own stack does not load
+    what was saved, or it merges a head into the embeddings that share its weight."""
+    named = list(adapted.named_parameters(remove_duplicate=False))
+    layers = {id(p) for name, p in named if name.endswith(".base_layer.weight")}
+    shared = [n for n, p in named if id(p) in layers and not n.endswith(".base_layer.weight")]
     try:
         merged = adapted.merge_and_unload()
         merged.save_pretrained(folder)
-        problem = _other_weights(_load(case, folder)[0], merged)
+        lost = _other_weights(_load(case, folder)[0], merged)
+        problem = f"it changes {shared[0]}" if shared else lost
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:

@@ -81,6 +81,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {  # what single types need beside
     "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "bamba": {"attn_layer_indices": [1]},
     "bridgetower": {"num_hidden_layers": 2},
+    "mllama_text_model": {"rope_scaling": {"rope_type": "default"}},  # 4.57 has no default
 }
 DROPOUTS = ("dropout", "drop", "pdrop", "layerdrop", "drop_path_rate", "mask_time_prob")
 

@@ -207,6 +207,11 @@ class Names:
         return self._adapters_own.get(parameter, parameter)
 
     @cached_property
+    def _own_modules(self) -> Mapping[str, str]:
+        """Name of a module today -> the adapter's for it."""
+        return {self.today(f"{m}.weight").removesuffix(".weight"): m for m in self.modules}
+
+    @cached_property
     def _starts(self) -> Mapping[str, str]:
         """Leading parts of names today -> those of the adapter, the longest first."""
         found = {}
@@ -219,6 +224,8 @@ class Names:
 
     def _module_spelt(self, module: str) -> str:
         """What the adapter would call a module, that it need not have."""
+        if (own := self._own_modules.get(module)) is not None:
+            return own
         for today, own in self._starts.items():
             if not today or module.startswith(f"{today}."):
                 rest = module.removeprefix(f"{today}.") if today else module

@@ -173,7 +173,10 @@ def _place_new(held: Replacements, parameter: str, spec: TensorSpec) -> None:
 
 def _renaming(held: Replacements, parameter: str, spec: TensorSpec) -> dict[str, str]:
     """How the base calls a parameter that it seems to have with levels more or less; {} where its
-    model has one of the adapter's name that no tensor is loaded into."""
+    model has one of the adapter's name that no tensor is loaded into, and where names are
+    converted while loading: there the loader's own mapping is asked of what will be written."""
+    if held.architecture.text.is_converted:
+        return {}
     model = held.architecture.blueprint
     if model is not None and (today := model.today(parameter)) and today not in model.loaded:
         return {}

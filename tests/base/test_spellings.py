@@ -12,6 +12,7 @@ import transformers
 from peft import GraloraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from benchmarks import tiny
 from tests.command import run, run_ok
 
 IDS = torch.tensor([[1, 2, 3, 4]])
@@ -260,3 +261,21 @@ def test_an_adapter_of_a_part_goes_into_that_part(
     torch.testing.assert_close(merged(**inputs).logits, wanted, rtol=0, atol=1e-5)
     before = type(model).from_pretrained(tmp_path / "base").eval()
     assert (before(**inputs).logits - wanted).abs().max() > 1e-3
+
+
+def test_modules_that_only_one_release_renamed_are_all_selected(tmp_path: Path) -> None:
+    """DeepSeek-VL of transformers 4.57: its vision tower had a level more, its aligner had not."""
+    tiny.build("AutoModel", "deepseek_vl").save_pretrained(tmp_path / "base")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    adapted = trained(model, tmp_path / "adapter", ["fc1", "linear1", "q_proj"])
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    old = {
+        key.replace(".vision_model.encoder.", ".vision_model.vision_model.encoder."): tensor
+        for key, tensor in load_file(file).items()
+    }
+    assert old.keys() != load_file(file).keys()
+    save_file(old, file, metadata={"format": "pt"})
+    run_ok("merge", tmp_path / "adapter", "--base", tmp_path / "base", "-o", tmp_path / "out")
+    merged = transformers.AutoModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, tensor in adapted.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], tensor)
