@@ -224,7 +224,8 @@ def merged(layer: GraloraLinear, slot: Slot) -> Replacement:
     plain = type(weight) is nn.Parameter and type(weight.data) is Tensor
     if weight is None or not plain or weight.is_meta or weight.dtype not in _MERGED:
         raise UnsupportedError(
-            "is quantised, sharded or offloaded: nothing can be merged into it", where=path,
+            "is quantised, sharded, offloaded or made of other parameters: nothing can be merged "
+            "into it", where=path,
             hint="Leave the adapter attached, or merge on disk.",
         )  # fmt: skip
     if hasattr(weight, MARK):
@@ -246,7 +247,11 @@ def _target_problems(
         hint = "Wrap it instead: GraloraLinear(model, ...)."
         yield error("module-not-in-base", "", "the model itself cannot be replaced", hint)
     elif layer is None:
+        inside = [name for name in tree if name.endswith(f".{module}")]
         hint = _nearest(tree, module) + _TRAINED_ON
+        if inside:
+            part = inside[0].removesuffix(f".{module}")
+            hint = f"A part of it has: attach to model.get_submodule({part!r})."
         if PREFIX + module in tree:
             hint = "This is a model of PEFT's: attach to model.get_base_model()."
         yield error("module-not-in-base", module, "the model has no such module", hint)

@@ -62,7 +62,9 @@ def tell_when_saved(model: nn.Module) -> None:
     """From now on `model.save_pretrained` says that loading it again needs the adapter's folder;
     once no adapter is left, the model is as it was."""
     if not any(True for _ in _branches(model)):
-        model.__dict__.pop("save_pretrained", None)
+        for module in model.modules():  # also a part to which one was attached
+            if isinstance(module.__dict__.get("save_pretrained"), _Saving):
+                del module.__dict__["save_pretrained"]
     elif hasattr(type(model), "save_pretrained"):
         model.__dict__["save_pretrained"] = _Saving(model)
 

@@ -955,6 +955,20 @@ def test_saving_the_model_says_that_the_adapter_is_needed(
     torch.testing.assert_close(outputs(merged), adapted)
 
 
+def test_a_part_that_the_adapter_fits_is_named(tmp_path: Path) -> None:
+    model = with_saved_head("llama", tmp_path)
+    plain, wrapper = outputs(model), nn.Sequential(nn.Identity(), model)
+    with pytest.raises(InvalidAdapterError, match=r"attach to model\.get_submodule\('1'\)"):
+        attach(wrapper, tmp_path / "adapter")
+    part = {"layers.0.self_attn.q_proj": gralora(16, 16)}
+    first = attach(model.model, part, name="part")
+    second = attach(wrapper.get_submodule("1"), tmp_path / "adapter")
+    first.detach()
+    second.detach()
+    assert torch.equal(outputs(model), plain)
+    assert not [m for m in model.modules() if "save_pretrained" in vars(m)]
+
+
 def test_a_trainer_trains_and_resumes_as_with_peft(tmp_path: Path) -> None:
     with_saved_head("llama", tmp_path)
     adapter = tmp_path / "adapter"
