@@ -250,7 +250,8 @@ def _attached(root: Any, names: list[str]) -> Any:
                 owner, _, leaf = parameter.rpartition(".")
                 place = model.get_submodule(owner)
                 place = place.base_layer if isinstance(place, GraloraLinear) else place
-                _put(place, leaf, getattr(_live(root, owner, name), leaf))
+                live = getattr(_live(root, owner, name), leaf)
+                _put(place, leaf, live.view_as(live))  # a trained bias is the base's own parameter
     return model
 
 

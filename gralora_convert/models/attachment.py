@@ -30,6 +30,7 @@ from gralora_convert.models.fitting import (
     parts_of,
     require_trainable,
 )
+from gralora_convert.models.hosting import frozen, tell_when_saved, thaw
 from gralora_convert.models.layer import GraloraLinear, bare, require_name, unwrapped, whole
 from gralora_convert.output import New, adapter_plan
 
@@ -70,17 +71,6 @@ class Attachment:
         if self._check is not None:
             self._check.remove()
         self._check = None
-
-    def _freeze(self) -> None:
-        """Of the model's own parameters, none is trained until this adapter is detached."""
-        layers = (m for m in self._model.modules() if isinstance(m, GraloraLinear))
-        adapters = {id(p) for layer in layers for p in layer.adapters.parameters()}
-        self._frozen = [
-            p for p in self._model.parameters()
-            if p.requires_grad and id(p) not in adapters and not hasattr(p, MARK)
-        ]  # fmt: skip
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
 
     @property
     def replaced(self) -> Mapping[str, Tensor]:
@@ -252,11 +242,14 @@ class Attachment:
             self._watch()
 
     def _require_place(self, changes: Sequence[Replacement]) -> None:
-        """Raises `MisuseError` when the model has a third value in a place of ours."""
+        """Raises `MisuseError` when the model has in a place of ours what another put there; a new
+        object for our value (of `load_state_dict(assign=True)`, `to_empty`) is ours."""
+        own = {id(change.value) for change in changes}
         for change in changes:
             now = getattr(change.owner, change.leaf)
-            known = now is change.value or now is change.original
-            if isinstance(now, nn.Parameter) and not known:
+            known = id(now) in own or now is change.original
+            foreign = hasattr(now, MARK) or hasattr(now, "full_tensor") or change in self._merged
+            if isinstance(now, nn.Parameter) and foreign and not known:
                 raise MisuseError(
                     "was changed after this adapter put its value there", where=change.path,
                     hint="Take off first what did it: another adapter. What FSDP shards stays.",
@@ -338,8 +331,8 @@ class Attachment:
                 layer.remove(self.name)
             if not layer.adapters and slot.parent._modules.get(slot.leaf) is layer:
                 setattr(slot.parent, slot.leaf, layer.base_layer)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        thaw(self._frozen)
+        tell_when_saved(self._model)
 
     def __enter__(self) -> Self:
         return self
@@ -410,7 +403,7 @@ def attach(
             )
     handle = put_on(model, parts, name=name, dropout=dropout, trainable=trainable, dtype=dtype)
     if trainable and freeze:
-        handle._freeze()
+        handle._frozen = frozen(handle._model)
     return handle
 
 
@@ -436,4 +429,5 @@ def put_on(
         change.install()
     layers = {slot.module: slot.install(name) for slot in slots}
     config = None if source.adapter is None else source.adapter.config
+    tell_when_saved(model)
     return Attachment(name, layers, slots, changes, model, config)

@@ -4,7 +4,8 @@ Each function that looks yields what is wrong; `Slot` and `Replacement` are what
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from gralora_convert.adapters import (
     bias_finding,
     extras,
     is_all_linear,
+    is_saved,
     saved_findings,
     target_findings,
     unplaced,
@@ -89,10 +91,11 @@ class Replacement:
         setattr(self.owner, self.leaf, self.value)
 
     def is_undone(self, modules: Collection[nn.Module]) -> bool:
-        """Whether the model computes with something else: its own value is tied back, or the module
-        was replaced by one of another size."""
+        """Whether the model computes with something else: its own value or another that an adapter
+        brought is tied to this place, or the module was replaced by one of another size."""
         now = getattr(self.owner, self.leaf)
-        return self.owner not in modules or now is self.original or now.shape != self.value.shape
+        others = now is self.original or (now is not self.value and hasattr(now, MARK))
+        return others or self.owner not in modules or now.shape != self.value.shape
 
     def put(self, value: Tensor) -> None:
         """Gives the model this value in the place of the other one."""
@@ -101,6 +104,13 @@ class Replacement:
         if moved and not value.is_meta and not now.is_meta:
             value.data = value.data.to(now)  # model.to(...) did not reach it
         setattr(self.owner, self.leaf, value)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Replacement":
+        """A copy of a parameter has no attributes."""
+        copy = Replacement(*(deepcopy(getattr(self, field.name), memo) for field in fields(self)))
+        if hasattr(self.value, MARK):
+            setattr(copy.value, MARK, getattr(self.value, MARK))
+        return copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +206,7 @@ def fitted(
         slot = Slot(module, tree[parent], leaf, branch)
         problems += _same_place(slots, slot)
         slots.append(slot)
-    changes, others = _replacements(tree, source.values, name, trainable)
+    changes, others = _replacements(tree, source, name, trainable)
     lacking = [] if source.adapter is None else _lacking(source.adapter, model, tree)
     Report.of([*problems, *others, *lacking]).require_ok(source.where)
     return slots, changes
@@ -214,7 +224,8 @@ def merged(layer: GraloraLinear, slot: Slot) -> Replacement:
     plain = type(weight) is nn.Parameter and type(weight.data) is Tensor
     if weight is None or not plain or weight.is_meta or weight.dtype not in _MERGED:
         raise UnsupportedError(
-            "is quantised, sharded or offloaded: nothing can be merged into it", where=path,
+            "is quantised, sharded, offloaded or made of other parameters: nothing can be merged "
+            "into it", where=path,
             hint="Leave the adapter attached, or merge on disk.",
         )  # fmt: skip
     if hasattr(weight, MARK):
@@ -236,7 +247,11 @@ def _target_problems(
         hint = "Wrap it instead: GraloraLinear(model, ...)."
         yield error("module-not-in-base", "", "the model itself cannot be replaced", hint)
     elif layer is None:
+        inside = [name for name in tree if name.endswith(f".{module}")]
         hint = _nearest(tree, module) + _TRAINED_ON
+        if inside:
+            part = inside[0].removesuffix(f".{module}")
+            hint = f"A part of it has: attach to model.get_submodule({part!r})."
         if PREFIX + module in tree:
             hint = "This is a model of PEFT's: attach to model.get_base_model()."
         yield error("module-not-in-base", module, "the model has no such module", hint)
@@ -302,11 +317,11 @@ def _nearest(tree: Mapping[str, nn.Module], module: str) -> str:
 
 
 def _replacements(
-    tree: Mapping[str, nn.Module], values: Mapping[str, Tensor], name: str, trainable: bool
+    tree: Mapping[str, nn.Module], source: Parts, name: str, trainable: bool
 ) -> tuple[list[Replacement], list[Finding]]:
     changes: list[Replacement] = []
     problems: list[Finding] = []
-    for path, value in values.items():
+    for path, value in source.values.items():
         prefix, _, leaf = path.rpartition(".")
         owner = bare(tree[prefix]) if prefix in tree else None
         found = list(_value_problems(owner, path, value))
@@ -314,21 +329,30 @@ def _replacements(
         if owner is None or found:
             continue
         original: Tensor = getattr(owner, leaf)
-        new = _value_like(original, value, trainable)
+        new = _value_like(original, value)
+        if leaf in owner._parameters:  # while FSDP 1 computes these are plain tensors
+            new = nn.Parameter(new, requires_grad=trainable and new.is_floating_point())
         for earlier in changes:  # what was tied stays tied, if the adapter says the same of both
-            if earlier.original is original and torch.equal(earlier.value, new):
-                new = earlier.value
+            apart = trainable and _copied_with(source, earlier.path) != _copied_with(source, path)
+            same = earlier.original is original and torch.equal(earlier.value, new)
+            new = earlier.value if same and not apart else new
         setattr(new, MARK, name)
         changes.append(Replacement(path, owner, leaf, original, new))
     return changes, problems
 
 
-def _value_like(original: Tensor, value: Tensor, trainable: bool) -> Tensor:
+def _copied_with(source: Parts, path: str) -> str:
+    """The module that PEFT copies, and trains by itself, to save this parameter; "" for a bias."""
+    adapter = source.adapter
+    if adapter is None or path not in adapter.saved:
+        return ""
+    entry = is_saved(adapter.config, path) or path
+    return path[: path.find(f"{entry}.") + len(entry)]
+
+
+def _value_like(original: Tensor, value: Tensor) -> Tensor:
     device = value.device if original.is_meta else original.device
-    new = value.to(device, original.dtype, copy=True)
-    if isinstance(original, nn.Parameter):
-        return nn.Parameter(new, requires_grad=trainable and new.is_floating_point())
-    return new
+    return value.to(device, original.dtype, copy=True)
 
 
 def _value_problems(owner: nn.Module | None, path: str, value: Tensor) -> Iterator[Finding]:

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gralora_convert.delta import Delta, Dense, Gralora, Lora, gralora_product
-from gralora_convert.errors import Finding, MisuseError, Report, UnsupportedError, error
+from gralora_convert.errors import (
+    Finding,
+    MisuseError,
+    Report,
+    UnsupportedError,
+    error,
+    is_number,
+)
 
 
 class Branch(nn.Module):
@@ -29,6 +36,8 @@ class Branch(nn.Module):
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
+        if not is_number(dropout) or not 0 <= dropout <= 1:
+            raise MisuseError(f"the dropout {dropout!r} is not a number from 0 to 1")
         # As PEFT does: without dropout no random number is drawn, in training mode either.
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.rate = dropout
@@ -254,6 +263,12 @@ class GraloraLinear(nn.Module):
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         if name in ("weight", "bias"):
             setattr(bare(self), name, value)
+        elif name in ("in_features", "out_features"):  # tie_weights says the size that it has
+            if value != getattr(self, name):
+                raise MisuseError(
+                    f"an adapted layer keeps its {name}: {getattr(self, name)}, not {value}",
+                    hint="Detach the adapter, change the model, and attach it again.",
+                )
         else:
             super().__setattr__(name, value)
 
@@ -300,6 +315,8 @@ def branch_of(
 ) -> Branch:
     """The parameters of one adapter, for the layer that they fit; arguments as `GraloraLinear`."""
     weight = _tensor(bare(layer), "weight")
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise MisuseError(f"{dtype} is no dtype to compute factors in", hint="Use torch.float32.")
     default = torch.float64 if weight.dtype == torch.float64 else torch.float32
     # A base on the meta device has its values elsewhere (offloading); ours stay where they are.
     device = None if weight.device.type == "meta" else weight.device

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,7 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, BertForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
 
 from gralora_convert.adapters.adapter import Adapter
@@ -817,6 +824,175 @@ def test_a_saved_head_that_is_tied_back_is_not_used(change: str, tmp_path: Path)
         assert torch.equal(outputs(model), before)
         with attach(model, tmp_path / "adapter"):
             assert torch.equal(outputs(model), adapted)
+
+
+def test_two_saved_modules_that_are_tied_to_each_other_are_not_used(tmp_path: Path) -> None:
+    """`tie_weights` puts the adapter's embedding into the head, for which it has another value."""
+    base = save_base(ARCHITECTURES["llama-tied"], tmp_path / "base")
+    train(base, ARCHITECTURES["llama-tied"], tmp_path / "adapter", target_modules=["q_proj"],
+          modules_to_save=["embed_tokens", "lm_head"])  # fmt: skip
+    model = load(base, "AutoModelForCausalLM")
+    handle = attach(model, tmp_path / "adapter")
+    outputs(model)
+    model.tie_weights()
+    with pytest.raises(MisuseError, match="tied or resized"):
+        outputs(model)
+    handle.detach()
+
+
+def test_saved_modules_of_a_tied_model_train_each_alone_as_with_peft(tmp_path: Path) -> None:
+    """Both with the same values in the adapter, as before any step."""
+    base = save_base(ARCHITECTURES["llama-tied"], tmp_path / "base")
+    train(base, ARCHITECTURES["llama-tied"], tmp_path / "adapter", target_modules=["q_proj"],
+          modules_to_save=["embed_tokens", "lm_head"], steps=0)  # fmt: skip
+    model, plain = (load(base, "AutoModelForCausalLM") for _ in range(2))
+    again = peft.PeftModel.from_pretrained(plain, str(tmp_path / "adapter"), is_trainable=True)
+    handle = attach(model, tmp_path / "adapter", trainable=True)
+    for one, parameters in ((model, handle.parameters()), (again, trainable(again))):
+        optimiser = torch.optim.SGD(parameters, 0.5)
+        for _ in range(3):
+            optimiser.zero_grad()
+            one(input_ids=IDS, labels=IDS).loss.backward()
+            optimiser.step()
+    assert_close(outputs(model), outputs(again))
+
+
+def test_an_adapted_tied_head_is_tied_but_not_resized() -> None:
+    model = tiny("llama-tied")
+    before = outputs(model)
+    handle = attach(model, {"lm_head": gralora(16, 32)})
+    adapted = outputs(model)
+    model.tie_weights()
+    assert torch.equal(outputs(model), adapted)
+    with pytest.raises(MisuseError, match="keeps its out_features: 32, not 40"):
+        model.resize_token_embeddings(40)
+    handle.detach()
+    assert torch.equal(outputs(model)[..., :32], before)
+
+
+@pytest.mark.parametrize("how", ["assign", "overwrite"])
+def test_new_objects_for_the_values_of_an_adapter_are_its_own(how: str, tmp_path: Path) -> None:
+    """`load_state_dict(assign=True)` and some moves replace parameters by others."""
+    model = with_saved_head("llama", tmp_path)
+    before = outputs(model)
+    handle = attach(model, tmp_path / "adapter")
+    adapted = outputs(model)
+    if how == "assign":
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+    else:
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        try:
+            model.double().float()
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert torch.equal(outputs(model), adapted)
+    with handle.disabled():
+        assert torch.equal(outputs(model), before)
+    assert torch.equal(outputs(model), adapted)
+    handle.detach()
+    assert torch.equal(outputs(model), before)
+
+
+def test_a_copy_knows_what_its_adapter_brought(tmp_path: Path) -> None:
+    model = with_saved_head("llama", tmp_path)
+    adapted = outputs(model), attach(model, tmp_path / "adapter"), outputs(model)
+    twin, handle = copy.deepcopy((model, adapted[1]))
+    with pytest.raises(InvalidAdapterError, match="'default' replaces it already"):
+        attach(twin, tmp_path / "adapter", name="second")
+    handle.detach()
+    assert torch.equal(outputs(twin), adapted[0])
+    assert torch.equal(outputs(model), adapted[2])
+
+
+def test_the_model_is_frozen_while_any_adapter_is_trained() -> None:
+    model, delta = mlp(), {"up": gralora(8, 12)}
+    one, two = (attach(model, delta, name=name, trainable=True) for name in ("one", "two"))
+    one.detach()
+    assert {id(p) for p in trainable(model)} == {id(p) for p in two.parameters()}
+    two.detach()
+    assert len(trainable(model)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("dropout", [1.5, -1.0, float("nan"), "0.1"])
+def test_a_dropout_is_a_probability(dropout: Any) -> None:
+    with pytest.raises(MisuseError, match="not a number from 0 to 1"):
+        attach(mlp(), {"up": gralora(8, 12)}, dropout=dropout)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_factors_are_of_a_dtype_to_compute_in(dtype: torch.dtype) -> None:
+    model = mlp()
+    with pytest.raises(MisuseError, match="no dtype to compute factors in"):
+        attach(model, {"up": gralora(8, 12)}, dtype=dtype)
+    assert isinstance(model.up, nn.Linear)
+
+
+def test_saving_the_model_says_that_the_adapter_is_needed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = with_saved_head("llama", tmp_path)
+    handle = attach(model, tmp_path / "adapter")
+    adapted = outputs(model)
+    handle.save_pretrained(tmp_path / "again")
+    assert "without the adapter" not in caplog.text
+    for name, one in {"model": model, "copy": copy.deepcopy(model)}.items():
+        caplog.clear()
+        one.save_pretrained(tmp_path / name)
+        assert "load it without the adapter" in caplog.text
+        loaded = load(tmp_path / name, "AutoModelForCausalLM")
+        attach(loaded, tmp_path / "again")
+        assert torch.equal(outputs(loaded), adapted)
+    caplog.clear()
+    handle.merge()
+    model.save_pretrained(tmp_path / "merged")
+    handle.detach()
+    model.save_pretrained(tmp_path / "base-again")
+    assert "without the adapter" not in caplog.text
+    assert "save_pretrained" not in vars(model)
+    merged = load(tmp_path / "merged", "AutoModelForCausalLM")
+    torch.testing.assert_close(outputs(merged), adapted)
+
+
+def test_a_part_that_the_adapter_fits_is_named(tmp_path: Path) -> None:
+    model = with_saved_head("llama", tmp_path)
+    plain, wrapper = outputs(model), nn.Sequential(nn.Identity(), model)
+    with pytest.raises(InvalidAdapterError, match=r"attach to model\.get_submodule\('1'\)"):
+        attach(wrapper, tmp_path / "adapter")
+    part = {"layers.0.self_attn.q_proj": gralora(16, 16)}
+    first = attach(model.model, part, name="part")
+    second = attach(wrapper.get_submodule("1"), tmp_path / "adapter")
+    first.detach()
+    second.detach()
+    assert torch.equal(outputs(model), plain)
+    assert not [m for m in model.modules() if "save_pretrained" in vars(m)]
+
+
+def test_a_trainer_trains_and_resumes_as_with_peft(tmp_path: Path) -> None:
+    with_saved_head("llama", tmp_path)
+    adapter = tmp_path / "adapter"
+
+    def trained(ours: bool, resumed: bool = False) -> PreTrainedModel:
+        model: Any = load(tmp_path / "base", "AutoModelForCausalLM")
+        if ours:
+            attach(model, adapter, trainable=True)
+        else:
+            model = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        folder = tmp_path / f"ours-{ours}"
+        options = TrainingArguments(
+            output_dir=str(folder), max_steps=2, save_steps=1, use_cpu=True, report_to=[],
+            learning_rate=0.01, gradient_checkpointing=True, disable_tqdm=True,
+        )  # fmt: skip
+        rows: Any = [{"input_ids": row, "labels": row} for row in IDS]
+        trainer = Trainer(model=model, args=options, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if resumed else None)
+        found: PreTrainedModel = model
+        return found
+
+    expected = outputs(trained(False))
+    assert_close(outputs(trained(True)), expected)
+    assert_close(outputs(trained(True, resumed=True)), expected)
 
 
 def test_within_disabled_the_model_is_its_own(tmp_path: Path) -> None:
