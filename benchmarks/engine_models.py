@@ -113,6 +113,8 @@ CASES: Mapping[str, Case] = {
     "router": _case("Mixtral, its router", mixtral, ["gate"], needs_4=True),
     "qwen3-experts": _case("Qwen3-MoE, experts and router", qwen3_moe,
                            ["gate_proj", "up_proj", "down_proj", "gate"], needs_4=True),
+    "qwen3-stack": _case("Qwen3-MoE, experts alone", qwen3_moe,
+                         ["gate_proj", "up_proj", "down_proj"], needs_4=True),
     "gpt2": _case("GPT-2, c_attn and c_fc", gpt2, ["c_attn", "c_fc"]),
     "gpt2-square": _case("GPT-2, attn.c_proj (square)", gpt2, ["attn.c_proj"], r=32),
 }  # fmt: skip
