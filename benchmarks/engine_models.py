@@ -81,6 +81,7 @@ class Case:
     model: Callable[[], Any]
     adapter: Mapping[str, Any] = field(default_factory=dict)
     scale: float = 0.15  # of the random factors: the adapter has to change tokens
+    blocks: float = 1.0  # how small the blocks of a Hybrid are beside its general LoRA
     needs_4: bool = False  # made with transformers 4
 
 
@@ -113,6 +114,8 @@ CASES: Mapping[str, Case] = {
     "router": _case("Mixtral, its router", mixtral, ["gate"], needs_4=True),
     "qwen3-experts": _case("Qwen3-MoE, experts and router", qwen3_moe,
                            ["gate_proj", "up_proj", "down_proj", "gate"], needs_4=True),
+    "qwen3-stack": _case("Qwen3-MoE, experts alone", qwen3_moe,
+                         ["gate_proj", "up_proj", "down_proj"], needs_4=True),
     "gpt2": _case("GPT-2, c_attn and c_fc", gpt2, ["c_attn", "c_fc"]),
     "gpt2-square": _case("GPT-2, attn.c_proj (square)", gpt2, ["attn.c_proj"], r=32),
 }  # fmt: skip
@@ -148,6 +151,7 @@ def make(case: Case, folder: Path) -> tuple[Run, Run]:
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad:
                 scale = 0.02 if "modules_to_save" in name else case.scale
+                scale *= 1 if "general" in name else case.blocks
                 parameter.add_(torch.randn_like(parameter) * scale)
                 if "modules_to_save" in name:
                     parameter[: len(SPECIAL)] = 0

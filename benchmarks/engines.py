@@ -176,7 +176,8 @@ def page(found: Mapping[str, Mapping[str, str]], template: str) -> str:
     """docs/engines.md with the table and the refusals of a run."""
     columns = ("vllm LoRA", "vllm merged", "sglang LoRA", "llama.cpp LoRA", "llama.cpp merged")
     rows, refused = [], []
-    for name, cells in found.items():
+    for name in (name for name in CASES if name in found):
+        cells = found[name]
         told = [_cell(cells, column) for column in columns]
         start = f"| {CASES[name].title} | {cells['rank']} | {cells['base']} "
         rows.append(f"{start}| {' | '.join(told)} |")

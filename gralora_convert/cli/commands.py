@@ -38,14 +38,10 @@ from gralora_convert.cli.terminal import (
     show_json,
     show_notes,
 )
-from gralora_convert.errors import MisuseError
 from gralora_convert.version import __version__
 
 if TYPE_CHECKING:
-    from gralora_convert.adapters import Adapter
     from gralora_convert.delta import Method
-    from gralora_convert.output import Plan
-    from gralora_convert.verbs import Inspection
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -89,31 +85,10 @@ def inspect(
     else:
         show(*inspection_page(found))
     if plot is not None and found.report.ok:
-        _plot_adapter(path, found, plot, base, progress)
+        from gralora_convert.cli.pictures import plot_adapter
+
+        plot_adapter(path, found, plot, base, progress)
     return status_of(found.report)
-
-
-def _plot_adapter(
-    path: str,
-    found: "Inspection",
-    plot: str,
-    base: str | None,
-    progress: bool | None,
-) -> None:
-    if found.document["kind"] not in ("gralora", "hybrid", "lora"):
-        raise MisuseError(
-            "--plot draws one adapter, which this is not", where=path,
-            hint="`verify --plot` draws a merge.",
-        )  # fmt: skip
-    from gralora_convert.adapters import Adapter
-    from gralora_convert.cli.plots import draw_anatomy
-    from gralora_convert.verbs import dissect
-
-    adapter = Adapter.open(path)
-    total = sum(adapter.factor_bytes(module) for module in adapter.modules)
-    with bar(total, progress) as advance:
-        draw_anatomy(dissect(adapter, base, progress=advance), plot)
-    show_notes([f"drawn: {plot}"])
 
 
 @commands.command(
@@ -243,9 +218,10 @@ def convert(
     --plot draws the error of a LoRA against its rank, with the largest ranks of servers.
     """
     from gralora_convert.cli.pages import adapter_summary
+    from gralora_convert.cli.pictures import drawn, plot_trade
     from gralora_convert.verbs import convert
 
-    drawn = None if plot is None else _drawn(adapter, wanted, plot)
+    pictured = None if plot is None else drawn(adapter, wanted, plot)
     plan = convert(
         adapter,
         **wanted,
@@ -258,37 +234,9 @@ def convert(
         **said.as_arguments(),
     )
     status = run.carry_out(plan, adapter_summary)
-    if plot is not None and drawn is not None:
-        _plot_trade(drawn, plan, plot, run.progress)
+    if plot is not None and pictured is not None:
+        plot_trade(pictured, plan, plot, run.progress)
     return status
-
-
-def _drawn(path: str, wanted: Wanted, plot: str) -> "Adapter":
-    """The adapter whose ranks are to be drawn; refuses early what cannot be."""
-    from gralora_convert.adapters import Adapter
-    from gralora_convert.cli.plots import require_drawable
-
-    require_drawable(plot)
-    if wanted["to"] != "lora":
-        raise MisuseError("--plot draws the ranks of a LoRA", hint="Give --to lora.")
-    adapter = Adapter.open(path)
-    adapter.require_plain()
-    return adapter
-
-
-def _plot_trade(adapter: "Adapter", plan: "Plan", plot: str, progress: bool | None) -> None:
-    """The ranks that a LoRA of this adapter could have."""
-    import json
-
-    from gralora_convert.adapters import CONFIG_NAME
-    from gralora_convert.cli.plots import draw_trade
-    from gralora_convert.verbs import RANK_LIMITS, dissect
-
-    total = sum(adapter.factor_bytes(module) for module in adapter.modules)
-    with bar(total, progress) as advance:
-        anatomy = dissect(adapter, progress=advance)
-    draw_trade(anatomy, json.loads(plan.texts[CONFIG_NAME])["r"], RANK_LIMITS, plot)
-    show_notes([f"drawn: {plot}"])
 
 
 @commands.command(

@@ -43,5 +43,5 @@ def forward_path(delta: Delta, x: Tensor) -> Tensor:
             return y * delta.scaling
         case Lora():
             return x @ delta.A.to(x.dtype).T @ delta.B.to(x.dtype).T * delta.scaling
-        case Dense():
-            return x @ delta.weight.to(x.dtype).T
+        case Dense(weight=weight):  # never a copy of all of it in a wider dtype
+            return torch.cat([x @ rows.to(x.dtype).T for rows in weight.split(ROWS)], dim=-1)

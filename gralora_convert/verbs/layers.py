@@ -10,7 +10,7 @@ from gralora_convert.delta import Dense, half_ulp, is_finite
 from gralora_convert.disk import FLOATING, Rows, TensorSpec, torch_dtype
 from gralora_convert.errors import InvalidAdapterError, UnsupportedError
 
-ROWS = 1024  # of a weight that are looked at together
+ROWS = 128  # of a weight that are looked at together
 Tensors = Mapping[str, TensorSpec]
 
 
