@@ -44,4 +44,4 @@ def forward_path(delta: Delta, x: Tensor) -> Tensor:
         case Lora():
             return x @ delta.A.to(x.dtype).T @ delta.B.to(x.dtype).T * delta.scaling
         case Dense(weight=weight):  # never a copy of all of it in a wider dtype
-            return torch.cat([x @ rows.to(x.dtype).T for rows in weight.split(ROWS)], dim=-1)
+            return torch.cat([x @ rows.to(x.dtype).T for rows in torch.split(weight, ROWS)], dim=-1)
