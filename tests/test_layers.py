@@ -27,7 +27,7 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-COMPUTING = {"conversion", "extraction", "updates", "differences", "layers", "spectra"}
+COMPUTING = {"conversion", "extraction", "updates", "differences", "layers", "shaping", "spectra"}
 FOREIGN = {
     "torch", "safetensors", "transformers", "huggingface_hub", "numpy", "click", "tqdm", "regex",
     "matplotlib",

@@ -4,12 +4,18 @@ nothing, settings that disagree, what loaders would not take."""
 import fnmatch
 from collections.abc import Collection, Iterator, Sequence
 
-from gralora_convert.adapters import CONFIG_NAME, is_all_linear, missing_targets, target_findings
+from gralora_convert.adapters import (
+    CONFIG_NAME,
+    bias_finding,
+    is_all_linear,
+    missing_targets,
+    target_findings,
+)
 from gralora_convert.base.edits import head_class, sizes, updated, vocabulary_edits
 from gralora_convert.base.likeness import near_misses
 from gralora_convert.base.modules import Pair
 from gralora_convert.base.recipe import Target
-from gralora_convert.base.replacements import Replacements
+from gralora_convert.base.replacements import Replacements, find
 from gralora_convert.base.scales import plain_dtype, plain_tensors
 from gralora_convert.base.source_text import HEADS
 from gralora_convert.base.ties import Settlement
@@ -216,3 +222,58 @@ def quantised(pair: Pair, settlement: Settlement) -> Iterator[Finding]:
             "has activation scales that were calibrated without the adapter; those of the "
             "modules that stay fp8 are kept",
         )  # fmt: skip
+
+
+def new_head(held: Replacements) -> Iterator[Finding]:
+    """A class with a new head may have more layers that the base lacks, unsaved by PEFT."""
+    if not held.is_new_head:
+        return
+    if not _names_a_class(held):
+        yield error(
+            "head-incomplete", next(iter(held.config.modules_to_save or ()), CONFIG_NAME),
+            "is trained and new, and neither task_type nor auto_mapping says which class of model "
+            "has it", "Write task_type into adapter_config.json.",
+        )  # fmt: skip
+        return
+    lacking = held.architecture.lacking(held.adapter.values.keys())
+    if lacking:
+        holder = lacking[0].rpartition(".")[0]
+        yield error(
+            "head-incomplete", lacking[0],
+            f"is one of {len(lacking)} parameters of the trained model that neither the base "
+            "nor the adapter has: they were drawn at random, and are lost",
+            f"Train again from a base that has them, or with {holder!r} in modules_to_save.",
+        )  # fmt: skip
+
+
+def _names_a_class(held: Replacements) -> bool:
+    """Whether the class with the new head is known, or there are no classes to choose from."""
+    known = held.config.task_type or held.architecture.class_name
+    beside = (held.adapter.path / "config.json").is_file()
+    return bool(known) or beside or held.base.model_type is None
+
+
+def missing_bias(held: Replacements, modules: Sequence[str]) -> Finding | None:
+    """Biases of the adapted `modules` (and of all others, by mode) that should be here."""
+    mode = held.config.bias
+    if mode == "none":
+        return None
+    saved = {name.removesuffix(".bias") for name in held.adapter.saved}
+    present = saved.union(held.adapter.biases)
+    own = [m for m in modules if m not in present and find(held, f"{m}.bias")]
+    others = _other_biases(held) if mode == "all" and not held.adapter.biases else []
+    if others and not own and held.architecture.blueprint is not None:  # of another head?
+        state = held.architecture.blueprint.state
+        every = {shared for name in held.trained for shared in held.architecture.sharing(name)}
+        given = set(map(held.architecture.today, every))
+        others = [n for n in state if n.endswith(".bias") and find(held, n) and n not in given]
+    return bias_finding(held.adapter, [f"{module}.bias" for module in own], others)
+
+
+def _other_biases(held: Replacements) -> list[str]:
+    """Biases on disk that the adapter has no value for."""
+    written = {name for parts in held.trained.values() for name, _ in parts}
+    return [
+        name for name in held.base.tensors
+        if name.endswith((".bias", ".beta")) and name not in written
+    ]  # fmt: skip

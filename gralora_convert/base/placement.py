@@ -23,8 +23,6 @@ from gralora_convert.base.reading import NOTHING_SAID, Reading
 from gralora_convert.base.recipe import Placement, Target
 from gralora_convert.base.replacements import (
     Replacements,
-    head_findings,
-    missing_bias,
     replacements_of,
 )
 from gralora_convert.base.sets import stray_adapter
@@ -87,8 +85,8 @@ def _settled(pair: Pair, values: Replacements) -> tuple[list[Finding], Settlemen
         findings += [*checks.selected(pair), *checks.orientation(pair, targets.values())]
         findings += checks.config_beside(pair, values)
         findings += checks.head(pair, values)
-        values.findings += head_findings(values)
-        if lost := missing_bias(values, [target.module for target in targets.values()]):
+        values.findings += checks.new_head(values)
+        if lost := checks.missing_bias(values, [target.module for target in targets.values()]):
             values.findings.append(lost)
     claims = Claims(targets, values.trained, values.frozen, frozenset(values.in_place))
     settlement = settle(claims, architecture)

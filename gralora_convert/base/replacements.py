@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from operator import ne
 
 from gralora_convert.adapters import (
-    CONFIG_NAME,
     Adapter,
     Extra,
     GraloraConfig,
     LoraConfig,
-    bias_finding,
     extras,
     is_saved,
     saved_findings,
@@ -92,7 +90,7 @@ def replacements_of(adapter: Adapter, architecture: Architecture) -> Replacement
 # one tensor -----------------------------------------------------------------------------------
 
 
-def _find(held: Replacements, parameter: str) -> tuple[Rows, ...]:
+def find(held: Replacements, parameter: str) -> tuple[Rows, ...]:
     """Where a parameter lies on disk, under its own name or one that shares its values."""
     found = held.architecture.locate(parameter)
     if found:
@@ -118,7 +116,7 @@ def _put_new(held: Replacements, parameter: str, spec: TensorSpec) -> None:
 
 
 def _place_bias(held: Replacements, parameter: str, spec: TensorSpec) -> None:
-    origins = _find(held, parameter)
+    origins = find(held, parameter)
     if not origins:
         held.findings.append(error(
             "module-not-in-base", parameter, "is a trained bias that the base lacks",
@@ -138,7 +136,7 @@ def _place_saved(held: Replacements, parameter: str, spec: TensorSpec) -> None:
     if entry is None:
         _place_frozen(held, parameter, spec)
         return
-    origins = _find(held, parameter)
+    origins = find(held, parameter)
     if not origins:
         _place_new(held, parameter, spec)
         return
@@ -220,7 +218,7 @@ def _check_new(held: Replacements, parameter: str, spec: TensorSpec) -> None:
 
 def _place_frozen(held: Replacements, parameter: str, spec: TensorSpec) -> None:
     """A base weight that PEFT saved without training it, and loads over the base."""
-    origins = _find(held, parameter)
+    origins = find(held, parameter)
     shared = held.architecture.tied_source(parameter.rpartition(".")[0], spec.shape)
     if shared is not None and not origins:
         origins = (Rows(shared, 0, spec.shape[0]),)
@@ -250,7 +248,7 @@ def _place_frozen(held: Replacements, parameter: str, spec: TensorSpec) -> None:
 def _place_extra(held: Replacements, extra: Extra) -> None:
     """What was trained with the adapter, and saved in another file."""
     for parameter, spec in extra.parameters.items():
-        origins = _find(held, parameter)
+        origins = find(held, parameter)
         if not origins:
             held.findings.append(unplaced(extra, parameter, "the base has no such tensor"))
         elif (found := stored_shape(origins, held.base.tensors)) != spec.shape:
@@ -320,68 +318,13 @@ def _check_saved(held: Replacements) -> None:
     blueprint = held.architecture.blueprint if held.architecture.text.is_converted else None
     if blueprint is None:
         written: set[str] = {name for parts in held.trained.values() for name, _ in parts}
-        written |= {rows.tensor for name in held.frozen for rows in _find(held, name)}
+        written |= {rows.tensor for name in held.frozen for rows in find(held, name)}
         held.findings += saved_findings(held.adapter, written, held.base.tensors)
     else:
         given = {*held.adapter.saved, *held.adapter.frozen}
         every = {other for name in given for other in held.architecture.sharing(name)}
         written = {held.architecture.today(name) for name in every | given}
         held.findings += saved_findings(held.adapter, written, blueprint.state)
-
-
-def head_findings(held: Replacements) -> Iterator[Finding]:
-    """A class with a new head may have more layers that the base lacks, unsaved by PEFT."""
-    if not held.is_new_head:
-        return
-    if not _names_a_class(held):
-        yield error(
-            "head-incomplete", next(iter(held.config.modules_to_save or ()), CONFIG_NAME),
-            "is trained and new, and neither task_type nor auto_mapping says which class of model "
-            "has it", "Write task_type into adapter_config.json.",
-        )  # fmt: skip
-        return
-    lacking = held.architecture.lacking(held.adapter.values.keys())
-    if lacking:
-        holder = lacking[0].rpartition(".")[0]
-        yield error(
-            "head-incomplete", lacking[0],
-            f"is one of {len(lacking)} parameters of the trained model that neither the base "
-            "nor the adapter has: they were drawn at random, and are lost",
-            f"Train again from a base that has them, or with {holder!r} in modules_to_save.",
-        )  # fmt: skip
-
-
-def _names_a_class(held: Replacements) -> bool:
-    """Whether the class with the new head is known, or there are no classes to choose from."""
-    known = held.config.task_type or held.architecture.class_name
-    beside = (held.adapter.path / "config.json").is_file()
-    return bool(known) or beside or held.base.model_type is None
-
-
-def missing_bias(held: Replacements, modules: Sequence[str]) -> Finding | None:
-    """Biases of the adapted `modules` (and of all others, by mode) that should be here."""
-    mode = held.config.bias
-    if mode == "none":
-        return None
-    saved = {name.removesuffix(".bias") for name in held.adapter.saved}
-    present = saved.union(held.adapter.biases)
-    own = [m for m in modules if m not in present and _find(held, f"{m}.bias")]
-    others = _other_biases(held) if mode == "all" and not held.adapter.biases else []
-    if others and not own and held.architecture.blueprint is not None:  # of another head?
-        state = held.architecture.blueprint.state
-        every = {shared for name in held.trained for shared in held.architecture.sharing(name)}
-        given = set(map(held.architecture.today, every))
-        others = [n for n in state if n.endswith(".bias") and _find(held, n) and n not in given]
-    return bias_finding(held.adapter, [f"{module}.bias" for module in own], others)
-
-
-def _other_biases(held: Replacements) -> list[str]:
-    """Biases on disk that the adapter has no value for."""
-    written = {name for parts in held.trained.values() for name, _ in parts}
-    return [
-        name for name in held.base.tensors
-        if name.endswith((".bias", ".beta")) and name not in written
-    ]  # fmt: skip
 
 
 def stored_shape(origins: Sequence[Rows], tensors: Mapping[str, TensorSpec]) -> tuple[int, ...]:

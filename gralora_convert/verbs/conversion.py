@@ -27,20 +27,14 @@ from gralora_convert.adapters import (
 )
 from gralora_convert.base import Reading, model_at_hand, place
 from gralora_convert.delta import (
-    EXACT,
     Gralora,
     Kind,
     Lora,
     Shape,
     Wanted,
-    least_rank,
     loss_json,
-    relative,
     require_device,
-    require_divisible,
     resize,
-    smallest_rank,
-    spectra,
     stored,
     tensors_of,
 )
@@ -71,6 +65,7 @@ from gralora_convert.verbs.serving import (
     require_engine,
     serving_notes,
 )
+from gralora_convert.verbs.shaping import draws, needed_rank, require_exact, shape_of
 from gralora_convert.verbs.tailoring import tailored
 from gralora_convert.verbs.updates import Source
 
@@ -143,84 +138,14 @@ def convert(
             hint="Give `r` with `allow_inexact=True`, or `max_error`.",
         )
     with one_arithmetic_thread():
-        shape = _shape(source, wanted)
+        shape = shape_of(source, wanted)
         notes = [] if source.base else _completeness(opened, reading)
         if server is not None and r is None and max_error is None:
             shape = _within(server, source, shape)
         if not allow_inexact and max_error is None:
-            _require_exact(source, shape)
+            require_exact(source, shape)
     plan = _plan(source, shape, dtype, verify, notes, reading)
     return plan if server is None else tailored(plan, server, _exported(source, shape))
-
-
-def _shape(source: Source, wanted: Wanted) -> Shape:
-    """The shape asked for, with defaults filled in."""
-    adapter, config = source.adapter, source.adapter.config
-    blocks = wanted.blocks(config.gralora_k if isinstance(config, GraloraConfig) else 2)
-    for module in adapter.modules:
-        require_divisible(blocks, module, adapter.shape(module))
-    general = _general(source, wanted.hybrid_r) if wanted.to == "hybrid" else 0
-    r = _default_rank(source, wanted, blocks, general) if wanted.r is None else wanted.r
-    kept = config.scaling if isinstance(config, GraloraConfig) else _usual_scaling(source)
-    return wanted.shape(blocks, r, general, 1.0 if wanted.to == "lora" else kept)
-
-
-def _usual_scaling(source: Source) -> float:
-    """The scaling of most modules of a LoRA with patterns, so that few of them change theirs."""
-    found = [source.adapter.scaling(module) for module in source.adapter.modules]
-    return max(dict.fromkeys(found), key=found.count) or 1.0
-
-
-def _general(source: Source, hybrid_r: int | None) -> int:
-    if hybrid_r is not None:
-        if hybrid_r < 1:
-            raise MisuseError("a Hybrid has hybrid_r of at least 1", hint='Use `to="gralora"`.')
-        return hybrid_r
-    config = source.adapter.config
-    if isinstance(config, GraloraConfig):
-        return config.hybrid_r or max(1, config.r // config.gralora_k)
-    outlines = [source.outline(module) for module in source.adapter.modules]
-    return max(delta.r if isinstance(delta, Lora) else config.r for delta in outlines)
-
-
-def _default_rank(source: Source, wanted: Wanted, k: int, general: int) -> int:
-    modules, to = source.adapter.modules, wanted.to
-    if wanted.max_error is not None:
-        return k * smallest_rank(_tails(source, k), wanted.max_error)
-    least = max(least_rank(source.outline(module), to, k, general) for module in modules)
-    if to == "hybrid" and source.adapter.kind == "lora":
-        return max(least, -(-general // k) * k)
-    return least
-
-
-def _tails(source: Source, k: int) -> list[torch.Tensor]:
-    return [spectra(source.delta(module), k).cpu() for module in source.adapter.modules]
-
-
-def _require_exact(source: Source, shape: Shape) -> None:
-    """Raises `InexactError` when the shape cannot hold some module's update."""
-    modules = source.adapter.modules
-    short = [needed for module in modules if (needed := _needed(source, shape, module))]
-    if not short:
-        return
-    fits = {m: resize(source.delta(m), shape, _draws(source, m)) for m in modules}
-    error = relative({module: (fit.error2, fit.norm2) for module, fit in fits.items()})
-    if error <= EXACT:
-        return
-    if shape.kind == "hybrid":  # a general part beside the blocks: of generic factors
-        needed = max(short)
-    else:  # the numerical rank of the blocks
-        needed = shape.k * smallest_rank(_tails(source, shape.k), EXACT)
-    whole = max(short)
-    more = f" (to {EXACT:g}; {whole} hold any such factors)" if whole > needed else ""
-    raise InexactError(
-        f"r={shape.r} cannot hold the update exactly: the relative error would be "
-        f"{error:.3g}; exact from r={needed}{more}",
-        where=source.adapter.path,
-        hint=f"Give `r={needed}` or leave it out, or accept the error with `allow_inexact=True`.",
-        exact_rank=needed,
-        error=error,
-    )
 
 
 def _within(server: str, source: Source, shape: Shape) -> Shape:
@@ -234,7 +159,7 @@ def _within(server: str, source: Source, shape: Shape) -> Shape:
         return shape
     smaller = replace(shape, r=largest)
     try:
-        _require_exact(source, smaller)
+        require_exact(source, smaller)
     except InexactError as problem:
         raise InexactError(
             f"{ENGINES[server].title} takes ranks up to {largest}: {problem.message}",
@@ -255,16 +180,6 @@ def _exported(source: Source, shape: Shape) -> Exported:
         *([f"{adapter.modules[0]}.bias"] * source.has_bias),
     ]
     return Exported(config, adapter.modules, values, source.base or _at_hand(adapter))
-
-
-def _needed(source: Source, shape: Shape, module: str) -> int | None:
-    """The smallest exact r when the shape's is smaller, for factors of full rank."""
-    needed = least_rank(source.outline(module), shape.kind, shape.k, shape.hybrid_r)
-    return needed if shape.r < needed else None
-
-
-def _draws(source: Source, module: str) -> torch.Generator:
-    return torch.Generator().manual_seed(source.adapter.modules.index(module))
 
 
 def _plan(
@@ -314,12 +229,12 @@ def _new(
     kept = torch_dtype(_dtype_of(source.adapter, module, dtype))
     outline = shape.outline(*weight, kept)
     nbytes = 4 * sum(factor.numel() for factor in tensors_of(outline).values())
-    if shape.kind == "hybrid" and _needed(source, shape, module):
+    if shape.kind == "hybrid" and needed_rank(source, shape, module):
         nbytes += 16 * math.prod(weight)  # fitted by turns to the dense matrix
 
     def make() -> Gralora | Lora:
         delta = source.delta(module)
-        fit = resize(delta, shape, _draws(source, module))
+        fit = resize(delta, shape, draws(source, module))
         made = stored(module, delta, fit, kept, verify=verify)
         lost["own"] = fit.error2, fit.norm2
         return made
