@@ -955,6 +955,17 @@ def test_saving_the_model_says_that_the_adapter_is_needed(
     torch.testing.assert_close(outputs(merged), adapted)
 
 
+def test_a_parameter_that_is_a_plain_tensor_now_is_replaced(tmp_path: Path) -> None:
+    """As FSDP 1 has them while it computes."""
+    adapter = saved(perturb(with_peft(mlp(), target_modules=TARGETS, bias="all")), tmp_path)
+    plain, model, x = mlp(), mlp(), torch.randn(3, 8)
+    model.up._parameters["bias"] = model.up.bias.detach()  # type: ignore[assignment]
+    attach(plain, adapter)
+    handle = attach(model, adapter, trainable=True)
+    assert torch.equal(model(x), plain(x))
+    assert isinstance(handle.replaced["up.bias"], nn.Parameter)
+
+
 def test_a_part_that_the_adapter_fits_is_named(tmp_path: Path) -> None:
     model = with_saved_head("llama", tmp_path)
     plain, wrapper = outputs(model), nn.Sequential(nn.Identity(), model)
