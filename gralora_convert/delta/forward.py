@@ -44,4 +44,6 @@ def forward_path(delta: Delta, x: Tensor) -> Tensor:
         case Lora():
             return x @ delta.A.to(x.dtype).T @ delta.B.to(x.dtype).T * delta.scaling
         case Dense(weight=weight):  # never a copy of all of it in a wider dtype
-            return torch.cat([x @ rows.to(x.dtype).T for rows in weight.split(ROWS)], dim=-1)
+            return torch.cat(
+                [x @ rows.to(x.dtype).T for rows in weight.chunk(1 + len(weight) // ROWS)], dim=-1
+            )
