@@ -243,8 +243,10 @@ def _server(command: Sequence[str], shim: Path | None = None) -> Iterator[int]:
     try:
         until = time.monotonic() + WAIT
         while not _answers(port):
-            if process.poll() is not None or time.monotonic() > until:
+            if process.poll() is not None:
                 raise RefusedError(_reason(log.read_text(errors="replace")))
+            if time.monotonic() > until:
+                raise RefusedError(f"no answer within {WAIT:.0f} s")
             time.sleep(0.5)
         yield port
     finally:

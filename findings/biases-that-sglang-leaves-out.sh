@@ -28,7 +28,8 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv" # about 11 GB
-"$work/venv/bin/pip" install --quiet sglang==0.5.23 torch==2.14.1 transformers==5.19.0
+"$work/venv/bin/pip" install --quiet sglang==0.5.23 torch==2.14.1 transformers==5.19.0 \
+  accelerate==1.15.0
 "$work/venv/bin/pip" install --quiet --no-deps peft==0.19.1
 cd "$work"
 mkdir shim

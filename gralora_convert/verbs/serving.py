@@ -30,11 +30,11 @@ _VLLM_WITHOUT = frozenset(
     "Qwen2AudioForConditionalGeneration RobertaForTokenClassification StableLmForCausalLM "
     "XLMRobertaForTokenClassification Zamba2ForCausalLM".split()
 )
-# what SGLang knows the sizes of; a few of its models add their own
+# what SGLang knows the sizes of (a few of its models add more), and what of it was not seen to work
 _SGLANG_LAYERS = frozenset(
-    "q_proj k_proj v_proj qkv_proj o_proj gate_proj up_proj gate_up_proj down_proj q_a_proj "
-    "q_b_proj kv_a_proj_with_mqa kv_b_proj embed_tokens lm_head".split()
+    "q_proj k_proj v_proj qkv_proj o_proj gate_proj up_proj gate_up_proj down_proj lm_head".split()
 )
+_SGLANG_UNSEEN = frozenset("q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj embed_tokens".split())
 # SGLang stacks these with others, and looks for all of a stack by the first
 _STACKED = {
     "q_proj": ("v_proj",), "k_proj": ("q_proj", "v_proj"), "v_proj": ("q_proj",),
@@ -225,8 +225,11 @@ def _sglang(lora: Exported) -> Iterator[str]:
     yield from _beyond(lora)
     if lora.values or lora.config.modules_to_save:
         yield f"does not load saved modules: {MERGE}"
-    if unknown := sorted(lora.leaves - _SGLANG_LAYERS):
+    if unknown := sorted(lora.leaves - _SGLANG_LAYERS - _SGLANG_UNSEEN):
         yield f"has no LoRA for layers of these names ({', '.join(unknown)}): {MERGE}"
+    experts = {"experts"} if any(map(_EXPERT.fullmatch, lora.modules)) else set()
+    if unseen := sorted(lora.leaves & _SGLANG_UNSEEN | experts):
+        yield f"was not seen to serve LoRAs of {', '.join(unseen)} right: {MERGE}"
     if any(leaf(m) not in HEADS | {"embed_tokens"} and not _NUMBERED(m) for m in lora.modules):
         yield f"leaves out layers that are not below layers.N: {MERGE}"
     config = lora.config
