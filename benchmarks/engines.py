@@ -37,7 +37,7 @@ from benchmarks.engine_processes import (
     answer,
     prompts,
 )
-from gralora_convert.cli.pages import adapter_summary, commands
+from gralora_convert.cli.summaries import adapter_summary, commands
 from gralora_convert.verbs import ENGINES, served_rank
 
 # what is compared ---------------------------------------------------------------------------------

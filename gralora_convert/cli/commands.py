@@ -168,7 +168,7 @@ def merge(
     Several adapters are summed in float32 and rounded once. Under torchrun, srun or mpirun the
     processes share the work, and the files.
     """
-    from gralora_convert.cli.pages import merge_summary
+    from gralora_convert.cli.summaries import merge_summary
     from gralora_convert.verbs import merge
 
     plan = merge(
@@ -217,8 +217,8 @@ def convert(
 
     --plot draws the error of a LoRA against its rank, with the largest ranks of servers.
     """
-    from gralora_convert.cli.pages import adapter_summary
     from gralora_convert.cli.pictures import drawn, plot_trade
+    from gralora_convert.cli.summaries import adapter_summary
     from gralora_convert.verbs import convert
 
     pictured = None if plot is None else drawn(adapter, wanted, plot)
@@ -275,7 +275,7 @@ def extract(
     What differs and is no linear layer is saved whole, unless left out; notes say what was, and how
     much of the difference that is.
     """
-    from gralora_convert.cli.pages import adapter_summary
+    from gralora_convert.cli.summaries import adapter_summary
     from gralora_convert.verbs import extract
 
     plan = extract(

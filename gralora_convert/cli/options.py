@@ -166,7 +166,7 @@ class Run:
         return 0
 
     def _print_plan(self, plan: "Plan") -> None:
-        from gralora_convert.cli.pages import plan_table
+        from gralora_convert.cli.summaries import plan_table
 
         document = plan.as_json(Path(self.output), self.jobs)
         if self.as_json:

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,3 +165,9 @@ def bar(total: int, progress: bool | None) -> Iterator[Callable[[int], None]]:
 
 
 EXIT_NO, EXIT_REFUSED, EXIT_BUG, EXIT_INTERRUPTED = 1, 2, 70, 130
+LONGEST = 40  # lines of one list on a page
+
+
+def shortened(lines: Sequence[str | Line]) -> Sequence[str | Line]:
+    more = len(lines) - LONGEST
+    return lines if more <= 1 else [*lines[:LONGEST], f"... and {more} more"]

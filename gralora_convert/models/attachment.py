@@ -4,9 +4,6 @@ An adapter says which delta belongs to which module; no file format is known her
 """
 
 import contextlib
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -31,7 +28,8 @@ from gralora_convert.models.fitting import (
     require_trainable,
 )
 from gralora_convert.models.hosting import frozen, tell_when_saved, thaw
-from gralora_convert.models.layer import GraloraLinear, bare, require_name, unwrapped, whole
+from gralora_convert.models.layer import GraloraLinear, require_name, unwrapped, whole
+from gralora_convert.models.saving import copied, implied_config
 from gralora_convert.output import New, adapter_plan
 
 
@@ -121,15 +119,7 @@ class Attachment:
                 "file says",
                 hint="Use `set_scale(1)`, and give `merge` the `weights`.",
             )
-        folder = Path(tempfile.mkdtemp(prefix="gralora-"))
-        try:
-            self.save_pretrained(folder / "adapter")
-            copy = Adapter.open(folder / "adapter")
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        weakref.finalize(copy, shutil.rmtree, folder, ignore_errors=True)
-        return copy
+        return copied(self.save_pretrained)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes the adapter as it is now (after training) into `folder`, complete or not at all,
@@ -153,7 +143,7 @@ class Attachment:
         'gralora'
         """
         deltas = self.deltas()
-        config = self.config or self._implied_config(deltas)
+        config = self.config or implied_config(deltas, self._slots, self.layers.values())
         if isinstance(config, LoraConfig) and config.extra.get("use_bdlora"):
             raise UnsupportedError(
                 "a BD-LoRA stores blocks of its factors, and is not written here"
@@ -164,29 +154,6 @@ class Attachment:
             for change in self._replacements
         }
         adapter_plan("save", modules, values, config, dict).write(folder, overwrite=overwrite)
-
-    def _implied_config(self, deltas: Mapping[str, Gralora | Lora]) -> GraloraConfig:
-        """The config that deltas alone imply."""
-        shapes = {
-            (d.r, d.k, d.hybrid_r, d.scaling) if isinstance(d, Gralora) else None
-            for d in deltas.values()
-        }
-        first = next(iter(shapes))
-        if len(shapes) > 1 or first is None:
-            raise MisuseError(
-                "the deltas are not GraLoRAs of one r, k, hybrid_r and scaling, which a config "
-                "needs",
-                hint="Attach an adapter from disk, or save its parts with torch.",
-            )
-        r, k, hybrid_r, scaling = first
-        return GraloraConfig(
-            r=r, gralora_k=k, hybrid_r=hybrid_r, alpha=scaling * (r + hybrid_r),
-            target_modules=list(deltas),
-            gralora_dropout=max(slot.branch.rate for slot in self._slots),
-            fan_in_fan_out=any(
-                not isinstance(bare(layer), nn.Linear) for layer in self.layers.values()
-            ),
-        )  # fmt: skip
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import torch
 
 from gralora_convert.disk import Checkpoint
 from gralora_convert.models.foreign import ForeignError, foreign, quiet, twice
+from gralora_convert.models.layer import is_linear, unwrapped
 
 _COUNTED = re.compile(r"n_layer|num_blocks|depths?|(.*_)?layers|(num|n)_(.*_)?experts")
 _MOST_COUNTED = 1000  # of models without weights, of which the tensors say nothing
@@ -133,3 +134,28 @@ def bare_shapes(config: Mapping[str, object]) -> Mapping[str, tuple[int, ...]] |
     except ForeignError:
         return None
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def linear_modules(
+    model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], *, head: bool
+) -> list[str]:
+    """The names of all nn.Linear and Conv1D among `modules` of `model`; without `head`, but the
+    output embedding (PEFT 0.21.2, tuners_utils.py, `_maybe_include_all_linear_layers`)."""
+    excluded = None if head else _output_embedding(model)
+    return [
+        name
+        for name, module in modules.items()
+        if is_linear(module)
+        and isinstance(getattr(module, "weight", None), torch.nn.Parameter)
+        and module is not excluded
+    ]
+
+
+def _output_embedding(model: torch.nn.Module) -> torch.nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        with foreign():
+            found = getter() if getter is not None else None
+    except ForeignError:
+        return None
+    return unwrapped(found) if isinstance(found, torch.nn.Module) else None

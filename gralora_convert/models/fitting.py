@@ -33,6 +33,7 @@ from gralora_convert.errors import (
     error,
     nearest,
 )
+from gralora_convert.models.building import linear_modules
 from gralora_convert.models.layer import (
     Branch,
     GraloraLinear,
@@ -42,7 +43,6 @@ from gralora_convert.models.layer import (
     misfits,
     named_layers,
 )
-from gralora_convert.models.meta import linear_modules
 
 # On a value that an attached adapter brought: the adapter's name.
 MARK = "_gralora_convert_adapter"

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from gralora_convert.disk import Checkpoint, Rows
-from gralora_convert.models.building import models
+from gralora_convert.models.building import linear_modules, models
 from gralora_convert.models.foreign import ForeignError, foreign, quiet
-from gralora_convert.models.layer import is_linear, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -391,28 +390,3 @@ def _embeddings(module: torch.nn.Module, dot: str) -> Iterator[str]:
             part = getattr(module, getter)()
             if id(part) in names:
                 yield f"{dot}{names[id(part)]}.weight"
-
-
-def linear_modules(
-    model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], *, head: bool
-) -> list[str]:
-    """The names of all nn.Linear and Conv1D among `modules` of `model`; without `head`, but the
-    output embedding (PEFT 0.21.2, tuners_utils.py, `_maybe_include_all_linear_layers`)."""
-    excluded = None if head else _output_embedding(model)
-    return [
-        name
-        for name, module in modules.items()
-        if is_linear(module)
-        and isinstance(getattr(module, "weight", None), torch.nn.Parameter)
-        and module is not excluded
-    ]
-
-
-def _output_embedding(model: torch.nn.Module) -> torch.nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        with foreign():
-            found = getter() if getter is not None else None
-    except ForeignError:
-        return None
-    return unwrapped(found) if isinstance(found, torch.nn.Module) else None

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gralora_convert.adapters import LoraConfig
-from gralora_convert.cli.pages import adapter_summary
+from gralora_convert.cli.summaries import adapter_summary
 from gralora_convert.delta.fit import to_gralora, to_lora
 from gralora_convert.delta.forms import Dense, Gralora, Lora
 from gralora_convert.delta.resizing import Shape, require_same

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from gralora_convert.adapters import LoraConfig
-from gralora_convert.cli.pages import commands
+from gralora_convert.cli.summaries import commands
 from gralora_convert.disk import Checkpoint
 from gralora_convert.verbs.serving import (
     SERVED_RANKS,
