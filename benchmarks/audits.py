@@ -100,9 +100,10 @@ def _right(name: str, rounds: int) -> int:
                 if kind == "rounded twice" else torch.float32,
             )  # fmt: skip
             if kind == "ours":
-                gc.merge(made.folder / "adapter", base=made.folder / "base").write(
-                    made.folder / "merged"
-                )
+                gc.merge(
+                    made.folder / "adapter", base=made.folder / "base",
+                    fan_in_fan_out={"*": made.transposed},
+                ).write(made.folder / "merged")  # fmt: skip
                 found = _verdict(made, None)
             elif kind == "rounded twice":
                 found = _verdict(made, made.every(lambda d: dense(d).to(d.A.dtype).float()))
