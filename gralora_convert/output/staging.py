@@ -300,11 +300,8 @@ class Staging:
         return False
 
     def _remark(self, leftover: Path) -> str:
-        if self._is_kept:
-            return (
-                f"What is done is kept in {leftover}: run again with `resume=True`, or delete it."
-            )
-        return _removal(leftover)
+        kept = f"What is done is kept in {leftover}: run again with `resume=True`, or delete it."
+        return kept if self._is_kept else _removal(leftover)
 
     def _remove(self) -> None:
         """Removes what need not stay; afterwards `_leftover` is what stays."""
