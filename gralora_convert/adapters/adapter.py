@@ -9,12 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
-from gralora_convert.adapters.config import (
-    GraloraConfig,
-    LoraConfig,
-    read_config,
-    source_of,
-)
+from gralora_convert.adapters.config import GraloraConfig, LoraConfig, read_config, source_of
 from gralora_convert.adapters.contents import contents_of
 from gralora_convert.adapters.folder import folder_of, read_weights
 from gralora_convert.adapters.keys import Role, parse_key

@@ -106,7 +106,10 @@ def _extra(path: Path, modules: Sequence[str]) -> Extra:
     if all(_VALUE_HEAD.fullmatch(tensor) for tensor in file.tensors):
         return Extra(path, "value head", f"{held}: a value head, not used by the model")
     said = f"{held}, that were trained with the adapter: a merge puts them in the base's place"
-    return Extra(path, "trained", said, file)
+    extra = Extra(path, "trained", said, file)
+    if len(extra.parameters) < len(file.tensors):
+        return Extra(path, "unknown", f"{held}: two of them mean the same parameter")
+    return extra
 
 
 def _is_of(tensor: str, modules: Sequence[str]) -> bool:

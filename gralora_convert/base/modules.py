@@ -15,11 +15,6 @@ from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, is_zero
 from gralora_convert.errors import Finding, error
 
 _NORMED = (".weight_g", ".weight_v", ".weight_orig")
-# PEFT 0.21.2: LoraConfig wraps the parameters of a stack (tuners/lora/layer.py, ParamWrapper).
-_STACKED = (
-    "transformers 5 keeps experts as one parameter, which PEFT's GraLoRA does not adapt (a LoRA "
-    "would). Was the adapter meant to train them?"
-)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,7 @@ from gralora_convert.base.quantisation import (
 )
 from gralora_convert.base.reading import NOTHING_SAID, Reading
 from gralora_convert.base.recipe import Placement, Target
-from gralora_convert.base.replacements import (
-    Replacements,
-    replacements_of,
-)
+from gralora_convert.base.replacements import Replacements, replacements_of
 from gralora_convert.base.sets import stray_adapter
 from gralora_convert.base.ties import Claims, Settlement, settle
 from gralora_convert.disk import Checkpoint

@@ -290,7 +290,7 @@ def _lacking(
     for extra in extras(adapter):
         for name, spec in extra.parameters.items():
             held = parameters.get(name)
-            if held is None or not torch.equal(held.data, read_torch(spec).to(held)):
+            if held is None or held.is_meta or not torch.equal(held, read_torch(spec).to(held)):
                 why = "the model has not that value: load the file into it first"
                 yield unplaced(extra, name, why)
 

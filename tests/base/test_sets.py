@@ -448,6 +448,17 @@ def test_values_that_two_files_have_stop_the_merge(pair: tuple[Path, Path], tmp_
     assert "cannot be weighted" in weighted.stderr
 
 
+def test_two_values_of_one_parameter_stop_the_merge(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter, base = pair
+    twice = {NORM: torch.ones(16), NORM.removeprefix("base_model.model."): torch.zeros(16)}
+    write(adapter / "one.bin", twice)
+    refused = run("merge", adapter, "--base", base, "-o", tmp_path / "again")
+    assert refused.status == 2
+    assert "two of them mean the same parameter" in refused.stderr
+
+
 def test_trained_values_beside_an_adapter_must_be_numbers(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
