@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 
 from gralora_convert.adapters import LoraConfig
-from gralora_convert.base import Reading, quantised_by
+from gralora_convert.base import Reading, class_fields, quantised_by
 from gralora_convert.delta import (
     Gralora,
     Kind,
@@ -180,7 +180,7 @@ def _plan(before: Checkpoint, after: Checkpoint, found: Differences, how: _How) 
         shape, 0.0, target_modules=list(modules), bias="all" if biases else "none",
         modules_to_save=sorted(found.entries) or None,
         fan_in_fan_out=any(module.transposed for module in found.modules),
-        base_model_name_or_path=before.source,
+        base_model_name_or_path=before.source, **class_fields(found.names),
     )  # fmt: skip
     exported = None
     if isinstance(config, LoraConfig):
