@@ -157,7 +157,7 @@ def _set(edits: Json, path: tuple[str, ...]) -> dict[str, object]:
 # Names and labels, what a merge may change, and what the tensors on disk decide.
 _FREE = frozenset({
     "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type",
-    "tie_word_embeddings", "torch_dtype", "transformers_version", "vocab_size",
+    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
 })  # fmt: skip
 # Rotations, windows and chunks: what they do to far positions, near ones need not show.
 _FAR = re.compile(r"rope|rotary|sliding|window|attention_chunk|\blayer_types")

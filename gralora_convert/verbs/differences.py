@@ -4,13 +4,19 @@ hold it: linear layers by factors, the rest whole, biases by the bias mode.
 
 import fnmatch
 import math
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from gralora_convert.adapters import group, natural
-from gralora_convert.base import Architecture, Reading, near_misses
+from gralora_convert.base import (
+    Architecture,
+    Reading,
+    different_settings,
+    near_misses,
+    written_settings,
+)
 from gralora_convert.disk import (
     Checkpoint,
     Rows,
@@ -44,7 +50,8 @@ class Differences:
     `saved` whole (`entries` of modules_to_save), `biases` by the bias mode.
 
     `kept` are rows that keep the base's values, by name, `left_out` the relative Frobenius norm of
-    what differs there. Names are those of `names`, in the class of the tuned model.
+    what differs there. Names are those of `names`, in the class of the tuned model; `config` is the
+    tuned model's where it says what the base's does not.
     """
 
     names: Architecture
@@ -57,6 +64,7 @@ class Differences:
     entries: set[str] = field(default_factory=set)
     kept: dict[str, tuple[Rows, ...]] = field(default_factory=dict)
     left_out: float = 0.0
+    config: Mapping[str, object] = field(default_factory=dict)
 
 
 def differences(
@@ -93,6 +101,7 @@ def differences(
     _save(found, holders, has_biases=has_biases)
     _add(found, added, choice)
     _give_up_layers(found)
+    _compare_configs(found, after)
     loaded = [_whole(n, old, new) for n in sorted(changed) if not names.is_ignored(n)]
     _tell_left_out(found, loaded)
     return found
@@ -170,6 +179,23 @@ def _add(found: Differences, added: Tensors, choice: Choice) -> None:
         found.saved[parameter] = spec
         found.entries.add(_new_module(found.names, parameter))
         found.notes.append(f"{parameter} is new in the tuned model: saved whole, {spec.shape}")
+
+
+def _compare_configs(found: Differences, after: Checkpoint) -> None:
+    """What the tuned model's config says otherwise, as transformers reads both where it can: no
+    adapter holds that."""
+    names = found.names
+    settings = written_settings(names.base, after)
+    if settings and names.blueprint is not None:
+        other = Architecture(after, reading=names.reading).blueprint
+        if other is not None:
+            settings = different_settings(names.blueprint.config, other.config)
+    if (settings or names.class_name) and after.model_type == names.base.model_type:
+        found.config = after.config
+    found.notes += [
+        f"{setting}, which PEFT and servers take; `merge` takes the config.json beside the adapter"
+        for setting in settings
+    ]
 
 
 def _tell_left_out(found: Differences, every: Sequence[Rows]) -> None:

@@ -192,7 +192,7 @@ def _plan(before: Checkpoint, after: Checkpoint, found: Differences, how: _How) 
         partial(_receipt, inputs, found, how, losses, exported),
         settings={"svd": how.svd, "device": how.device, "verify": how.verify},
         resumable=True,
-        card=adapter_card(shape.kind, before.source),
+        card=adapter_card(shape.kind, before.source), model_config=found.config,
         inputs=(*before.layout.values(), *after.layout.values()),
         protected=(before.path, after.path),
         notes=tuple(found.notes),

@@ -1,5 +1,6 @@
 """`extract` between models of two classes of one family: another head, none, tied or not."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "v
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 PAD = {"pad_token_id": 0}
 SIZES: dict[str, dict[str, Any]] = {
-    "Llama": SMALL | PAD, "Qwen3": SMALL | PAD | {"head_dim": 8, "num_key_value_heads": 2}, "Bert": SMALL | STILL,
+    "Llama": SMALL | PAD, "Qwen3": SMALL | PAD | {"head_dim": 8, "num_key_value_heads": 2},
+    "Bert": SMALL | STILL,
     "Roberta": SMALL | STILL | {"pad_token_id": 1}, "Electra": SMALL | STILL,
     "DistilBert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "vocab_size": 32},
     "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 32} | PAD,
@@ -88,6 +90,8 @@ def test_the_adapter_gives_the_tuned_model(
         for parameter in start.parameters():
             if everything or parameter.ndim == 2:
                 parameter += 0.05 * torch.randn_like(parameter)
+    names = {i: f"name of {i}" for i in range(labels.get("num_labels", 0))}
+    start.config.id2label = names or start.config.id2label
     tuned = saved(start, tmp_path / "tuned")
     expected = first(load(tuned))
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
@@ -97,3 +101,24 @@ def test_the_adapter_gives_the_tuned_model(
     assert run("validate", adapter, "--base", base).status == 0
     run_ok("merge", adapter, "--base", base, "-o", merged)
     assert close(first(load(merged)), expected) <= 2e-5
+    assert not names or load(merged).config.id2label == names
+
+
+@pytest.mark.parametrize("setting", [
+    {"rms_norm_eps": 0.01}, {"rope_parameters": {"rope_type": "default", "rope_theta": 2.0}},
+])  # fmt: skip
+def test_what_the_config_alone_holds_is_told_and_taken_along(
+    setting: dict[str, Any], tmp_path: Path
+) -> None:
+    base = saved(made("Llama", "ForCausalLM", OPEN), tmp_path / "base")
+    load = transformers.LlamaForCausalLM.from_pretrained
+    start = load(base, **setting)
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    tuned, adapter, merged = saved(start, tmp_path / "tuned"), tmp_path / "adapter", tmp_path / "m"
+    done = run_ok("extract", "--base", base, "--tuned", tuned, "--to", "lora", "-o", adapter)
+    assert re.search(rf"note: config.json: .*{next(iter(setting))} is .* in the base", done.stderr)
+    run_ok("merge", adapter, "--base", base, "-o", merged)
+    assert close(first(load(merged)), first(load(tuned))) <= 2e-5
+    assert close(first(load(tuned)), first(load(tuned, config=load(base).config))) > 1e-3
