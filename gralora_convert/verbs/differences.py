@@ -4,6 +4,7 @@ hold it: linear layers by factors, the rest whole, biases by the bias mode.
 
 import fnmatch
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
@@ -109,10 +110,10 @@ def differences(
 
 def _as_tuned(before: Checkpoint, after: Checkpoint, reading: Reading) -> Architecture:
     """The base as the tuned model's class has it (another head, or none), where that is another
-    class of the same family and the two call their tensors differently."""
-    own = Architecture(before, reading=reading)
-    name = next(iter(after.architectures), None)
-    if name in (None, *before.architectures) or before.tensors.keys() == after.tensors.keys():
+    class of the same family and the two call their tensors differently, or the base names none."""
+    own, name = Architecture(before, reading=reading), next(iter(after.architectures), None)
+    is_named = bool(before.architectures) and before.tensors.keys() == after.tensors.keys()
+    if is_named or name in (None, *before.architectures):
         return own
     named = replace(own, class_name=name)
     if after.model_type not in own.text.types or (model := named.blueprint) is None:
@@ -339,10 +340,11 @@ def _is_within(name: str, modules: Set[str]) -> bool:
 
 
 def _inseparable(name: str, holder: str) -> UnsupportedError:
+    pattern = "*.experts*" if ".experts" in holder else re.sub(r"\.\d+\.", ".*.", holder)
     return UnsupportedError(
         "differs, and is loaded as a part of what no adapter can hold (a stack of experts, or "
         "layers joined into one)",
-        where=name, hint=f"Leave it out with `exclude={[holder]}`.",
+        where=name, hint=f"Leave all like it out with `exclude={[pattern]}`.",
     )  # fmt: skip
 
 

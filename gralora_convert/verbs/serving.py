@@ -40,6 +40,23 @@ _STACKED = {
     "q_proj": ("v_proj",), "k_proj": ("q_proj", "v_proj"), "v_proj": ("q_proj",),
     "up_proj": ("gate_proj",),
 }  # fmt: skip
+# Layers of which PEFT loses the factors of a LoRA, by type of model: it takes them for the experts
+# of its stacks, or renames their keys once more (docs/engines.md)
+_STACKING = (
+    "afmoe beam deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe glm4_moe "
+    "glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash qwen3_moe qwen3_next "
+    "qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open"
+)
+_PEFT_LOSES = {
+    **dict.fromkeys(_STACKING.split(), r"(?!.*\.experts\.)(.*\.)?(gate|up|down)_proj"),
+    **dict.fromkeys(
+        ("laguna", "mistral_large4", "mistral_large4_text"), r".*\.shared_experts\..*"
+    ),
+    "pi0": r"(.*\.)?embed_action_time\..*", "unlimited_ocr": r"(.*\.)?language_model\.layers\..*",
+}  # fmt: skip
+_PEFT_REFUSES = dict.fromkeys(
+    ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), r"(.*\.)?(out_proj|conv1d)"
+)
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
 
 
@@ -67,7 +84,11 @@ ENGINES: Mapping[str, Engine] = {
     "llama.cpp": Engine(
         "llama.cpp", "b11434", ("convert_lora_to_gguf.py", "conversion", "src/llama-adapter.cpp"),
     ),
-    "peft": Engine("PEFT", "0.21.2", ("tuners/lora/model.py",)),
+    "peft": Engine(
+        "PEFT", "0.21.2",
+        ("tuners/lora/model.py", "utils/transformers_weight_conversion.py, with the table of "
+         "transformers 5.23, conversion_mapping.py", "tuners/tuners_utils.py"),
+    ),
 }  # fmt: skip
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -181,6 +202,7 @@ def serving_notes(lora: Exported) -> list[str]:
         )
     if lora.rank > LORAX_RANK:
         notes.append(f"rank {lora.rank} is above what LoRAX's kernels take, {LORAX_RANK}")
+    notes += [f"PEFT {ENGINES['peft'].version} {reason}" for reason in reasons("peft", lora)]
     if lora.values:
         notes.append(
             "vLLM, SGLang and llama.cpp do not load biases or saved modules: merge to serve those"
@@ -265,6 +287,10 @@ def _llama_cpp(lora: Exported) -> Iterator[str]:
 def _peft(lora: Exported) -> Iterator[str]:
     if lora.transposed:
         yield "reads the factors of Conv1D layers in the other order than llama.cpp"
+    for what, layers in (("loses the factors", _PEFT_LOSES), ("refuses LoRAs", _PEFT_REFUSES)):
+        pattern = layers.get(lora.base.model_type or "", "-") if lora.base is not None else "-"
+        if found := [module for module in lora.modules if re.fullmatch(pattern, module)]:
+            yield f"{what} of {len(found)} layers of this model, first {min(found)}: {MERGE}"
 
 
 _RULES: Mapping[str, Callable[[Exported], Iterator[str]]] = {
