@@ -118,6 +118,10 @@ class Run:
     progress: bool | None
     as_json: bool
 
+    def as_arguments(self) -> dict[str, Any]:
+        """The arguments of a verb."""
+        return {"dtype": self.dtype, "device": self.device, "verify": self.verify}
+
     def carry_out(
         self,
         plan: "Plan",

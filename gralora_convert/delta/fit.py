@@ -24,7 +24,6 @@ from gralora_convert.delta.svd import (
     blocks_of,
     finite,
     options_of,
-    shape_of,
     squared_norm,
     truncate,
 )
@@ -129,7 +128,7 @@ def to_gralora(
     get_delta_weight (arXiv 2505.20355, eq. 4).
     """
     options = options_of(scaling, dtype, method, generator)
-    n_out, n_in = shape_of(delta)
+    n_out, n_in = delta.out_features, delta.in_features
     check_divides(k, n_in, n_out, r)
     s, error2, norm2 = r // k, 0.0, 0.0
     a = torch.empty(k, n_in // k, k, s, dtype=dtype)  # n, i, j, t
@@ -235,7 +234,7 @@ def spectra(
     Eckart-Young.
     """
     options = options_of(1.0, torch.float64, method, generator)
-    n_out, n_in = shape_of(delta)
+    n_out, n_in = delta.out_features, delta.in_features
     check_divides(k, n_in, n_out)
     full = min(n_in, n_out) // k
     count = full if limit is None else min(full, limit)
@@ -295,7 +294,7 @@ def exact_rank(source: Delta, to: Literal["lora", "gralora", "hybrid"], k: int =
     A block of rank-s pieces has the rank of a largest flow from its row strips to its column
     strips with capacity s between them, the heights and the widths (a minimal cut bounds it).
     """
-    n_out, n_in = shape_of(source)
+    n_out, n_in = source.out_features, source.in_features
     k = 1 if to == "lora" else k
     check_divides(k, n_in, n_out)
     side = min(n_in, n_out) // k

@@ -125,7 +125,9 @@ def test_include_writes_what_it_includes_and_nothing_else(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("resized", [False, True], ids=["same size", "longer vocabulary"])
-def test_linear_layers_alone_are_a_lora_that_servers_take(resized: bool, tmp_path: Path) -> None:
+def test_linear_layers_alone_are_a_lora_that_servers_take(
+    resized: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The difference that is left out is told: here by torch, from the two files."""
     llama = ARCHITECTURES["llama"]
     base = save_base(llama, tmp_path / "base")
@@ -149,7 +151,9 @@ def test_linear_layers_alone_are_a_lora_that_servers_take(resized: bool, tmp_pat
     assert f"left out is {share:.3g} of the difference (Frobenius, relative)" in done.stderr
     receipt = json.loads((tmp_path / "out/gralora_convert.json").read_text())
     assert receipt["left_out"] == pytest.approx(share, rel=1e-6)
+    monkeypatch.setattr("gralora_convert.verbs.differences.NUMBERS", 64)  # a row at a time
     plan = gc.extract(base=base, tuned=tmp_path / "tuned", to="lora", r=16, linear_only=True)
+    assert any(f"left out is {share:.3g} of the difference" in note for note in plan.notes)
     assert not [part for file in plan.files for part in file.parts if "lora_" not in part.name]
 
     wanted = outputs(_with_linear_layers(load(base, llama.auto), after))
