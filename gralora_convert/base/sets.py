@@ -24,12 +24,16 @@ from gralora_convert.errors import Finding, printable, warning
 
 Files = Mapping[str, Path]
 
-# What AutoTokenizer reads, as transformers 4 and 5 write it (tokenization_utils_base.py).
-_TOKENIZER = re.compile(
-    r"tokenizer[\w.-]*\.json|(special_tokens_map|added_tokens|normalizer|tekken)\.json|vocab\.\w+"
-    r"|merges\.txt|[^/]*\.(model|spm|tiktoken|jinja)|additional_chat_templates/.*"
+# What AutoTokenizer reads, as transformers 4 and 5 write it (VOCAB_FILES_NAMES of all tokenizers).
+_VOCABULARY = re.compile(
+    r"(tokenizer|tekken|byte_maps)\.json|(\w+_)?vocab(-\w+)?\.\w+"
+    r"|[^/]*\.(model(\.v\w+)?|spm|tiktoken|tokenizer)"
 )
-_VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|vocab\.\w+|[^/]*\.(model|spm|tiktoken)")
+_TOKENIZER = re.compile(
+    rf"{_VOCABULARY.pattern}|tokenizer[\w.-]*\.json|[^/]*\.jinja|additional_chat_templates/.*"
+    r"|(special_tokens_map|added_tokens|normalizer|emoji|word_\w+)\.json|(merges|dict)\.txt"
+    r"|bpe\.codes"
+)
 _TEMPLATE = re.compile(r"[^/]*\.jinja|additional_chat_templates/.*")
 # What AutoProcessor reads; a chat_template.json, which no tokenizer reads, beats a .jinja there.
 _PROCESSOR = re.compile(r"(\w+_)?(pre)?processor_config\.json|chat_template\.json")

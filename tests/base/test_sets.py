@@ -155,6 +155,19 @@ def test_a_tokenizer_that_has_no_vocabulary_is_whole_without(pair: tuple[Path, P
     assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(adapter))
 
 
+def test_the_files_of_every_tokenizer_are_of_its_set(pair: tuple[Path, Path]) -> None:
+    """PhoBERT's codes are called as no other tokenizer's."""
+    adapter, base = pair
+    for folder, codes in ((base, "h e 5\n"), (adapter, "w 1</w> 5\n")):
+        words, merges = folder.parent / "words.txt", folder.parent / "codes"
+        words.write_text("w@@ 10\n1 9\nw1 4\n")
+        merges.write_text(codes)
+        transformers.PhobertTokenizer(str(words), str(merges)).save_pretrained(folder)
+    out, _ = merged(adapter, base)
+    said = [AutoTokenizer.from_pretrained(f)("w1").input_ids for f in (out, adapter, base)]
+    assert said[0] == said[1] != said[2]
+
+
 def test_two_adapters_with_tokenizers_say_whose_is_taken(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
