@@ -176,8 +176,9 @@ class Names:
     def _by_blueprint(self) -> bool:
         """Whether names on disk are to be asked of transformers: where it renames tensors, and the
         adapter's names are those of today's model (older adapters carry the names on disk), or of a
-        part of it that headers do not show."""
-        if not self.modules or not (self.text.is_converted or self._is_of_a_part):
+        part of it that headers do not show, or that what is outside of it may be tied to."""
+        tied = self._way.adds and any(self.is_embedding(p.rpartition(".")[0]) for p in self.claimed)
+        if not self.modules or not (self.text.is_converted or self._is_of_a_part or tied):
             return False
         blueprint = self.blueprint
         return blueprint is not None and all(blueprint.today(f"{m}.weight") for m in self.modules)
@@ -324,9 +325,7 @@ class Names:
     def is_ignored(self, tensor: str) -> bool:
         """Whether the class that the config names is known, and does not load this tensor."""
         model = self.blueprint
-        if model is None or tensor in self.parameters:
-            return False
-        if type(model.model).__name__ not in self.base.architectures:
+        if model is None or tensor in self.parameters or not model.is_own:
             return False
         return model.loaded_name(tensor)[0] not in model.state
 
