@@ -56,8 +56,8 @@ class Architecture(Names):
 
     def _may_be_tied(self, parameter: str) -> bool:
         """By the source text, which calls what is within a part as the whole does."""
-        embedding = self._by_blueprint and self.is_embedding(parameter.rpartition(".")[0])
-        return embedding or self.text.may_be_tied(parameter)
+        names = parameter, self.today(parameter), *(rows.tensor for rows in self.locate(parameter))
+        return any(map(self.text.may_be_tied, names))
 
     def place(self, parameter: str) -> object:
         """Names of a shared parameter with the same place are one in the model, so that an adapter

@@ -133,11 +133,11 @@ class Names:
         if self._by_blueprint or len(self._fitting) == 1:
             return None
         parts = [way.adds for way in self._fitting]
-        modules = [module for module in self.modules if self.mapped(module) == module]
-        starts = dict.fromkeys(module.partition(".")[0] for module in modules)
+        names = [name for name in (*self.modules, *self.claimed) if self.mapped(name) == name]
+        starts = dict.fromkeys(name.partition(".")[0] for name in names)
         lines = [f"`key_map={ {start: f'{p}.{start}' for start in starts} }`" for p in parts]
         return error(
-            "part-ambiguous", modules[0],
+            "part-ambiguous", names[0],
             f"is in {len(parts)} parts of the base, {' and '.join(parts)}, and nothing says which "
             "of them was trained",
             f"Name it: {', or '.join(lines)}.",
@@ -191,11 +191,16 @@ class Names:
 
     def today(self, parameter: str) -> str:
         """The name of a parameter in the model of the installed transformers; the adapter was
-        perhaps trained under another release, which called it otherwise."""
-        if not self._by_blueprint or self.mapped(parameter) != parameter:
+        perhaps trained under another release, which called it otherwise, or on a part."""
+        model = self.blueprint if self._by_blueprint else vars(self).get("blueprint")
+        if model is None:
             return parameter
-        assert self.blueprint is not None
-        return self.blueprint.today(parameter) or parameter
+        if (mapped := self.mapped(parameter)) != parameter:
+            name, moved = model.loaded_name(mapped)
+            return name if moved is None and name in model.state else parameter
+        if not (self._by_blueprint or model.part):
+            return parameter
+        return model.today(parameter) or parameter
 
     @cached_property
     def _adapters_own(self) -> Mapping[str, str]:

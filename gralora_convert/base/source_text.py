@@ -28,9 +28,12 @@ def modeling(model_type: str) -> str:
     spec = find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         return ""
-    names = dict(re.findall(r'\("([^"]+)", "([^"]+)"\)', text_of("models/auto/auto_mappings.py")
-                            .partition("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")[2]
-                            .partition("\n)")[0]))  # fmt: skip
+    files = (
+        text_of("models", "auto", f"{name}.py") for name in ("auto_mappings", "configuration_auto")
+    )
+    special = r"^SPECIAL_MODEL_TYPE_TO_MODULE_NAME(?: = OrderedDict|\.update)\((.*?)^\)"
+    lines = "".join(block for file in files for block in re.findall(special, file, LINES))
+    names = dict(re.findall(r'"([^"]+)"(?:,|:) "([^"]+)"', lines))
     name = names.get(model_type, model_type).replace("-", "_")
     folder = Path(spec.submodule_search_locations[0]) / "models" / name
     if not re.fullmatch(r"\w+", name) or not folder.is_dir():

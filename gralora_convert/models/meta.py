@@ -63,9 +63,10 @@ class Blueprint:
         with quiet():
             for model in models(base, class_names, trust_remote_code):
                 found = cls(model, base)
+                is_first = type(model).__name__ in class_names[:1]
+                if not is_first and found._enter_part(class_names[:1], modules):
+                    return found
                 hits = found._hits(modules)
-                if hits < len(modules) and found._enter_part(class_names[:1], modules):
-                    hits = len(modules)
                 if best is None or hits > best[0]:
                     best = hits, found
                 if hits == len(modules):
