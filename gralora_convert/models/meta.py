@@ -147,8 +147,10 @@ class Blueprint:
         return {name: names for names in shared for name in names}
 
     def sharing(self, parameter: str) -> tuple[str, ...]:
-        """All names of one parameter in memory, itself included, in the model's order."""
-        return self._groups.get(parameter, (parameter,))
+        """All names of one parameter in memory: itself, that which the loader ties it to, whose
+        value it has when it lies on disk, and the others in the model's order."""
+        source, names = self._tied_keys.get(parameter), self._groups.get(parameter, ())
+        return tuple(dict.fromkeys((parameter, *(n for n in names if n == source), *names)))
 
     def slot(self, parameter: str) -> tuple[int, str]:
         """Names with the same slot are one place in memory: what PEFT puts there serves them all.
