@@ -278,7 +278,7 @@ def missing_bias(held: Replacements, modules: Sequence[str]) -> Finding | None:
     own = [m for m in modules if m not in present and find(held, f"{m}.bias")]
     others = _other_biases(held) if mode == "all" and not held.adapter.biases else []
     if others and not own and held.architecture.blueprint is not None:  # of another head?
-        state = held.architecture.blueprint.state
+        state = held.architecture.blueprint.own
         every = {shared for name in held.trained for shared in held.architecture.sharing(name)}
         given = set(map(held.architecture.today, every))
         others = [n for n in state if n.endswith(".bias") and find(held, n) and n not in given]

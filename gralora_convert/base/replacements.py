@@ -324,7 +324,7 @@ def _check_saved(held: Replacements) -> None:
         given = {*held.adapter.saved, *held.adapter.frozen}
         every = {other for name in given for other in held.architecture.sharing(name)}
         written = {held.architecture.today(name) for name in every | given}
-        held.findings += saved_findings(held.adapter, written, blueprint.state)
+        held.findings += saved_findings(held.adapter, written, blueprint.own)
 
 
 def stored_shape(origins: Sequence[Rows], tensors: Mapping[str, TensorSpec]) -> tuple[int, ...]:
