@@ -207,7 +207,7 @@ class Plan:
 
         if ranks.size > 1:
             staging.require_allowed()  # by each at once, before they wait for one another
-        with meeting(ranks, staging.output) as others:
+        with meeting(ranks, staging.output, plan) as others:
             make = partial(self._make, plan, others, jobs, progress or (lambda count: None))
             if not ranks.is_leader:
                 make(staging.folder, Done())
@@ -258,7 +258,7 @@ class Plan:
     ) -> None:
         """Makes this rank's share of what rank 0 has not found `done`; afterwards each rank knows
         what all have found out."""
-        done.ranges = others.agree(plan, done.ranges)
+        done.ranges = others.gather(done.ranges)[0]
         progress(done.nbytes)
         write_files(
             folder,

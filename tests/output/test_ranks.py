@@ -398,6 +398,9 @@ def test_one_process_starts_nothing(inputs: list[str], tmp_path: Path) -> None:
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
           "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, Ranks(1, 2, 2)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Ranks(1, 2)),
+        # mpirun on several hosts of a job starts its helpers with srun, one on each
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_RANK": "1",
+          "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, Ranks(1, 4, 2)),
     ],
 )  # fmt: skip
 def test_launchers(environment: dict[str, str], expected: Ranks) -> None:
