@@ -257,6 +257,7 @@ def convert(
 @click.option("--svd", type=Choice(["auto", "exact", "randomised"]), default="auto",
               show_default=True,
               help="auto = randomised where a block's side is above 512.")  # fmt: skip
+@server_option(help="Make the LoRA as this engine reads it, or refuse.  [default: as PEFT does]")
 @writing_options
 @layout_options
 def extract(
@@ -267,6 +268,7 @@ def extract(
     exclude: Sequence[str],
     linear_only: bool,
     svd: "Method",
+    server: str | None,
     run: Run,
     said: Said,
 ) -> int:
@@ -286,6 +288,7 @@ def extract(
         exclude=exclude,
         linear_only=linear_only,
         svd=svd,
+        server=server,
         dtype=run.dtype,
         device=run.device,
         verify=run.verify,
