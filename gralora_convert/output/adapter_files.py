@@ -94,7 +94,11 @@ def adapter_plan(
 def config_like(shape: Shape, dropout: float, **fields: Any) -> GraloraConfig | LoraConfig:
     """The config of modules of this shape; `fields` are those that both kinds have."""
     if shape.kind == "lora":
-        return LoraConfig(r=shape.r, lora_alpha=shape.alpha, lora_dropout=dropout, **fields)
+        # the longest first: PEFT takes the first key that a name ends with
+        ranks = dict(sorted(shape.ranks.items(), key=lambda item: -len(item[0])))
+        return LoraConfig(
+            r=shape.r, lora_alpha=shape.alpha, lora_dropout=dropout, rank_pattern=ranks, **fields
+        )
     return GraloraConfig(
         r=shape.r, hybrid_r=shape.hybrid_r, alpha=shape.alpha, gralora_k=shape.k,
         gralora_dropout=dropout, **fields,

@@ -141,10 +141,12 @@ class Exported:
         ]  # fmt: skip
 
 
-def require_engine(server: str) -> None:
-    """Raises `MisuseError` unless it is one of `ENGINES`."""
+def require_engine(server: str, to: str = "lora") -> None:
+    """Raises `MisuseError` unless it is one of `ENGINES`, and a LoRA is made."""
     if server not in ENGINES:
         raise MisuseError(f"server {server!r} is none of {', '.join(ENGINES)}")
+    if to != "lora":
+        raise MisuseError(f'`server={server!r}` goes with `to="lora"`, not {to!r}')
 
 
 def served_rank(r: int) -> int | None:
@@ -249,13 +251,15 @@ def _sglang(lora: Exported) -> Iterator[str]:
         yield f"does not load saved modules: {MERGE}"
     if unknown := sorted(lora.leaves - _SGLANG_LAYERS - _SGLANG_UNSEEN):
         yield f"has no LoRA for layers of these names ({', '.join(unknown)}): {MERGE}"
-    experts = {"experts"} if any(map(_EXPERT.fullmatch, lora.modules)) else set()
+    experts = {"experts"} if any(map(is_expert, lora.modules)) else set()
     if unseen := sorted(lora.leaves & _SGLANG_UNSEEN | experts):
         yield f"was not seen to serve LoRAs of {', '.join(unseen)} right: {MERGE}"
     if any(leaf(m) not in HEADS | {"embed_tokens"} and not _NUMBERED(m) for m in lora.modules):
         yield f"leaves out layers that are not below layers.N: {MERGE}"
     config = lora.config
-    if config.use_rslora or config.rank_pattern or config.alpha_pattern:
+    if config.rank_pattern:
+        yield 'reads one rank for all modules (`server="sglang"` writes one)'
+    if config.use_rslora or config.alpha_pattern:
         yield 'scales by the global fields alone (convert with `to="lora"` writes it so)'
     if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
         yield 'takes no pattern as target_modules (`server="sglang"` lists them)'
@@ -306,6 +310,12 @@ def _partial_stacks(lora: Exported) -> Iterator[str]:
         experts = whole.get(stack) or {str(n) for n in range(1 + max(map(int, held)))}
         if set(held) != set(experts) or any(len(leaves) < 3 for leaves in held.values()):
             yield f"needs all three layers of all experts where one is adapted ({stack}): {MERGE}"
+        names = {
+            name: [f"{stack}.{n}.{name}" for n in held] for name in set().union(*held.values())
+        }
+        for name, layers in sorted(names.items()):
+            if len({lora.config.rank(layer) for layer in layers}) > 1:
+                yield f"needs one rank for {name} of all experts ({stack}): {MERGE}"
 
 
 def _stacks(modules: Iterable[str]) -> dict[str, dict[str, set[str]]]:
@@ -315,6 +325,11 @@ def _stacks(modules: Iterable[str]) -> dict[str, dict[str, set[str]]]:
         if held := _EXPERT.fullmatch(module):
             found.setdefault(held[1], {}).setdefault(held[2], set()).add(held[3])
     return found
+
+
+def is_expert(module: str) -> bool:
+    """Whether it is a layer of one of several experts."""
+    return _EXPERT.fullmatch(module) is not None
 
 
 def leaf(module: str) -> str:
