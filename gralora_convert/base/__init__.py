@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         written_settings,
     )
     from gralora_convert.base.identity import model_at_hand
+    from gralora_convert.base.layouts import moved, pieces
     from gralora_convert.base.likeness import near_misses, spellings
     from gralora_convert.base.placement import place, place_in
     from gralora_convert.base.quantisation import quantised_by, unread_tensor
@@ -35,17 +36,18 @@ if TYPE_CHECKING:
     from gralora_convert.base.sets import beside, lost_steps
 
 __all__ = [
-    "NOTHING_SAID", "Architecture", "Kept", "Merged", "Patched", "Placement", "Reading",
-    "Recipe", "Replaced", "Scales", "Setting", "Target", "beside", "class_fields", "combine",
-    "different_settings", "gathered", "lost_steps", "misread", "model_at_hand", "named_labels",
-    "near_misses", "place", "place_in", "plain_tensors", "quantised_by", "read_parameter",
-    "scales_of", "spellings", "unread_tensor", "updated", "written_settings",
+    "NOTHING_SAID", "Architecture", "Kept", "Merged", "Patched", "Placement", "Reading", "Recipe",
+    "Replaced", "Scales", "Setting", "Target", "beside", "class_fields", "combine",
+    "different_settings", "gathered", "lost_steps", "misread", "model_at_hand", "moved",
+    "named_labels", "near_misses", "pieces", "place", "place_in", "plain_tensors", "quantised_by",
+    "read_parameter", "scales_of", "spellings", "unread_tensor", "updated", "written_settings",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
     "architecture": "Architecture",
     "edits": "Setting class_fields different_settings named_labels updated written_settings",
     "identity": "model_at_hand",
+    "layouts": "moved pieces",
     "likeness": "near_misses spellings",
     "placement": "place place_in",
     "quantisation": "quantised_by unread_tensor",

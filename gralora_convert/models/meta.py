@@ -71,9 +71,12 @@ class Blueprint:
                     best = hits, found
                 if hits == len(modules):
                     break
-            if best is None or (name := type(best[1].model).__name__) in base.architectures:
-                return None if best is None else best[1]
-            for model in models(base, base.architectures, trust_remote_code):
+            if best is None:
+                return None
+            name, own = type(best[1].model).__name__, base.architectures
+            for model in (
+                models(base, own, trust_remote_code) if modules and name not in own else ()
+            ):
                 whole = cls(model, base)
                 if whole.is_own and whole._enter_part([name], modules):
                     return whole

@@ -6,7 +6,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,10 +23,10 @@ from gralora_convert.disk import (
     Rows,
     TensorSpec,
     read_rows,
-    same_values,
 )
 from gralora_convert.errors import MisuseError, UnsupportedError
 from gralora_convert.verbs.layers import Module, Tensors, linear_layers
+from gralora_convert.verbs.pairing import as_tuned, new_module, paired, same
 
 NUMBERS = 4 * 1024 * 1024  # of a tensor that are looked at together
 
@@ -77,10 +77,11 @@ def differences(
         MisuseError: no linear layer that was chosen differs, or a pattern matches nothing.
         UnsupportedError: something differs that no adapter can hold.
     """
-    names = _as_tuned(before, after, reading)
-    old, new, added, notes = _paired(before, after, names)
-    found = Differences(names, old, new, notes=notes)
-    changed = frozenset(n for n, spec in old.items() if not _same(spec, new[n]))
+    names = as_tuned(before, after, reading)
+    pair = paired(before, after, names)
+    old, new = pair.before, pair.after
+    found = Differences(names, old, new, notes=pair.notes)
+    changed = frozenset(n for n, spec in old.items() if not same(spec, new[n]))
     modules = {names.parameter(name).rpartition(".")[0] for name in old}
     found.notes += _unmatched(modules, choice, after)
     held: set[str] = set()
@@ -100,75 +101,12 @@ def differences(
         )
     holders, has_biases = _holders(found, others, choice)
     _save(found, holders, has_biases=has_biases)
-    _add(found, added, choice)
+    _add(found, pair.added, choice)
     _give_up_layers(found)
     _compare_configs(found, after)
     loaded = [_whole(n, old, new) for n in sorted(changed) if not names.is_ignored(n)]
     _tell_left_out(found, loaded)
     return found
-
-
-def _as_tuned(before: Checkpoint, after: Checkpoint, reading: Reading) -> Architecture:
-    """The base as the tuned model's class has it (another head, or none), where that is another
-    class of the same family and the two call their tensors differently, or the base names none."""
-    own, name = Architecture(before, reading=reading), next(iter(after.architectures), None)
-    is_named = bool(before.architectures) and before.tensors.keys() == after.tensors.keys()
-    if is_named or name in (None, *before.architectures):
-        return own
-    named = replace(own, class_name=name)
-    if after.model_type not in own.text.types or (model := named.blueprint) is None:
-        return own
-    return named if type(model.model).__name__ == name else own
-
-
-def _paired(
-    before: Checkpoint, after: Checkpoint, names: Architecture
-) -> tuple[Tensors, Tensors, Tensors, list[str]]:
-    """The tensors of both checkpoints under the names of the first, parameters that only the second
-    has, and notes. Where names differ, those are one that are loaded as one; what is not loaded, or
-    a copy that ties make, is no matter.
-
-    Raises:
-        UnsupportedError: one of them has more.
-    """
-    alone = before.tensors.keys() ^ after.tensors.keys()
-    if not alone:
-        return before.tensors, after.tensors, {}, []
-    others = Architecture(after, reading=names.reading)
-    there = {p: name for name, p in others.parameters.items()}
-    renamed = {
-        name: there[parameter]
-        for name, parameter in names.parameters.items()
-        if name in alone and parameter in there and there[parameter] in alone
-    }
-    matched = {*renamed, *renamed.values()}
-    single = [
-        (name, held) for held in (names, others) for name in held.base.tensors
-        if name in alone and name not in matched
-    ]  # fmt: skip
-    lost = [(name, held) for name, held in single if not _is_spare(held, name)]
-    spare, added = sorted({name for name, _ in single} - {name for name, _ in lost}), {}
-    for name, held in list(lost):
-        parameter = held.parameter(name)
-        if held is others and names.has_parameter(parameter) and _new_module(names, parameter):
-            added[parameter] = after.tensors[name]
-        elif tied := [there[p] for p in others.sharing(parameter) if p in there]:
-            renamed[name] = tied[0]
-        else:
-            continue
-        lost.remove((name, held))
-    if lost:
-        raise UnsupportedError(
-            f"{len(lost)} tensors are in one checkpoint only, first {min(lost)[0]}",
-            where=after.path,
-            hint="Extract from a model with the same tensors as its base.",
-        )
-    notes = list[str]()
-    if spare:
-        more = f" and {len(spare) - 1} more" if spare[1:] else ""
-        notes = [f"{spare[0]}{more}: in one checkpoint only, and not needed: left out"]
-    old = {name: s for name, s in before.tensors.items() if name not in spare}
-    return old, {name: after.tensors[renamed.get(name, name)] for name in old}, added, notes
 
 
 def _add(found: Differences, added: Tensors, choice: Choice) -> None:
@@ -178,7 +116,7 @@ def _add(found: Differences, added: Tensors, choice: Choice) -> None:
             found.notes.append(f"{parameter} is new in the tuned model and was left out")
             continue
         found.saved[parameter] = spec
-        found.entries.add(_new_module(found.names, parameter))
+        found.entries.add(new_module(found.names, parameter))
         found.notes.append(f"{parameter} is new in the tuned model: saved whole, {spec.shape}")
 
 
@@ -294,18 +232,6 @@ def _is_norm(name: str, after: Tensors) -> bool:
     return weight is not None and len(weight.shape) == 1
 
 
-def _new_module(names: Architecture, parameter: str) -> str:
-    """The outermost module around a parameter of which the base has no tensor; '' if none is."""
-    here = {module for tensor in names.base.tensors for module in _above(names.parameter(tensor))}
-    return next((module for module in reversed(_above(parameter)) if module not in here), "")
-
-
-def _above(parameter: str) -> list[str]:
-    """The modules that a parameter lies within, the closest first."""
-    words = parameter.split(".")
-    return [".".join(words[:end]) for end in range(len(words) - 1, 0, -1)]
-
-
 def _holder(parameter: str) -> str:
     """The module that a parameter in memory belongs to: of a weight that torch computes from
     others, the one that has it."""
@@ -320,17 +246,6 @@ def _entries(names: Architecture, holders: Set[str]) -> set[str]:
     modules = {".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)}
     found = holders | {m for m in modules if m.endswith(tuple(holders))}
     return {m for m in found if not _is_within(m, found)}
-
-
-def _is_spare(names: Architecture, tensor: str) -> bool:
-    """Whether the model is the same without a tensor: it is not loaded, or one that is tied to it
-    has its values."""
-    tensors, known = names.base.tensors, names.parameters
-    shared = set(names.sharing(known[tensor])) if tensor in known else set()
-    return names.is_ignored(tensor) or any(
-        other != tensor and parameter in shared and _same(tensors[tensor], tensors[other])
-        for other, parameter in known.items()
-    )
 
 
 def _is_within(name: str, modules: Set[str]) -> bool:
@@ -387,7 +302,3 @@ def _unmatched(modules: Collection[str], choice: Choice, after: Checkpoint) -> I
                 hint=f"A pattern matches whole names, such as '*.q_proj'. {close}".strip(),
             )  # fmt: skip
         yield f"`exclude={[pattern]}` matches no module. {close}".strip()
-
-
-def _same(one: TensorSpec, other: TensorSpec) -> bool:
-    return one.shape == other.shape and same_values(one, other)

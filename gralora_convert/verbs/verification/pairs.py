@@ -5,11 +5,21 @@ loads as one: renamed, or the experts of a layer as a tensor each here and as on
 (Biases of experts it knows in one layout each: conversion_mapping.py of transformers 5.23.0.)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from gralora_convert.base import Architecture, Kept, Merged, Patched, Recipe, Replaced, spellings
-from gralora_convert.disk import DTYPE_BITS, Checkpoint, Rows, TensorSpec
+from gralora_convert.base import (
+    Architecture,
+    Kept,
+    Merged,
+    Patched,
+    Recipe,
+    Replaced,
+    moved,
+    pieces,
+    spellings,
+)
+from gralora_convert.disk import Checkpoint, TensorSpec
 
 Tensors = Mapping[str, TensorSpec]
 
@@ -31,7 +41,9 @@ class Pairs:
         found = {name: merged.tensors[there] for name, there in names.items()}
         known = set(names.values())
         missing, others = expected.keys() - found.keys(), merged.tensors.keys() - known
-        for ours, theirs in _moved(recipe, merged) if missing and others else ():
+        reading = recipe.architectures[0].reading
+        both = (Architecture(held, reading=reading) for held in (recipe.base, merged))
+        for ours, theirs in moved(*both) if missing and others else ():
             here, there = ({part.tensor for part in parts} for parts in (ours, theirs))
             if not (here <= missing and there <= others):
                 continue
@@ -39,12 +51,12 @@ class Pairs:
             if len(ours) == len(theirs) == 1:
                 found[ours[0].tensor] = stored
             elif len(theirs) == 1:
-                found |= _pieces(stored, ours, recipe.base.tensors)
+                found |= pieces(stored, ours, recipe.base.tensors)
             elif isinstance(entry, Kept):
-                pieces = _pieces(entry.spec, theirs, merged.tensors)
-                found |= {name: merged.tensors[name] for name in pieces}
-                expected |= {name: replace(entry, spec=spec) for name, spec in pieces.items()}
-                if pieces:
+                cut = pieces(entry.spec, theirs, merged.tensors)
+                found |= {name: merged.tensors[name] for name in cut}
+                expected |= {name: replace(entry, spec=spec) for name, spec in cut.items()}
+                if cut:
                     del expected[ours[0].tensor]
             known |= there
         return cls(expected, found, tuple(name for name in merged.tensors if name not in known))
@@ -59,42 +71,3 @@ def _names_in(merged: Checkpoint, recipe: Recipe) -> Mapping[str, str]:
         if found is not None:
             names[name] = found
     return names
-
-
-def _moved(
-    recipe: Recipe, merged: Checkpoint
-) -> Iterator[tuple[tuple[Rows, ...], tuple[Rows, ...]]]:
-    """Where each parameter lies in the base, and where in the merged checkpoint, if all of it is
-    one tensor in one of them and whole tensors in the other."""
-    reading = recipe.architectures[0].reading
-    here, there = (Architecture(held, reading=reading).layout for held in (recipe.base, merged))
-    for parameter, ours in here.items():
-        theirs = there.get(parameter, ())
-        whole = _are_whole(ours, recipe.base.tensors) and _are_whole(theirs, merged.tensors)
-        if whole and theirs and 1 in (len(ours), len(theirs)):
-            yield ours, theirs
-
-
-def _are_whole(parts: tuple[Rows, ...], tensors: Tensors) -> bool:
-    return all(
-        part.order is None and part.start == 0 and tensors[part.tensor].shape[:1] == (part.count,)
-        for part in parts
-    )
-
-
-def _pieces(stack: TensorSpec, parts: tuple[Rows, ...], like: Tensors) -> Tensors:
-    """What lies in a stack as the tensors `like` that `parts` name, by the rows of its matrices;
-    nothing where their sizes do not agree."""
-    bits = DTYPE_BITS[stack.dtype]
-    width = stack.numel // max(sum(part.count for part in parts), 1)
-    sizes = {part.tensor: part.count * width for part in parts}
-    is_cut = all(like[name].numel == size for name, size in sizes.items())
-    if stack.strides is not None or not is_cut or sum(sizes.values()) != stack.numel or bits % 8:
-        return {}
-    return {
-        part.tensor: replace(
-            stack, shape=like[part.tensor].shape, nbytes=sizes[part.tensor] * bits // 8,
-            offset=stack.offset + part.first * width * bits // 8,
-        )
-        for part in parts
-    }  # fmt: skip
