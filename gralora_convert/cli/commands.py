@@ -229,6 +229,7 @@ def convert(
 @click.option("--svd", type=Choice(["auto", "exact", "randomised"]), default="auto",
               show_default=True,
               help="auto = randomised where a block's side is above 512.")  # fmt: skip
+@server_option(help="Make the LoRA as this engine reads it, or refuse.  [default: as PEFT does]")
 @writing_options
 @layout_options
 def extract(wanted: Wanted, run: Run, said: Said, **asked: Any) -> int:

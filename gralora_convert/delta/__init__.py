@@ -16,6 +16,7 @@ from gralora_convert.delta.fit import (
     Fit,
     exact_rank,
     smallest_rank,
+    smallest_ranks,
     spectra,
     to_gralora,
     to_hybrid,
@@ -74,7 +75,7 @@ __all__ = [
     "gralora_product", "gralora_to_hybrid", "gralora_to_lora", "half_ulp", "hybrid_to_gralora",
     "is_finite", "least_rank", "lora_to_gralora", "lora_to_hybrid", "loss_json", "magnitude_rows",
     "pad", "pad_lora", "permute_rows", "relative", "require_device", "require_divisible", "resize",
-    "rounding_lengths", "rows", "smallest_rank", "spectra", "squared_norm", "start_of", "stored",
-    "survival", "tensors_of", "terms", "to_device", "to_gralora", "to_hybrid", "to_lora",
-    "tolerance", "with_scaling", "without_start", "worst_ratio",
+    "rounding_lengths", "rows", "smallest_rank", "smallest_ranks", "spectra", "squared_norm",
+    "start_of", "stored", "survival", "tensors_of", "terms", "to_device", "to_gralora", "to_hybrid",
+    "to_lora", "tolerance", "with_scaling", "without_start", "worst_ratio",
 ]  # fmt: skip

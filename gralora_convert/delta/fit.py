@@ -8,6 +8,7 @@ of it is computed in float64.
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
@@ -272,6 +273,40 @@ def smallest_rank(tails: Sequence[Tensor], tolerance: float) -> int:
     if not reached:
         raise ValueError(f"no rank up to {length - 1} has a relative error of {tolerance}")
     return max(1, int(reached[0]))
+
+
+def smallest_ranks(
+    tails: Sequence[Tensor], tolerance: float, costs: Sequence[int], limit: int
+) -> list[int]:
+    """A rank for each module, at most `limit`, with which several modules together fit within a
+    relative error at the least sum of rank * cost; one rank for all where that is not less.
+
+    tails: as for `smallest_rank`, at least of rank 1; costs: in + out of each module
+
+    From the full ranks down, what goes is always the singular value that is least for its cost.
+
+    Raises:
+        ValueError: as `smallest_rank`, within the limit.
+
+    >>> smallest_ranks([torch.tensor([9.0, 5.0, 1.0, 0.0]), torch.tensor([1.0, 0.5, 0.0])],
+    ...                0.4, [4, 4], 2)
+    [2, 1]
+
+    Eckart-Young, summed over modules; greedy, so up to one rank above the least sum.
+    """
+    tails = [tail[: limit + 1].double() for tail in tails]
+    same = smallest_rank(tails, tolerance)
+    # what each rank above the first holds, for its cost; never more than the rank before it
+    gains = [(-tail.diff()[1:]).cummin(0).values for tail in tails]
+    values = torch.cat([gain / cost for gain, cost in zip(gains, costs, strict=True)])
+    order = values.argsort(stable=True)
+    left = torch.cat(gains)[order].cumsum(0) + sum(tail[-1] for tail in tails)
+    gone = order[left <= tolerance**2 * sum(tail[0] for tail in tails)]
+    owners = torch.cat([torch.full((len(gain),), n) for n, gain in enumerate(gains)])
+    fewer = owners[gone].bincount(minlength=len(tails)).tolist()
+    ranks = [len(tail) - 1 - less for tail, less in zip(tails, fewer, strict=True)]
+    uniform = [min(same, len(tail) - 1) for tail in tails]
+    return min(ranks, uniform, key=lambda held: sum(map(operator.mul, held, costs)))
 
 
 def exact_rank(source: Delta, to: Literal["lora", "gralora", "hybrid"], k: int = 1) -> int:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar, assert_never, get_args, overload
 
 import torch
@@ -34,19 +34,30 @@ Loss = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What every module of the result looks like; `k` is 1 for LoRA."""
+    """What every module of the result looks like; `k` is 1 for LoRA, of which single modules may
+    have other ranks, with the same alpha."""
 
     kind: Kind
     k: int
     r: int
     hybrid_r: int
     scaling: float
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def alpha(self) -> float:
         """scaling * (r + hybrid_r), whole where it can be."""
         alpha = self.scaling * (self.r + self.hybrid_r)
         return int(alpha) if float(alpha).is_integer() else alpha
+
+    def of(self, module: str) -> "Shape":
+        """What one module looks like.
+
+        >>> Shape("lora", 1, 8, 0, 1.0, {"q_proj": 4}).of("q_proj").scaling
+        2.0
+        """
+        r = self.ranks.get(module, self.r)
+        return self if r == self.r else replace(self, r=r, scaling=self.alpha / r)
 
     def outline(self, rows: int, columns: int, dtype: torch.dtype) -> Gralora | Lora:
         """A module of weight (rows, columns) = (out, in): its shapes and dtype, no values."""
@@ -61,6 +72,7 @@ class Shape:
         return {
             "to": self.kind, "r": self.r, "k": self.k, "hybrid_r": self.hybrid_r,
             "alpha": self.alpha, "scaling": self.scaling,
+            **({"ranks": dict(self.ranks)} if self.ranks else {}),
         }  # fmt: skip
 
 

@@ -94,6 +94,13 @@ class Staging:
             what = "is complete, but something was left beside it"
             raise self._refused(what, _removal(self._leftover))
 
+    def tidy(self) -> None:
+        """Removes what a killed run has left beside the output that it had published."""
+        if any(map(os.path.lexists, (self.folder, self._aside))):
+            self._overwrite = True
+            with self.open(0):
+                pass
+
     def require_allowed(self) -> None:
         """Raises when the output may not be written, before anything is computed."""
         for path in self._protected:
