@@ -1,6 +1,13 @@
 """An adapter on disk: config, keys, targets, tensors that agree. No torch until values are read."""
 
-from gralora_convert.adapters.adapter import Adapter, AdapterLike, Scan, natural, scan_adapter
+from gralora_convert.adapters.adapter import (
+    Adapter,
+    AdapterLike,
+    Scan,
+    natural,
+    require_finite,
+    scan_adapter,
+)
 from gralora_convert.adapters.beside import (
     Extra,
     extra_findings,
@@ -40,7 +47,7 @@ __all__ = [
     "Adapter", "AdapterLike", "Extra", "GraloraConfig", "Group", "LoraConfig", "Method", "Patterns",
     "Role", "Scan", "Update", "bias_finding", "chain_findings", "extra_findings", "extras",
     "files_of", "group", "is_all_linear", "is_on_adapter", "is_saved", "key_of", "missing_targets",
-    "model_below", "natural", "parse_key", "read_config", "saved_findings", "scan_adapter", "split",
-    "suspicions", "target_findings", "together", "trained_files", "unplaced", "values_beside",
-    "whole_chains",
+    "model_below", "natural", "parse_key", "read_config", "require_finite", "saved_findings",
+    "scan_adapter", "split", "suspicions", "target_findings", "together", "trained_files",
+    "unplaced", "values_beside", "whole_chains",
 ]  # fmt: skip

@@ -15,14 +15,7 @@ from gralora_convert.adapters.folder import folder_of, read_weights
 from gralora_convert.adapters.keys import Role, parse_key
 from gralora_convert.adapters.rules import LARGEST_FLOAT32, way_out
 from gralora_convert.adapters.shapes import lora_shapes
-from gralora_convert.disk import (
-    FLOATING,
-    TensorFile,
-    TensorSpec,
-    load_json,
-    measured,
-    read_torch,
-)
+from gralora_convert.disk import FLOATING, TensorFile, TensorSpec, load_json, measured, read_torch
 from gralora_convert.errors import (
     Finding,
     InvalidAdapterError,
@@ -205,7 +198,7 @@ class Adapter:
         `delta`."""
         import torch
 
-        from gralora_convert.delta import Gralora, Lora, direct_sum, is_finite
+        from gralora_convert.delta import Gralora, Lora, direct_sum
 
         if module not in self.roles:
             raise MisuseError(
@@ -217,11 +210,7 @@ class Adapter:
             tensor = read_torch(spec)
             if spec.dtype not in FLOATING:  # 8 bits, of which torch does not say what is finite
                 tensor = tensor.float()
-            if not is_finite(tensor):
-                raise InvalidAdapterError(
-                    f"{spec.name}: holds NaN or infinity", where=self.file.path,
-                    hint="Training diverged, or the file is damaged: use an earlier checkpoint.",
-                )  # fmt: skip
+            require_finite(tensor, spec)
             return tensor if tensor.dtype == torch.float64 else tensor.float()
 
         if self.kind == "lora":
@@ -305,6 +294,17 @@ def scan_adapter(path: str | Path) -> Scan:
         tuple(held.unsupported), report.findings,
     )  # fmt: skip
     return Scan(adapter, file, report)
+
+
+def require_finite(values: "torch.Tensor", spec: TensorSpec) -> None:
+    """Raises `InvalidAdapterError` for trained values, those of `spec`, that are no numbers."""
+    from gralora_convert.delta import is_finite
+
+    if not is_finite(values):
+        raise InvalidAdapterError(
+            f"{spec.name}: holds NaN or infinity", where=spec.file,
+            hint="Training diverged, or the file is damaged: use an earlier checkpoint.",
+        )  # fmt: skip
 
 
 def _largest(factor: "torch.Tensor") -> float:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from gralora_convert.adapters.adapter import Adapter
 from gralora_convert.adapters.config import CONFIG_NAME
+from gralora_convert.adapters.rules import release
 from gralora_convert.adapters.targets import Config, is_saved, rule_of, select
 from gralora_convert.errors import Finding, error, note, warning
 
@@ -112,12 +113,11 @@ def bias_finding(adapter: Adapter, own: Collection[str], others: Collection[str]
 
 def _bias_missing(adapter: Adapter, what: str) -> Finding:
     version, mode = adapter.config.peft_version, adapter.config.bias
-    release = tuple(int(x) for x in (version or "").split(".")[:2] if x.isdecimal())
-    reason = (
-        f"PEFT {version} trains biases but does not save them (fixed in 0.21.0): they are lost."
-        if len(release) == 2 and release < (0, 21)
-        else "Is the file complete?"
-    )
+    reason = "Is the file complete?"
+    if (release(version or "") or (0, 21)) < (0, 21):
+        reason = (
+            f"PEFT {version} trains biases but does not save them (fixed in 0.21.0): they are lost."
+        )
     return error(
         "bias-missing", CONFIG_NAME, f"bias is {mode!r}, but {what} are not in the file", reason
     )

@@ -17,11 +17,7 @@ Config = GraloraConfig | LoraConfig
 
 
 def select(config: Config, modules: Iterable[str], *, rule: Rule = "0.21") -> list[str]:
-    """Those of `modules` that the config's list or regex selects (not `all-linear`, not None).
-
-    Raises:
-        UnsupportedError: a pattern that is none, or takes too long on these names.
-    """
+    """Those of `modules` that the config's list or regex selects (not `all-linear`, not None)."""
     targets = config.target_modules
     patterns = Patterns()
     excluded = [rf"(^|.*\.){name}($|\..*)" for name in config.modules_to_save or ()]

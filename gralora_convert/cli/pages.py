@@ -13,12 +13,7 @@ from gralora_convert.adapters import CONFIG_NAME, NAMES, Group
 from gralora_convert.cli.terminal import Line, shortened
 from gralora_convert.disk import cached, is_there
 from gralora_convert.errors import printable
-from gralora_convert.verbs import (
-    SERVED_RANKS,
-    AdapterFacts,
-    CheckpointFacts,
-    SoundFacts,
-)
+from gralora_convert.verbs import SERVED_RANKS, AdapterFacts, CheckpointFacts, SoundFacts
 
 if TYPE_CHECKING:
     from gralora_convert.verbs import Inspection

@@ -62,12 +62,9 @@ class Line:
             return cls(text, severity="note")
         return cls(text[found.end() :], severity=found[1], code=found[2])
 
-    @property
-    def _head(self) -> str:
-        return f"{self.label}{self.severity}{self.code}{': ' if self.severity else ''}"
-
     def __str__(self) -> str:
-        return self._head + self.text
+        colon = ": " if self.severity else ""
+        return f"{self.label}{self.severity}{self.code}{colon}{self.text}"
 
     def on_terminal(self, width: int, *, plain: bool) -> list[str]:
         """In pieces of this width, those after the first set in, and in colours: severities, their

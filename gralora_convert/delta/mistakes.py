@@ -6,7 +6,7 @@ and by how much the weights are off.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import permutations
 
@@ -250,28 +250,19 @@ def _through(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype).to(values.dtype)
 
 
-@dataclass
 class BlockSums:
     """Sums over a whole stored matrix, each (k, k) by [block row of out, block column of in]:
 
     <M-W, D> found and for the right rounding R, <D, D>, |M-R|^2, how many elements are out of
-    their bound, and |M-W|^2. `right2` is |R-W|^2 over all blocks.
+    their bound, and |M-W|^2. `right2` is |R-W|^2 over all blocks, `first` the row and column of the
+    first element that is wrong.
     """
 
-    k: int
-    found: Tensor = field(init=False)
-    predicted: Tensor = field(init=False)
-    energy: Tensor = field(init=False)
-    error: Tensor = field(init=False)
-    wrong: Tensor = field(init=False)
-    moved: Tensor = field(init=False)
-    right2: float = 0.0
-    elements: int = 0
-    first: tuple[int, int] | None = None  # row and column of the first element that is wrong
-
-    def __post_init__(self) -> None:
-        sums = torch.zeros(6, self.k, self.k, dtype=torch.float64)
+    def __init__(self, k: int) -> None:
+        sums = torch.zeros(6, k, k, dtype=torch.float64)
         self.found, self.predicted, self.energy, self.error, self.wrong, self.moved = sums
+        self.k, self.right2, self.elements = k, 0.0, 0
+        self.first: tuple[int, int] | None = None
 
     def add(
         self,

@@ -310,9 +310,6 @@ def require_same(
 
     For normal inputs the mean squared difference is the squared Frobenius error: beyond twice the
     expected error and the rounding of the stored factors, chance is less than 1e-12.
-
-    Raises:
-        CheckFailedError: they differ by more than that.
     """
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(PROBES, made.in_features, dtype=torch.float64, generator=generator)

@@ -6,8 +6,9 @@ right merge never exceeds it; see N. Higham, Accuracy and Stability of Numerical
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -219,13 +220,7 @@ class Survival:
     elements: int = 0
 
     def __add__(self, other: "Survival") -> "Survival":
-        return Survival(
-            self.along + other.along,
-            self.energy + other.energy,
-            self.error + other.error,
-            self.changed + other.changed,
-            self.elements + other.elements,
-        )
+        return Survival(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def kept(self) -> float:

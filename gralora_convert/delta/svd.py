@@ -49,11 +49,7 @@ class Options:
 def options_of(
     scaling: float, dtype: torch.dtype, method: Method, generator: torch.Generator | None
 ) -> Options:
-    """The options, with seed 0 for a missing generator.
-
-    Raises:
-        ValueError: the scaling is zero or not finite.
-    """
+    """The options, with seed 0 for a missing generator."""
     if not math.isfinite(scaling) or scaling == 0:
         raise ValueError(f"scaling={scaling} has no inverse")
     return Options(scaling, dtype, method, generator or torch.Generator().manual_seed(0))

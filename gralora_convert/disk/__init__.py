@@ -17,7 +17,14 @@ from gralora_convert.disk.files import (
 )
 from gralora_convert.disk.folders import STEP, is_weights, listing, sidecars
 from gralora_convert.disk.hub import cached, config_errors, fetch, parse_name
-from gralora_convert.disk.numbers import INFINITY, is_zero, largest_magnitude, look, same_values
+from gralora_convert.disk.numbers import (
+    INFINITY,
+    element_bytes,
+    is_zero,
+    largest_magnitude,
+    look,
+    same_values,
+)
 from gralora_convert.disk.specs import (
     DTYPE_BITS,
     DTYPE_OF_TORCH,
@@ -31,12 +38,7 @@ from gralora_convert.disk.specs import (
     nbytes_of,
     written_dtype,
 )
-from gralora_convert.disk.strictjson import (
-    MAX_JSON_BYTES,
-    dump_json,
-    load_json,
-    parse_json,
-)
+from gralora_convert.disk.strictjson import MAX_JSON_BYTES, dump_json, load_json, parse_json
 from gralora_convert.disk.tensors import (
     apply_scales,
     bytes_of,
@@ -55,9 +57,9 @@ __all__ = [
     "DTYPE_BITS", "DTYPE_OF_TORCH", "FLOATING", "INFINITY", "MAX_JSON_BYTES", "RECEIPT_NAME",
     "STEP", "WRITTEN", "Checkpoint", "Measure", "Rows", "Scale", "TensorFile", "TensorSpec",
     "apply_scales", "bytes_of", "cached", "config_errors", "decode", "dtype_name", "dump_json",
-    "encode_header", "fetch", "file_stamp", "is_file", "is_folder", "is_there", "is_weights",
-    "is_zero", "largest_magnitude", "listing", "load_json", "locate", "look", "meant", "measured",
-    "nbytes_of", "open_regular", "parse_json", "parse_name", "pread_exact", "read_bytes",
-    "read_into", "read_rows", "read_safetensors", "read_tensor_file", "read_torch", "reading",
-    "require_stamp", "same_values", "sidecars", "torch_dtype", "written_dtype",
+    "element_bytes", "encode_header", "fetch", "file_stamp", "is_file", "is_folder", "is_there",
+    "is_weights", "is_zero", "largest_magnitude", "listing", "load_json", "locate", "look", "meant",
+    "measured", "nbytes_of", "open_regular", "parse_json", "parse_name", "pread_exact",
+    "read_bytes", "read_into", "read_rows", "read_safetensors", "read_tensor_file", "read_torch",
+    "reading", "require_stamp", "same_values", "sidecars", "torch_dtype", "written_dtype",
 ]  # fmt: skip

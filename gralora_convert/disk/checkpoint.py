@@ -52,8 +52,9 @@ class Checkpoint:
     index_name: str | None = None
 
     @classmethod
-    def open(cls, source: str | Path) -> "Checkpoint":
-        """The checkpoint at `source`: a folder, a tensor file, or a Hub id (cache first).
+    def open(cls, source: "Checkpoint | str | Path") -> "Checkpoint":
+        """The checkpoint at `source`: a folder, a tensor file, or a Hub id (cache first). An open
+        checkpoint is itself.
 
         Raises:
             UnreadableError: nothing there, a damaged file, an index that disagrees with its shards
@@ -64,6 +65,8 @@ class Checkpoint:
         >>> Checkpoint.open("fixtures/bases/llama").config["model_type"]  # doctest: +SKIP
         'llama'
         """
+        if isinstance(source, Checkpoint):
+            return source
         path = locate(source)
         names: Mapping[str, list[str] | None]
         if path.is_dir():

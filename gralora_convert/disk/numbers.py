@@ -58,7 +58,7 @@ COMPARED_ELEMENTS = 512 * 1024  # of two tensors, at a time
 def is_zero(spec: TensorSpec) -> bool:
     """Whether every value is (positive) zero."""
     for start in range(0, spec.numel, COMPARED_ELEMENTS):
-        held = _bytes(spec, start, min(start + COMPARED_ELEMENTS, spec.numel))
+        held = element_bytes(spec, start, min(start + COMPARED_ELEMENTS, spec.numel))
         if held.count(0) != len(held):
             return False
     return True
@@ -77,24 +77,24 @@ def same_values(one: TensorSpec, other: TensorSpec) -> bool:
     for start in range(0, one.numel, COMPARED_ELEMENTS):
         stop = min(start + COMPARED_ELEMENTS, one.numel)
         if exact:
-            if _bytes(one, start, stop) != _bytes(other, start, stop):
+            if element_bytes(one, start, stop) != element_bytes(other, start, stop):
                 return False
         elif not numpy.array_equal(_wide(one, start, stop), _wide(other, start, stop)):
             return False
     return True
 
 
-def _bytes(spec: TensorSpec, start: int, stop: int) -> bytearray:
-    """The bytes of elements `start:stop`."""
-    size = spec.nbytes // max(spec.numel, 1)
-    return read_bytes(spec, start * size, stop * size)
+def element_bytes(spec: TensorSpec, start: int, stop: int) -> bytearray:
+    """The bytes of elements `start:stop`, whole ones: of packed elements, even places."""
+    bits = DTYPE_BITS[spec.dtype]
+    return read_bytes(spec, start * bits // 8, stop * bits // 8)
 
 
 def _wide(spec: TensorSpec, start: int, stop: int) -> "numpy.ndarray":
     """Elements `start:stop` of a floating tensor in float64."""
     import numpy
 
-    data = _bytes(spec, start, stop)
+    data = element_bytes(spec, start, stop)
     if spec.dtype == "BF16":
         bits = numpy.frombuffer(data, "<u2").astype("<u4") << 16
         return bits.view("<f4").astype("f8")

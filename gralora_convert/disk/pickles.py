@@ -10,7 +10,7 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,33 +19,27 @@ from gralora_convert.disk.specs import (
     DTYPE_BITS,
     MAX_DIMENSIONS,
     TensorFile,
-    TensorFileError,
     TensorSpec,
     are_sizes,
     count,
     refuse_pointer,
 )
 from gralora_convert.disk.unpickling import RESAVE, PickledTensor, unpickle
+from gralora_convert.errors import UnreadableError
 
 MAX_PICKLE_BYTES = 16 * 1024 * 1024  # some 80 000 tensors
 _Storages = Mapping[str, tuple[int, int]]  # key -> position in the file, bytes
 
 
 def read_pickle(path: Path) -> TensorFile:
-    """The tensors of a `torch.save` file that holds a plain dictionary of tensors.
-
-    Raises:
-        UnreadableError: missing, not a regular file.
-        TensorFileError: not such a file; `reason` tells an unsafe pickle, a nested dictionary and
-            the format before torch 1.6 from damage.
-    """
+    """The tensors of a `torch.save` file that holds a plain dictionary of tensors."""
     with open_regular(path) as file, reading(path):
         status = os.fstat(file.fileno())
         start = file.read(128)
         refuse_pointer(start, path)
         if not start.startswith(b"PK\x03\x04"):
             legacy = start.startswith(b"\x80")  # the pickle protocol; then a magic number of torch
-            raise TensorFileError(
+            raise UnreadableError(
                 "is a pickle of torch before 1.6" if legacy else "is not a file of torch.save",
                 where=path,
                 hint=RESAVE,
@@ -56,7 +50,7 @@ def read_pickle(path: Path) -> TensorFile:
                 description, entries = _entries(archive, path)
                 storages = _places(file.fileno(), entries, status.st_size)
         except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as error:
-            raise TensorFileError(f"is a damaged zip archive: {error}", where=path) from error
+            raise UnreadableError(f"is a damaged zip archive: {error}", where=path) from error
     tensors = _unpickle(description, path)
     specs = {name: _spec(name, tensor, storages, path) for name, tensor in tensors.items()}
     return TensorFile(path, specs, None, True, file_stamp(status))
@@ -79,23 +73,23 @@ def _entries(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, zip
     """The bytes of `data.pkl`, and the archive's entry of each storage."""
     infos = {info.filename: info for info in archive.infolist()}
     if len(infos) < len(archive.infolist()):
-        raise TensorFileError("is a zip archive that holds one name twice", where=path)
+        raise UnreadableError("is a zip archive that holds one name twice", where=path)
     for info in infos.values():
         if (
             info.compress_type != zipfile.ZIP_STORED
             or info.compress_size != info.file_size
             or info.flag_bits & 1
         ):
-            raise TensorFileError(
+            raise UnreadableError(
                 "is compressed or encrypted, which torch.save never does", where=path, hint=RESAVE
             )
     pickles = [info for name, info in infos.items() if name.endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
-        raise TensorFileError("is not a file of torch.save: no single data.pkl", where=path)
+        raise UnreadableError("is not a file of torch.save: no single data.pkl", where=path)
     prefix = pickles[0].filename.removesuffix("data.pkl")
     order = infos.get(f"{prefix}byteorder")
     if order and (order.file_size > 16 or archive.read(order) != b"little"):
-        raise TensorFileError("holds big-endian tensors", where=path, hint=RESAVE)
+        raise UnreadableError("holds big-endian tensors", where=path, hint=RESAVE)
     data = f"{prefix}data/"
     return archive.read(pickles[0]), {
         name.removeprefix(data): info for name, info in infos.items() if name.startswith(data)
@@ -103,11 +97,7 @@ def _entries(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, zip
 
 
 def _places(descriptor: int, entries: Mapping[str, zipfile.ZipInfo], size: int) -> _Storages:
-    """Where each storage lies in the file of `size` bytes.
-
-    Raises:
-        BadZipFile: one lies beyond its end, or two overlap.
-    """
+    """Where each storage lies in the file of `size` bytes."""
     found = {key: (_data_start(descriptor, info), info.file_size) for key, info in entries.items()}
     end = 0
     for start, nbytes in sorted(found.values()):
@@ -134,8 +124,8 @@ def _data_start(descriptor: int, info: zipfile.ZipInfo) -> int:
 def _unpickle(description: bytes, path: Path) -> dict[str, PickledTensor]:
     value = unpickle(description, where=path)
 
-    def nested(what: str) -> TensorFileError:
-        return TensorFileError(
+    def nested(what: str) -> UnreadableError:
+        return UnreadableError(
             what, where=path, hint="Save the dictionary of tensors alone.", reason="nested"
         )
 
@@ -154,8 +144,8 @@ def _kind(value: object) -> str:
 
 
 def _spec(name: str, tensor: PickledTensor, storages: _Storages, path: Path) -> TensorSpec:
-    def wrong(what: str, hint: str = "") -> TensorFileError:
-        return TensorFileError(f"tensor {name!r} {what}", where=path, hint=hint)
+    def wrong(what: str, hint: str = "") -> UnreadableError:
+        return UnreadableError(f"tensor {name!r} {what}", where=path, hint=hint)
 
     shape, strides, offset = tensor.shape, tensor.strides, tensor.offset
     if (
@@ -178,24 +168,8 @@ def _spec(name: str, tensor: PickledTensor, storages: _Storages, path: Path) -> 
         raise wrong("reaches beyond its storage")
     if numel is None or numel > nbytes:
         raise wrong("repeats its storage (expanded view)", "Save a contiguous copy of it.")
-    return TensorSpec(
-        name,
-        tensor.dtype,
-        tuple(shape),
-        path,
-        start + offset * size,
-        numel * size,
-        None if _is_contiguous(shape, strides) else _used(shape, strides),
-    )
-
-
-def _used(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """The strides, without those of single elements, which may be any number."""
-    return tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))
-
-
-def _is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    wanted = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    return all(
-        n == 1 or stride == step for n, stride, step in zip(shape, strides, wanted, strict=True)
-    )
+    steps = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))  # in order
+    # those of single elements may be any number
+    used = tuple(s if n > 1 else step for n, s, step in zip(shape, strides, steps, strict=True))
+    place, out_of_order = start + offset * size, None if used == steps else used
+    return TensorSpec(name, tensor.dtype, tuple(shape), path, place, numel * size, out_of_order)

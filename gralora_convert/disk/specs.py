@@ -35,11 +35,6 @@ TORCH_NAMES: Mapping[str, str] = {
 DTYPE_OF_TORCH: Mapping[str, str] = {name: dtype for dtype, name in TORCH_NAMES.items()}
 
 
-class TensorFileError(UnreadableError):
-    """Not a readable tensor file; `reason` is one of unreadable, lfs-pointer, unsafe-pickle,
-    nested, legacy-pickle."""
-
-
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor inside a file: its dtype and shape, and where its bytes are; no bytes.
@@ -125,9 +120,9 @@ class Rows:
 
 
 def refuse_pointer(start: bytes, path: Path) -> None:
-    """Raises `TensorFileError` when the file is what git leaves in place of a large file."""
+    """Raises `UnreadableError` when the file is what git leaves in place of a large file."""
     if start.startswith(b"version https://git-lfs"):
-        raise TensorFileError(
+        raise UnreadableError(
             "is a git-lfs pointer, not the weights",
             where=path,
             hint="Fetch the file itself: `git lfs pull`.",

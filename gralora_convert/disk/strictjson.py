@@ -1,4 +1,4 @@
-"""JSON as untrusted files hold it: every ambiguity that a lenient parser hides is a `JsonError`.
+"""JSON as untrusted files hold it: every ambiguity that a lenient parser hides is refused.
 
 And JSON that no parser refuses.
 """
@@ -20,25 +20,21 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _MAYBE_INCOMPLETE = "Is the file complete? Copy or download it again."
 
 
-class JsonError(UnreadableError):
-    """Not the JSON that was expected; `reason` is one of bom, not-json, duplicate-key,
-    non-finite, not-object."""
-
-
 def parse_json(data: bytes, *, where: object, allow_non_finite: bool = False) -> dict[str, object]:
     """The JSON object in `data`.
 
     Raises:
-        JsonError: a byte order mark, no JSON, a key twice in one object, NaN or an infinity
+        UnreadableError: a byte order mark, no JSON, a key twice in one object, NaN or an infinity
             (unless `allow_non_finite`: transformers writes them for some architectures), or
-            something other than an object at the top.
+            something other than an object at the top; `reason` is bom, not-json, duplicate-key,
+            non-finite or not-object.
 
     >>> parse_json(b'{"r": 8}', where="adapter_config.json")
     {'r': 8}
     """
 
-    def wrong(what: str, hint: str = "", reason: str = "not-json") -> JsonError:
-        return JsonError(what, where=where, hint=hint, reason=reason)
+    def wrong(what: str, hint: str = "", reason: str = "not-json") -> UnreadableError:
+        return UnreadableError(what, where=where, hint=hint, reason=reason)
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
@@ -105,8 +101,7 @@ def load_json(path: Path, *, allow_non_finite: bool = False) -> dict[str, object
     """The JSON object in the regular file `path`.
 
     Raises:
-        UnreadableError: missing, not a regular file, too large, or not readable.
-        JsonError: see `parse_json`.
+        UnreadableError: missing, not a regular file, too large, or not readable; as `parse_json`.
     """
     with open_regular(path) as file, reading(path):
         data = file.read(MAX_JSON_BYTES + 1)

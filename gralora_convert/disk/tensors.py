@@ -20,7 +20,6 @@ from gralora_convert.disk.specs import (
     TORCH_NAMES,
     WORD,
     TensorFile,
-    TensorFileError,
     TensorSpec,
     are_sizes,
     count,
@@ -42,8 +41,8 @@ def read_tensor_file(path: Path) -> TensorFile:
     Nothing of a pickle is executed: only tensors in plain dictionaries are understood.
 
     Raises:
-        UnreadableError: missing, not a regular file.
-        TensorFileError: not what it claims to be.
+        UnreadableError: missing, not a regular file, or not what it claims to be; `reason` is
+            unreadable, lfs-pointer, unsafe-pickle, nested or legacy-pickle.
     """
     if path.suffix == ".safetensors":
         return read_safetensors(path)
@@ -54,8 +53,8 @@ def read_safetensors(path: Path) -> TensorFile:
     """The header of a safetensors file.
 
     Raises:
-        UnreadableError: missing, not a regular file.
-        TensorFileError: lengths, offsets, dtypes or shapes that do not agree with the file.
+        UnreadableError: missing, not a regular file, or lengths, offsets, dtypes or shapes that do
+            not agree with it.
     """
     with open_regular(path) as file, reading(path):
         status = os.fstat(file.fileno())
@@ -63,7 +62,7 @@ def read_safetensors(path: Path) -> TensorFile:
         length = int.from_bytes(start, "little")
         refuse_pointer(start + file.read(120), path)
         if len(start) < 8 or length > min(status.st_size - 8, MAX_HEADER_BYTES):
-            raise TensorFileError(
+            raise UnreadableError(
                 f"is no safetensors file: it claims a header of {length} bytes in a file of "
                 f"{status.st_size}",
                 where=path,
@@ -72,9 +71,9 @@ def read_safetensors(path: Path) -> TensorFile:
         file.seek(8)
         raw = file.read(length)
     if not raw.startswith(b"{"):
-        raise TensorFileError("is no safetensors file: the header is not JSON", where=path)
+        raise UnreadableError("is no safetensors file: the header is not JSON", where=path)
     if raw.count(b"{") > MAX_TENSORS + 2 or raw.count(b"[") > 2 * MAX_TENSORS:
-        raise TensorFileError(f"describes more than {MAX_TENSORS} tensors", where=path)
+        raise UnreadableError(f"describes more than {MAX_TENSORS} tensors", where=path)
     header = parse_json(raw, where=path)
     metadata = _metadata(header.pop("__metadata__", None), path)
     data_start = 8 + length
@@ -87,13 +86,13 @@ def _metadata(value: object, path: Path) -> Mapping[str, str] | None:
     if value is None:
         return None
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise TensorFileError("__metadata__ of the header must map strings to strings", where=path)
+        raise UnreadableError("__metadata__ of the header must map strings to strings", where=path)
     return value
 
 
 def _spec(name: str, info: object, path: Path, data_start: int) -> TensorSpec:
-    def wrong(what: str) -> TensorFileError:
-        return TensorFileError(f"tensor {name!r}: {what}", where=path)
+    def wrong(what: str) -> UnreadableError:
+        return UnreadableError(f"tensor {name!r}: {what}", where=path)
 
     if not isinstance(info, dict):
         raise wrong("its header entry is no object")
@@ -118,10 +117,10 @@ def _require_cover(specs: list[TensorSpec], path: Path, position: int, size: int
     for spec in sorted(specs, key=lambda s: (s.offset, s.nbytes)):
         if spec.offset != position:
             what = "overlaps the one before it" if spec.offset < position else "leaves a hole"
-            raise TensorFileError(f"tensor {spec.name!r} {what} in the file", where=path)
+            raise UnreadableError(f"tensor {spec.name!r} {what} in the file", where=path)
         position += spec.nbytes
     if position != size:
-        raise TensorFileError(
+        raise UnreadableError(
             f"is incomplete or padded: its header describes {position} bytes, the file has {size}",
             where=path,
             hint="Copy or download it again.",

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gralora_convert.disk.specs import DTYPE_OF_TORCH, TensorFileError
+from gralora_convert.disk.specs import DTYPE_OF_TORCH
+from gralora_convert.errors import UnreadableError
 
 RESAVE = "Save it again as safetensors: `safetensors.torch.save_file(tensors, path)`."
 _STORAGES: Mapping[str, str] = {
@@ -67,11 +68,7 @@ class _Storage:
 
 
 def unpickle(data: bytes, *, where: object) -> object:
-    """The value that `data` describes: dictionaries, lists, tuples, numbers, strings and tensors.
-
-    Raises:
-        TensorFileError: it names anything else, or is no pickle.
-    """
+    """The value that `data` describes, of containers, numbers, strings and tensors."""
     return _Machine(data, where).run()
 
 
@@ -99,12 +96,12 @@ class _Machine:
                 f"it makes no sense after byte {position} ({type(error).__name__})"
             ) from error
 
-    def _unsafe(self, what: str) -> TensorFileError:
+    def _unsafe(self, what: str) -> UnreadableError:
         message = f"is a pickle that holds more than tensors: {what}; it was not run"
-        return TensorFileError(message, where=self._where, hint=RESAVE, reason="unsafe-pickle")
+        return UnreadableError(message, where=self._where, hint=RESAVE, reason="unsafe-pickle")
 
-    def _damaged(self, what: str) -> TensorFileError:
-        return TensorFileError(f"is a damaged pickle: {what}", where=self._where)
+    def _damaged(self, what: str) -> UnreadableError:
+        return UnreadableError(f"is a damaged pickle: {what}", where=self._where)
 
     def _push(self, value: object) -> None:
         self._stack.append(value)
@@ -123,10 +120,6 @@ class _Machine:
     def mark(self) -> None:
         self._below.append(self._stack)
         self._stack = []
-
-    def tuple_above_mark(self) -> None:
-        values = tuple(self._above_mark())
-        self._push(values)
 
     def tuple_of(self, length: int) -> None:
         values = [self._pop() for _ in range(length)]
@@ -154,9 +147,6 @@ class _Machine:
     def put(self, place: object) -> None:
         self._memo[place] = self._stack[-1]
 
-    def get(self, place: object) -> None:
-        self._push(self._memo[place])
-
     def name(self, module: object, name: object) -> None:
         text = f"{module}.{name}"
         if text in _DTYPES:
@@ -165,7 +155,7 @@ class _Machine:
             self._push(_Name(text))
         elif text in _DISTRIBUTED:
             what = "of distributed tensors (DTensor): each process of a run saves its part"
-            raise TensorFileError(
+            raise UnreadableError(
                 f"is a pickle {what}",
                 where=self._where,
                 hint="In that run, save `full_tensor()` of each with safetensors.",
@@ -248,7 +238,7 @@ _OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine._push),
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE"), _Machine.string),
     "MARK": lambda machine, _: machine.mark(),
-    "TUPLE": lambda machine, _: machine.tuple_above_mark(),
+    "TUPLE": lambda machine, _: machine._push(tuple(machine._above_mark())),
     "TUPLE1": lambda machine, _: machine.tuple_of(1),
     "TUPLE2": lambda machine, _: machine.tuple_of(2),
     "TUPLE3": lambda machine, _: machine.tuple_of(3),
@@ -258,7 +248,8 @@ _OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
     "SETITEMS": lambda machine, _: machine.set_items(machine._above_mark()),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Machine.put),
     "MEMOIZE": lambda machine, _: machine.put(len(machine._memo)),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), _Machine.get),
+    "BINGET": lambda machine, place: machine._push(machine._memo[place]),
+    "LONG_BINGET": lambda machine, place: machine._push(machine._memo[place]),
     "GLOBAL": lambda machine, names: machine.name(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda machine, _: machine.stack_global(),
     "REDUCE": lambda machine, _: machine.reduce(),

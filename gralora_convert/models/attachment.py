@@ -57,18 +57,7 @@ class Attachment:
         self._aside: dict[str, Tensor] = {}  # the adapter's values while it is off
         self._frozen: list[nn.Parameter] = []
         self._check: RemovableHandle | None = None
-        self._watch()
-
-    def _watch(self) -> None:
-        """From now on the model refuses to compute without the values of this adapter."""
-        if self._changes:
-            held = Held(self._model, self._changes)
-            self._check = self._model.register_forward_pre_hook(held)
-
-    def _look_away(self) -> None:
-        if self._check is not None:
-            self._check.remove()
-        self._check = None
+        self._switch()
 
     @property
     def replaced(self) -> Mapping[str, Tensor]:
@@ -201,12 +190,16 @@ class Attachment:
         self._switch()
 
     def _switch(self) -> None:
-        """Lets the branches compute when they have to."""
+        """Lets the branches compute when they have to, and the model, while this adapter is on,
+        with its values only."""
         for slot in self._slots:
             slot.branch.is_on = self._is_on and not self._merged
-        self._look_away()
-        if self._is_on:
-            self._watch()
+        if self._check is not None:
+            self._check.remove()
+        self._check = None
+        if self._is_on and self._changes:
+            held = Held(self._model, self._changes)
+            self._check = self._model.register_forward_pre_hook(held)
 
     def _require_place(self, changes: Sequence[Replacement]) -> None:
         """Raises `MisuseError` when the model has in a place of ours what another put there; a new

@@ -36,11 +36,7 @@ def absurd_count(config: Mapping[str, object], tensors: int) -> str:
 
 
 def on_meta(maker: Any, config: object, **options: object) -> torch.nn.Module:
-    """A model of a class, or by an auto class (with its `options`), on the meta device.
-
-    Raises:
-        ForeignError: this class cannot be built from this config.
-    """
+    """A model of a class, or by an auto class (with its `options`), on the meta device."""
 
     def built() -> torch.nn.Module:
         with torch.device("meta"):

@@ -25,14 +25,7 @@ from gralora_convert.adapters import (
 )
 from gralora_convert.delta import Delta, add_rows_, is_finite
 from gralora_convert.disk import read_torch
-from gralora_convert.errors import (
-    Finding,
-    MisuseError,
-    Report,
-    UnsupportedError,
-    error,
-    nearest,
-)
+from gralora_convert.errors import Finding, MisuseError, Report, UnsupportedError, error, nearest
 from gralora_convert.models.building import linear_modules
 from gralora_convert.models.layer import (
     Branch,
@@ -181,12 +174,7 @@ def fitted(
     trainable: bool,
     dtype: torch.dtype | None,
 ) -> tuple[list[Slot], list[Replacement]]:
-    """What goes where, for parts that are named as the model is.
-
-    Raises:
-        InvalidAdapterError: something has no place; all findings are listed.
-        MisuseError, UnsupportedError: as `attach`.
-    """
+    """What goes where, for parts that are named as the model is."""
     tree = named_layers(model, every_name=True)
     if (trainable or source.values) and any(map(is_sharded, model.modules())):
         raise MisuseError(
@@ -213,12 +201,7 @@ def fitted(
 
 
 def merged(layer: GraloraLinear, slot: Slot) -> Replacement:
-    """The layer's weight with the update of one adapter in it, rounded once to its dtype.
-
-    Raises:
-        MisuseError: the weight is another adapter's, or the sum is not finite in its dtype.
-        UnsupportedError: it is quantised, sharded, offloaded, or made of other parameters.
-    """
+    """The layer's weight with the update of one adapter in it, rounded once to its dtype."""
     path, owner = f"{slot.module}.weight", bare(layer)
     weight = owner._parameters.get("weight")
     plain = type(weight) is nn.Parameter and type(weight.data) is Tensor

@@ -49,11 +49,11 @@ def inputs_for(model: "PreTrainedModel", config: Config) -> Iterator[Inputs]:
     yield dict(model.dummy_inputs)
 
 
-def tokens(vocabulary: int, length: int, batch: int = BATCH) -> Tensor:
+def tokens(vocabulary: int, length: int) -> Tensor:
     """Seeded ids; padding and other special ids, which come first, are left out."""
     generator = torch.Generator().manual_seed(0)
     low = min(4, vocabulary - 1)
-    return torch.randint(low, vocabulary, (batch, length), generator=generator)
+    return torch.randint(low, vocabulary, (BATCH, length), generator=generator)
 
 
 def _normal(*shape: int) -> Tensor:

@@ -7,23 +7,15 @@ The order of the operations, the casts and the random draws are those of PEFT 0.
 Nothing of size out x in is ever allocated.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gralora_convert.delta import Delta, Dense, Gralora, Lora, gralora_product
-from gralora_convert.errors import (
-    Finding,
-    MisuseError,
-    Report,
-    UnsupportedError,
-    error,
-    is_number,
-)
+from gralora_convert.delta import Delta, Dense, Gralora, Lora, gralora_product, tensors_of
+from gralora_convert.errors import Finding, MisuseError, Report, UnsupportedError, error, is_number
 
 
 class Branch(nn.Module):
@@ -31,10 +23,10 @@ class Branch(nn.Module):
 
     A: nn.Parameter
     B: nn.Parameter
-    scaling: float
-    shapes: Mapping[str, torch.Size]  # of the whole factors, whatever FSDP keeps of them here
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(
+        self, delta: Gralora | Lora, dropout: float, made: Callable[[Tensor], nn.Parameter]
+    ) -> None:
         super().__init__()
         if not is_number(dropout) or not 0 <= dropout <= 1:
             raise MisuseError(f"the dropout {dropout!r} is not a number from 0 to 1")
@@ -42,10 +34,16 @@ class Branch(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.rate = dropout
         self.is_on = True
-        self.scale = 1.0  # beside the adapter's own scaling, in use only
+        self.scaling, self.scale = delta.scaling, 1.0  # the other one in use only
+        self._kind = type(delta)
+        for role, factor in tensors_of(delta).items():
+            self.register_parameter(role, made(factor))
+        # of the whole factors, whatever FSDP keeps of them here
+        self.shapes = {role: factor.shape for role, factor in self.named_parameters()}
 
     def value(self) -> Gralora | Lora:
-        raise NotImplementedError
+        factors = {role: whole(getattr(self, role), shape) for role, shape in self.shapes.items()}
+        return self._kind(**factors, scaling=self.scaling)
 
     def extra_repr(self) -> str:
         shapes = {name: tuple(factor.shape) for name, factor in self.named_parameters()}
@@ -55,13 +53,8 @@ class Branch(nn.Module):
 
 
 class _GraloraBranch(Branch):
-    def __init__(self, delta: Gralora, dropout: float, make: "_Maker") -> None:
-        super().__init__(dropout)
-        self.A, self.B, self.scaling = make(delta.A), make(delta.B), delta.scaling
-        general = delta.general_A is not None and delta.general_B is not None
-        self.general_A = make(delta.general_A) if general else None
-        self.general_B = make(delta.general_B) if general else None
-        self.shapes = _shapes(self)
+    general_A: nn.Parameter
+    general_B: nn.Parameter
 
     def forward(self, x: Tensor, result: Tensor) -> Tensor:
         """`result` + this adapter's part; each term is rounded to the dtype of `result`."""
@@ -69,56 +62,23 @@ class _GraloraBranch(Branch):
         blocks = gralora_product(self.dropout(x.to(self.A)), self.A, self.B)
         scaling = self.scaling * self.scale
         result = result + scaling * blocks.to(result)
-        if self.general_A is None or self.general_B is None:
+        if "general_A" not in self.shapes:
             return result
         hidden = F.linear(self.dropout(x.to(self.A)), self.general_A)
         general = F.linear(hidden, self.general_B)
         return result + scaling * general.to(result)
 
-    def value(self) -> Gralora:
-        factors = {role: whole(getattr(self, role), shape) for role, shape in self.shapes.items()}
-        return Gralora(**factors, scaling=self.scaling)
-
 
 class _LoraBranch(Branch):
-    def __init__(self, delta: Lora, dropout: float, make: "_Maker") -> None:
-        super().__init__(dropout)
-        self.A, self.B, self.scaling = make(delta.A), make(delta.B), delta.scaling
-        self.shapes = _shapes(self)
-
     def forward(self, x: Tensor, result: Tensor) -> Tensor:
         """`result` + this adapter's part, in the wider of the two dtypes (PEFT's LoRA forward)."""
         product = F.linear(F.linear(self.dropout(x.to(self.A)), self.A), self.B)
         return result + product.to(result.device) * (self.scaling * self.scale)
 
-    def value(self) -> Lora:
-        return Lora(whole(self.A, self.shapes["A"]), whole(self.B, self.shapes["B"]), self.scaling)
-
-
-@dataclass(frozen=True, slots=True)
-class _Maker:
-    """Turns a factor into a parameter of its own beside a base layer; never shares its storage."""
-
-    device: torch.device | None
-    dtype: torch.dtype
-    trainable: bool
-
-    def __call__(self, factor: Tensor | None) -> nn.Parameter:
-        assert factor is not None
-        values = factor.detach().to(self.device or factor.device, self.dtype, copy=True)
-        return nn.Parameter(values.contiguous(), requires_grad=self.trainable)
-
-
-def _shapes(branch: Branch) -> dict[str, torch.Size]:
-    return {role: factor.shape for role, factor in branch.named_parameters()}
-
 
 def whole(value: Tensor, shape: torch.Size) -> Tensor:
     """A copy of a value of this shape; one that FSDP 2 shards is gathered, which every rank has to
     ask for.
-
-    Raises:
-        MisuseError: FSDP 1 holds the rest of it.
     """
     found = value.detach()
     gather = getattr(found, "full_tensor", None)
@@ -320,12 +280,17 @@ def branch_of(
     default = torch.float64 if weight.dtype == torch.float64 else torch.float32
     # A base on the meta device has its values elsewhere (offloading); ours stay where they are.
     device = None if weight.device.type == "meta" else weight.device
-    make = _Maker(device, dtype or default, trainable)
+
+    def made(factor: Tensor) -> nn.Parameter:
+        """A parameter of its own beside the base layer, which never shares its storage."""
+        values = factor.detach().to(device or factor.device, dtype or default, copy=True)
+        return nn.Parameter(values.contiguous(), requires_grad=trainable)
+
     match delta:
         case Gralora():
-            return _GraloraBranch(delta, dropout, make)
+            return _GraloraBranch(delta, dropout, made)
         case Lora():
-            return _LoraBranch(delta, dropout, make)
+            return _LoraBranch(delta, dropout, made)
         case Dense():
             raise UnsupportedError(
                 "a dense delta cannot be attached, only factors",

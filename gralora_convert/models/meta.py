@@ -12,7 +12,7 @@ import copy
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -279,19 +279,18 @@ class Blueprint:
     def origins(self) -> Mapping[str, tuple[Rows, ...]]:
         """Name of a parameter -> where its rows lie on disk. Parameters whose values do not lie
         there as whole rows are left out."""
-        found, moved = dict(self._read[0]), self._read[1]
-        for name, keys in moved.items():
-            if self.state[name].ndim <= 2:  # stacks of experts cannot be adapted
-                found |= self._followed(name, keys)
-        return found
+        return self._read[0] | self._moved(lambda value: value.ndim <= 2)  # no stack of experts
 
     @cached_property
     def stacks(self) -> Mapping[str, tuple[Rows, ...]]:
         """Stack of matrices (experts) -> where its rows, one matrix after the other, lie on disk,
         where that is not one tensor."""
+        return self._moved(lambda value: value.ndim == 3)
+
+    def _moved(self, are_meant: Callable[[torch.Tensor], bool]) -> dict[str, tuple[Rows, ...]]:
         found: dict[str, tuple[Rows, ...]] = {}
         for name, keys in self._read[1].items():
-            if self.state[name].ndim == 3:
+            if are_meant(self.state[name]):
                 found |= self._followed(name, keys)
         return found
 

@@ -31,11 +31,7 @@ def copied(save: Callable[[Path], None]) -> Adapter:
 def implied_config(
     deltas: Mapping[str, Gralora | Lora], slots: Sequence[Slot], layers: Iterable[GraloraLinear]
 ) -> GraloraConfig:
-    """The config that deltas alone imply.
-
-    Raises:
-        MisuseError: one config cannot describe them.
-    """
+    """The config that deltas alone imply."""
     shapes = {
         (d.r, d.k, d.hybrid_r, d.scaling) if isinstance(d, Gralora) else None
         for d in deltas.values()

@@ -81,11 +81,7 @@ class Journal:
 
 
 def read_journals(folder: Path, plan: str) -> Done:
-    """What all journals in `folder` say about the plan of this fingerprint.
-
-    Raises:
-        UnreadableError: the disk fails.
-    """
+    """What all journals in `folder` say about the plan of this fingerprint."""
     done = Done()
     for path in _journals(folder):
         for line in _lines(path, plan):

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from gralora_convert.disk import TensorSpec, encode_header, read_bytes
 
+Bytes = memoryview | bytearray | bytes
 COPY_CHUNK = 32 * 1024 * 1024  # bytes per task: small enough for two workers to share one tensor
 COMPUTING = 4  # a byte computed takes so many copied: 1.4 s of CPU a GB, 0.3 s
 
@@ -104,7 +105,7 @@ class Piece:
     start: int
     stop: int
     copied: tuple[Path, int] | None = None
-    made: Callable[[], memoryview] | None = None
+    made: Callable[[], Bytes] | None = None
     effort: int = 0
 
     @property
@@ -156,10 +157,11 @@ def _tiles(source: Copied | Computed, position: int, end: int) -> Iterator[Piece
     size = source.tile_bytes if isinstance(source, Computed) else COPY_CHUNK
     for tile, start in enumerate(range(position, end, max(size, 1))):
         stop = min(start + size, end)
+        made: Callable[[], Bytes]
         if isinstance(source, Computed):
             made = partial(source.produce, tile)
         else:
-            made = partial(_in_order, source.spec, start - position, stop - position)
+            made = partial(read_bytes, source.spec, start - position, stop - position)
         yield Piece(start, stop, made=made)
 
 
@@ -168,9 +170,5 @@ def _joined(parts: Sequence[Part], start: int, stop: int) -> Piece:
     effort = sum(source.effort for source in sources)
     return Piece(
         start, stop, effort=effort,
-        made=lambda: memoryview(b"".join(source.produce(0) for source in sources)),
+        made=lambda: b"".join(source.produce(0) for source in sources),
     )  # fmt: skip
-
-
-def _in_order(spec: TensorSpec, start: int, stop: int) -> memoryview:
-    return memoryview(read_bytes(spec, start, stop))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from gralora_convert.adapters import Update
+from gralora_convert.adapters import Update, require_finite
 from gralora_convert.disk import (
     DTYPE_BITS,
     FLOATING,
@@ -28,7 +28,7 @@ from gralora_convert.disk import (
     read_torch,
     torch_dtype,
 )
-from gralora_convert.errors import CheckFailedError, InvalidAdapterError, UnsupportedError
+from gralora_convert.errors import CheckFailedError, UnsupportedError
 from gralora_convert.output.buffers import Buffer, Buffers, Shared
 from gralora_convert.output.parts import Account, Computed, Copied
 
@@ -130,9 +130,6 @@ class _Tiles:
         """The sums in the dtype that is written: the one rounding. `stored` reads them again.
 
         With `keep_infinite`, what was NaN or infinite may stay so (a mask, a buffer).
-
-        Raises:
-            CheckFailedError: a sum is no number or exceeds that dtype.
         """
         import torch
 
@@ -172,7 +169,7 @@ class TrainedTensor(_Tiles):
 
     def produce(self, tile: int) -> memoryview:
         stored = self.read(*self.span(tile))
-        _require_finite(stored, self.spec)
+        require_finite(stored, self.spec)
         return self.round(stored, lambda: stored).data
 
 
@@ -181,17 +178,6 @@ def taken(spec: TensorSpec, dtype: str) -> Copied | Computed:
     if not spec.nbytes or (spec.dtype == dtype and dtype not in FLOATING):
         return Copied(spec)
     return TrainedTensor(spec, dtype).source()
-
-
-def _require_finite(values: "torch.Tensor", spec: TensorSpec) -> None:
-    """Raises `InvalidAdapterError` for trained values that are no numbers."""
-    from gralora_convert.delta import is_finite
-
-    if not is_finite(values):
-        raise InvalidAdapterError(
-            f"{spec.name}: holds NaN or infinity", where=spec.file,
-            hint="Training diverged, or the file is damaged: use an earlier checkpoint.",
-        )  # fmt: skip
 
 
 class PatchedTensor(_Tiles):
@@ -213,7 +199,7 @@ class PatchedTensor(_Tiles):
         for rows, source in self.parts:
             if met := rows.meet(start, stop):
                 values = read_torch(source).reshape(-1, self.columns)
-                _require_finite(values, source)
+                require_finite(values, source)
                 stored[met[0]] = values[met[1]]
         return self.round(stored, lambda: stored).data
 

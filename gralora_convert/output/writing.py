@@ -10,17 +10,11 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Self
 
-from gralora_convert.disk import (
-    file_stamp,
-    open_regular,
-    pread_exact,
-    reading,
-    require_stamp,
-)
+from gralora_convert.disk import file_stamp, open_regular, pread_exact, reading, require_stamp
 from gralora_convert.errors import OutputError
 from gralora_convert.output.journal import Journal, joined
 from gralora_convert.output.parts import OutputFile, Piece
@@ -32,11 +26,7 @@ MANY = 16  # files that are begun while nothing can be computed
 
 
 def begin_files(folder: Path, files: Iterable[OutputFile]) -> None:
-    """Makes new files of their size in `folder`, with their headers, and flushes them.
-
-    Raises:
-        OutputError: one cannot be made, or is there.
-    """
+    """Makes new files of their size in `folder`, with their headers, and flushes them."""
     for file in files:
         with _File(folder / file.name, file.nbytes) as begun:
             begun.write(memoryview(file.header), 0)
@@ -65,9 +55,13 @@ def write_files(
         UnreadableError, ChangedInputError: an input failed.
     """
     with contextlib.ExitStack() as stack:
-        sources = stack.enter_context(_Sources())
         targets = _Targets(folder, journal)
         stack.callback(targets.close)
+
+        @cache
+        def source(path: Path) -> int:
+            """An input file, opened when first copied from."""
+            return stack.enter_context(open_regular(path)).fileno()
 
         def tasks() -> Iterator[Task]:
             """In order; but what must be computed is put off until `prepare` has ended."""
@@ -79,7 +73,7 @@ def write_files(
                         prepared.result()
                         yield from put_off
                         put_off.clear()
-                    task = partial(target.make, piece, sources)
+                    task = partial(target.make, piece, source)
                     if piece.copied is None and not prepared.done():
                         put_off.append(task)
                     else:
@@ -109,28 +103,6 @@ def begins_as(path: Path, file: OutputFile) -> bool:
         return is_whole and opened.read(len(header)) == header
 
 
-class _Sources:
-    """Input files, each opened once, when first copied from."""
-
-    def __init__(self) -> None:
-        self._files = contextlib.ExitStack()
-        self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> "_Sources":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.close()
-
-    def descriptor(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._descriptors:
-                file = self._files.enter_context(open_regular(path))
-                self._descriptors[path] = file.fileno()
-            return self._descriptors[path]
-
-
 # files being written ------------------------------------------------------------------------------
 
 
@@ -143,18 +115,15 @@ class _File:
         # not for reading: an NFS client then sends the bytes written, never what it took for the
         # rest of their page, which another rank may write (Linux, fs/nfs/file.c, write_begin)
         flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-        with _writing(path):
+        with _writing(path), contextlib.ExitStack() as undo:
             if is_new:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 flags |= os.O_CREAT | os.O_EXCL
             self._descriptor = os.open(path, flags, 0o666)
-        try:
-            with _writing(path):
-                if is_new:
-                    os.ftruncate(self._descriptor, nbytes)
-        except BaseException:
-            self.close()
-            raise
+            undo.callback(self.close)
+            if is_new:
+                os.ftruncate(self._descriptor, nbytes)
+            undo.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -208,18 +177,17 @@ class _Target:
         self._lock = threading.Lock()
         self._file: _File | None = _File(self.path, file.nbytes, is_new=False)
 
-    def make(self, piece: Piece, sources: _Sources) -> int:
+    def make(self, piece: Piece, source: Callable[[Path], int]) -> int:
         """Makes one piece, and says how many bytes that were."""
         assert self._file is not None
         if piece.made is not None:
             with one_arithmetic_thread():
-                data = piece.made().cast("B")
+                data = memoryview(piece.made()).cast("B")
             assert len(data) == piece.nbytes, (self.path, piece)
             self._file.write(data, piece.start)
         elif piece.copied is not None:
             path, offset = piece.copied
-            source = sources.descriptor(path)
-            self._file.copy_from(source, offset, piece.start, piece.nbytes, path)
+            self._file.copy_from(source(path), offset, piece.start, piece.nbytes, path)
         with self._lock:
             self._written.append(piece)
             self._left -= 1
@@ -309,12 +277,7 @@ def write_text(path: Path, text: bytes) -> None:
 
 
 def copy_file(source: Path, to: Path) -> None:
-    """A new file with the bytes of `source`, flushed.
-
-    Raises:
-        UnreadableError, ChangedInputError: `source` failed, or changed meanwhile.
-        OutputError: `to` cannot be written.
-    """
+    """A new file with the bytes of `source`, flushed."""
     with open_regular(source) as file, reading(source):
         before = file_stamp(os.fstat(file.fileno()))
         size = before[1]
@@ -329,14 +292,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _write_failed(path, error) from error
-
-
-def _write_failed(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot be written: {error.strerror}",
-        where=path.name,
-        hint="Nothing was published; free space or choose another output."
-        if error.errno in (errno.ENOSPC, errno.EDQUOT)
-        else "Nothing was published.",
-    )
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "; free space or choose another output." if is_full else "."
+        what, hint = f"cannot be written: {error.strerror}", f"Nothing was published{way_out}"
+        raise OutputError(what, where=path.name, hint=hint) from error

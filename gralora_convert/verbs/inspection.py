@@ -22,14 +22,7 @@ from gralora_convert.adapters import (
     scan_adapter,
 )
 from gralora_convert.base import quantised_by, scales_of
-from gralora_convert.disk import (
-    RECEIPT_NAME,
-    Checkpoint,
-    TensorSpec,
-    load_json,
-    locate,
-    read_bytes,
-)
+from gralora_convert.disk import RECEIPT_NAME, Checkpoint, TensorSpec, load_json, locate, read_bytes
 from gralora_convert.errors import Finding, Report, UnreadableError, error, note, warning
 from gralora_convert.verbs.serving import served_rank
 

@@ -109,7 +109,7 @@ def _module(
         transposed = names.reading.is_transposed(name) or False
         # one that is not square fits its module only as it is stored: PEFT loads it, or says no
         is_unsaid = names.reading.is_transposed(name) is None and names.may_hold_conv1d
-        if is_unsaid and _is_square(pairs[0][0], parts):
+        if is_unsaid and sum(part.count for part in parts) == pairs[0][0].shape[1]:
             raise UnsupportedError(
                 "differs and is square, and whether it is an nn.Linear, a Conv1D or none of them "
                 "cannot be told without the architecture", where=name,
@@ -130,10 +130,6 @@ def _module(
 def _is_read_past(names: Architecture, name: str, parts: Sequence[Rows]) -> bool:
     """Whether the forward reads the layer's weight past an adapter on it."""
     return names.is_attention_output(name, parts[0].tensor.removesuffix(".weight"))
-
-
-def _is_square(spec: TensorSpec, parts: Sequence[Rows]) -> bool:
-    return sum(part.count for part in parts) == spec.shape[1]
 
 
 def _differs(parts: Sequence[Rows], before: Tensors, after: Tensors) -> bool:

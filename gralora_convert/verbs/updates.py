@@ -48,13 +48,7 @@ class Source:
         device: str = "cpu",
         reading: Reading = NOTHING_SAID,
     ) -> "Source":
-        """The adapter, with the base (if one is given) that it must fit.
-
-        Raises:
-            UnsupportedError: a LoRA that is more than its factors, and the base is not given or
-                would not help.
-            InvalidAdapterError: it does not fit the base.
-        """
+        """The adapter, with the base (if one is given) that it must fit."""
         adapter.require_plain(allowed=NEEDS_BASE)
         if base is None:
             if adapter.unsupported:
@@ -64,7 +58,7 @@ class Source:
                     where=adapter.path, hint="Give `base`, the original one.",
                 )  # fmt: skip
             return cls(adapter, None, None, device)
-        opened = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+        opened = Checkpoint.open(base)
         placement, report = place(adapter, opened, reading)
         report.require_ok(adapter.path)
         return cls(adapter, opened, placement, device)
@@ -116,9 +110,6 @@ class Source:
     def delta(self, module: str) -> Delta:
         """The update of one module, on the device: factors in float32 or wider, or dense for a
         DoRA.
-
-        Raises:
-            InvalidAdapterError: it has values that are not finite.
         """
         found = self._delta(module)
         if self.base is not None and not all(
@@ -161,11 +152,7 @@ class Source:
     # biases ---------------------------------------------------------------------------------------
 
     def bias(self, module: str) -> torch.Tensor:
-        """The bias of the base (or the trained one that replaces it) + the module's own, float32.
-
-        Raises:
-            InvalidAdapterError: the layer has no bias.
-        """
+        """The bias of the base (or the trained one that replaces it) + its own, float32."""
         assert self.base is not None
         assert self.placement is not None
         own = self.adapter.biases.get(module)

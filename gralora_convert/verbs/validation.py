@@ -22,13 +22,7 @@ from gralora_convert.adapters import (
     values_beside,
 )
 from gralora_convert.base import Reading, model_at_hand, place
-from gralora_convert.disk import (
-    FLOATING,
-    RECEIPT_NAME,
-    Checkpoint,
-    TensorFile,
-    look,
-)
+from gralora_convert.disk import FLOATING, RECEIPT_NAME, Checkpoint, TensorFile, look
 from gralora_convert.errors import ConvertError, Finding, Report, error, note, warning
 from gralora_convert.output import adapter_receipt_findings, checkpoint_receipt_findings
 from gralora_convert.verbs.serving import ENGINES, Exported, reasons, require_engine
@@ -62,20 +56,15 @@ def validate(
     reading = Reading.of(key_map, fan_in_fan_out, trust_remote_code)
     held = adapter if isinstance(adapter, str | Path) else Adapter.open(adapter)
     named = held.path if isinstance(held, Adapter) else held
+    opened = None if base is None else Checkpoint.open(base)
     if _is_merged(Path(named)):
-        opened = Checkpoint.open(base) if isinstance(base, str | Path) else base
         return Report.of(checkpoint_receipt_findings(Path(named), opened))
     scan = scan_adapter(named)
     findings = list(scan.report.findings)
     if scan.file is not None:
         findings += _value_findings(scan.file)
     if scan.adapter is not None:
-        findings += chain_findings(scan.adapter)
-        findings += _receipt_findings(scan.adapter)
-        findings += _fit_findings(scan.adapter, base, reading)
-        findings += [] if server is None else _server_findings(scan.adapter, base, server)
-    elif base is not None and not isinstance(base, Checkpoint):
-        Checkpoint.open(base)  # an unreadable base is a refusal, whatever the adapter's state
+        findings += _adapter_findings(scan.adapter, opened, reading, server)
     return Report.of(findings)
 
 
@@ -84,42 +73,38 @@ def _is_merged(path: Path) -> bool:
     return os.path.lexists(path / RECEIPT_NAME) and not os.path.lexists(path / CONFIG_NAME)
 
 
-def _receipt_findings(adapter: Adapter) -> Iterator[Finding]:
-    """For what `convert` and `extract` wrote."""
-    if os.path.lexists(adapter.path / RECEIPT_NAME):
+def _adapter_findings(
+    adapter: Adapter, base: Checkpoint | None, reading: Reading, server: str | None
+) -> Iterator[Finding]:
+    yield from chain_findings(adapter)
+    if os.path.lexists(adapter.path / RECEIPT_NAME):  # of `convert` or `extract`
         modules = frozenset(adapter.modules)
         yield from adapter_receipt_findings(adapter.path, adapter.file.path, modules)
-
-
-def _fit_findings(
-    adapter: Adapter,
-    base: str | Path | Checkpoint | None,
-    reading: Reading,
-) -> Iterator[Finding]:
     if base is None:
-        try:
-            named = model_below(adapter)
-            base = model_at_hand(named)
-        except ConvertError as problem:
-            yield note(
-                "base-not-checked", CONFIG_NAME, f"the base it names cannot be read: {problem}"
-            )
-        else:
-            if base is None:
-                what = f"{named!r} is not here" if named else "none is named"
-                yield note("base-not-checked", CONFIG_NAME, f"checked without a base model: {what}")
+        base, unseen = _base_at_hand(adapter)
+        if unseen:
+            yield note("base-not-checked", CONFIG_NAME, unseen)
     if base is None:
         yield from suspicions(adapter)
         yield from extra_findings(adapter)
-        return
-    opened = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    _, report = place(adapter, opened, reading)
-    yield from report.findings
+    else:
+        yield from place(adapter, base, reading)[1].findings
+    if server is not None:
+        yield from _server_findings(adapter, base, server)
 
 
-def _server_findings(
-    adapter: Adapter, base: str | Path | Checkpoint | None, server: str
-) -> Iterator[Finding]:
+def _base_at_hand(adapter: Adapter) -> tuple[Checkpoint | None, str]:
+    """The model that an adapter names, or why it cannot be looked at."""
+    try:
+        named = model_below(adapter)
+        found = model_at_hand(named)
+    except ConvertError as problem:
+        return None, f"the base it names cannot be read: {problem}"
+    what = f"{named!r} is not here" if named else "none is named"
+    return found, "" if found is not None else f"checked without a base model: {what}"
+
+
+def _server_findings(adapter: Adapter, base: Checkpoint | None, server: str) -> Iterator[Finding]:
     """What keeps an engine from serving an adapter as it is."""
     require_engine(server)
     engine, config = ENGINES[server], adapter.config
@@ -130,14 +115,8 @@ def _server_findings(
                 f"`convert` it with `to=\"lora\"` and `server={server!r}`.",
             )  # fmt: skip
         return
-    if base is None:
-        try:
-            base = model_at_hand(model_below(adapter))
-        except ConvertError:  # told by the fit
-            base = None
-    held = base if base is None or isinstance(base, Checkpoint) else Checkpoint.open(base)
     values = [*adapter.values, *values_beside(adapter)]
-    for reason in reasons(server, Exported(config, adapter.modules, values, held)):
+    for reason in reasons(server, Exported(config, adapter.modules, values, base)):
         yield error("server-refuses", CONFIG_NAME, f"{engine.title} {engine.version} {reason}")
 
 

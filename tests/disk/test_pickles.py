@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gralora_convert.disk.pickles import read_pickle
-from gralora_convert.disk.specs import DTYPE_OF_TORCH, TensorFileError
+from gralora_convert.disk.specs import DTYPE_OF_TORCH
 from gralora_convert.disk.tensors import read_bytes, read_tensor_file, read_torch
 from gralora_convert.errors import ConvertError, UnreadableError
 
@@ -50,8 +50,8 @@ def require_same(path: Path, expected: Tensors) -> None:
         assert bytes(read_bytes(spec, third, 2 * third)) == data[third : 2 * third]
 
 
-def refusal(path: Path, reason: str = "unreadable") -> TensorFileError:
-    with pytest.raises(TensorFileError) as caught:
+def refusal(path: Path, reason: str = "unreadable") -> UnreadableError:
+    with pytest.raises(UnreadableError) as caught:
         read_pickle(path)
     assert str(caught.value).isprintable()
     assert caught.value.reason == reason, caught.value
@@ -306,7 +306,7 @@ def test_every_truncation_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     for length in range(0, len(content), 3):
         path.write_bytes(content[:length])
-        with pytest.raises(TensorFileError):
+        with pytest.raises(UnreadableError):
             read_pickle(path)
 
 
@@ -381,7 +381,7 @@ def test_a_small_description_costs_little(name: str, tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     with_pickle(path, BOMBS[name])
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with pytest.raises(TensorFileError) as caught:
+    with pytest.raises(UnreadableError) as caught:
         read_pickle(path)
     assert len(str(caught.value)) < 3000
     assert time.process_time() - start < 5

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gralora_convert.disk import strictjson
-from gralora_convert.disk.strictjson import JsonError, dump_json, load_json, parse_json
+from gralora_convert.disk.strictjson import dump_json, load_json, parse_json
 from gralora_convert.errors import ConvertError, UnreadableError
 
 SURROGATE = "holds half of a surrogate pair, which is no character"
@@ -61,17 +61,17 @@ REFUSED: dict[str, tuple[bytes, str, str]] = {
 }  # fmt: skip
 
 
-def outcome(data: bytes, allow_non_finite: bool = False) -> dict[str, object] | JsonError:
+def outcome(data: bytes, allow_non_finite: bool = False) -> dict[str, object] | UnreadableError:
     try:
         return parse_json(data, where="x", allow_non_finite=allow_non_finite)
-    except JsonError as error:
+    except UnreadableError as error:
         return error
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name: str) -> None:
     data, reason, words = REFUSED[name]
-    with pytest.raises(JsonError) as caught:
+    with pytest.raises(UnreadableError) as caught:
         parse_json(data, where="a/config.json")
     assert caught.value.reason == reason
     assert str(caught.value).startswith("a/config.json: ")
@@ -145,7 +145,7 @@ PIECES = st.sampled_from(
 @given(st.lists(PIECES, max_size=20).map(b"".join) | st.binary(max_size=40), st.booleans())
 def test_any_bytes_are_an_object_or_a_refusal(data: bytes, allow_non_finite: bool) -> None:
     found = outcome(data, allow_non_finite)
-    if isinstance(found, JsonError):
+    if isinstance(found, UnreadableError):
         assert str(found).isprintable()
         assert found.reason in {"bom", "not-json", "duplicate-key", "non-finite", "not-object"}
     else:

@@ -19,11 +19,10 @@ from gralora_convert.adapters.keys import PREFIX, key_of, parse_key
 from gralora_convert.disk.checkpoint import Checkpoint
 from gralora_convert.disk.files import RECEIPT_NAME
 from gralora_convert.disk.pickles import read_pickle
-from gralora_convert.disk.specs import TensorFileError
 from gralora_convert.disk.strictjson import parse_json
 from gralora_convert.disk.tensors import encode_header, read_bytes, read_safetensors
 from gralora_convert.disk.unpickling import unpickle
-from gralora_convert.errors import ConvertError
+from gralora_convert.errors import ConvertError, UnreadableError
 from gralora_convert.output.receipt import checkpoint_receipt_findings
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
@@ -94,7 +93,7 @@ def key(data: bytes) -> None:
 
 def pickle(data: bytes) -> None:
     """The machine alone, on the bytes of `data.pkl`."""
-    with contextlib.suppress(TensorFileError):
+    with contextlib.suppress(UnreadableError):
         unpickle(data, where="")
 
 

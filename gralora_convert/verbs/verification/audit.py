@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,11 +10,10 @@ import torch
 
 from gralora_convert.adapters import Adapter
 from gralora_convert.base import Kept, Merged, Patched, Recipe, Replaced, misread
-from gralora_convert.delta import Survival
 from gralora_convert.disk import FLOATING, Checkpoint, TensorSpec, read_torch
 from gralora_convert.output import Ranks
 from gralora_convert.system import usable_cpus
-from gralora_convert.verbs.verification.comparison import Comparison, Others, difference
+from gralora_convert.verbs.verification.comparison import Comparison, Others, Row, difference
 from gralora_convert.verbs.verification.expected import Expected
 from gralora_convert.verbs.verification.factored import WRONG, Factored
 from gralora_convert.verbs.verification.pairs import Pairs
@@ -24,33 +23,6 @@ NEIGHBOURS = 64  # modules of the same shape that a wrong one is compared with
 SUM_ELEMENTS = 1 << 22  # of a replaced tensor: enough to see that a value was added
 _COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "position_ids")
 _TIED = ("lm_head.weight", "embed_tokens.weight", "decoder.weight", "decoder.bias")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """The verdict on one tensor, or on the part of it that belongs to `module`: `worst` is the
-    largest |difference| / bound (right: at most 1)."""
-
-    tensor: str
-    module: str
-    worst: float
-    what: str = ""
-    survival: Survival | None = None
-    output_worst: float | None = None
-    kept: bool = False  # a tensor that no adapter touches
-    dtype: str = ""  # in which an adapted matrix is stored
-
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> "Row":
-        """The row of which `dataclasses.asdict` made these."""
-        survival = fields["survival"]
-        return cls(**fields | {"survival": survival and Survival(**survival)})
-
-    def as_json(self) -> dict[str, object]:
-        row: dict[str, object] = {"tensor": self.tensor, "module": self.module, "worst": self.worst}
-        if self.what:
-            row["what"] = self.what
-        return row | (self.survival.as_json() if self.survival else {})
 
 
 @dataclass(frozen=True)
@@ -135,8 +107,8 @@ def _merged(audit: _Audit, output: str, entry: Merged) -> Iterator[Row]:
     )  # fmt: skip
     adapters = {update.module: update.adapter for update in entry.updates}
     for found in comparison.found(lambda module: _others(adapters[module], module)):
-        row = (found.worst, found.what, found.survival, found.output_worst)
-        yield Row(output, found.module or _module_of(output), *row, dtype=after.dtype)
+        held = found.module or _module_of(output)
+        yield replace(found, tensor=output, module=held, dtype=after.dtype)
 
 
 def _others(adapter: Adapter, module: str) -> Others:

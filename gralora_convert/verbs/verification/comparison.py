@@ -8,6 +8,7 @@ pass finds out why.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,10 @@ from gralora_convert.delta import (
     worst_ratio,
 )
 from gralora_convert.disk import (
-    DTYPE_BITS,
     FLOATING,
     TensorSpec,
     bytes_of,
-    read_bytes,
+    element_bytes,
     read_into,
     read_rows,
     torch_dtype,
@@ -51,14 +51,30 @@ Others = Iterable[tuple[str, Callable[[], Delta]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a comparison found of one module: `worst` is the largest |difference| / bound."""
+class Row:
+    """The verdict on one tensor, or on the part of it that belongs to `module`: `worst` is the
+    largest |difference| / bound (right: at most 1)."""
 
+    tensor: str
     module: str
     worst: float
-    what: str
-    survival: Survival
-    output_worst: float | None
+    what: str = ""
+    survival: Survival | None = None
+    output_worst: float | None = None
+    kept: bool = False  # a tensor that no adapter touches
+    dtype: str = ""  # in which an adapted matrix is stored
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Row":
+        """The row of which `dataclasses.asdict` made these."""
+        survival = fields["survival"]
+        return cls(**fields | {"survival": survival and Survival(**survival)})
+
+    def as_json(self) -> dict[str, object]:
+        row: dict[str, object] = {"tensor": self.tensor, "module": self.module, "worst": self.worst}
+        if self.what:
+            row["what"] = self.what
+        return row | (self.survival.as_json() if self.survival else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +112,13 @@ class Comparison:
         wide = "F64" in (before.dtype, after.dtype) or after.dtype == "F32"
         self.wide = torch.float64 if wide else torch.float32
 
-    def found(self, others: Callable[[str], Others] = lambda module: ()) -> Iterator[Found]:
-        """What became of each update; and of the rows that get none, under an empty name, if they
-        changed."""
+    def found(self, others: Callable[[str], Others] = lambda module: ()) -> Iterator[Row]:
+        """What became of each update, in a row that names its module; and of the rows that get
+        none, if they changed."""
         for rows_ in self._idle():
             if ratio := difference(self.before, self.after, rows=rows_):
                 what = "rows that no adapter touches were changed"
-                yield Found("", ratio, what, Survival(), None)
+                yield Row("", "", ratio, what, Survival())
         found = self._passed(self.expected)
         if self.expected and any(seen.worst <= 1 < (out or 0.0) for seen, out in found):
             found = self._passed(None)  # the quick bound of the outputs says no: take the full one
@@ -112,7 +128,7 @@ class Comparison:
                 what = "holds NaN or infinity"
             elif seen.worst > 1:
                 what, kept = self._explained(update, others(update.module))
-            yield Found(update.module, seen.worst, what, kept, output)
+            yield Row("", update.module, seen.worst, what, kept, output)
 
     def _idle(self) -> Iterator[tuple[int, int]]:
         """The rows that no update touches."""
@@ -197,8 +213,8 @@ class Comparison:
         return seen
 
     def _read(self, start: int, stop: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-        one = _rows(self.before, start, stop).to(self.device, wide)
-        return one, _rows(self.after, start, stop).to(self.device, wide)
+        one = read_rows(self.before, start, stop).to(self.device, wide)
+        return one, read_rows(self.after, start, stop).to(self.device, wide)
 
     def _judged(
         self, start: int, stop: int, wide: torch.dtype, *, quick: bool = True
@@ -277,7 +293,7 @@ def difference(
     for start in range(begin, end, TILE_ELEMENTS):
         stop = min(start + TILE_ELEMENTS, end)
         progress((stop - start) * other.nbytes // max(other.numel, 1))
-        if not is_cast and _bytes(one, start, stop) == _bytes(other, start, stop):
+        if not is_cast and element_bytes(one, start, stop) == element_bytes(other, start, stop):
             continue
         if one.read_as not in FLOATING or other.dtype not in FLOATING:
             return WRONG
@@ -301,12 +317,6 @@ def _decoding_slack(values: Tensor, dtype: torch.dtype) -> Tensor:
     return half_ulp(values, dtype).add_(values.abs(), alpha=torch.finfo(torch.float32).eps)
 
 
-def _bytes(spec: TensorSpec, start: int, stop: int) -> bytearray:
-    """Elements `start:stop`, as bytes."""
-    bits = DTYPE_BITS[spec.dtype]
-    return read_bytes(spec, start * bits // 8, stop * bits // 8)
-
-
 def _elements(spec: TensorSpec, start: int, stop: int) -> Tensor:
     if spec.scale is not None:
         width = spec.shape[1]
@@ -316,8 +326,3 @@ def _elements(spec: TensorSpec, start: int, stop: int) -> Tensor:
     values = torch.empty(stop - start, dtype=torch_dtype(spec.dtype))
     read_into(spec, start * values.itemsize, bytes_of(values))
     return values
-
-
-def _rows(spec: TensorSpec, start: int, stop: int) -> Tensor:
-    width = spec.shape[1]
-    return _elements(spec, start * width, stop * width).view(stop - start, width)

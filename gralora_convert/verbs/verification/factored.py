@@ -8,15 +8,7 @@ import torch
 from torch import Tensor
 
 from gralora_convert.adapters import Update
-from gralora_convert.delta import (
-    Addend,
-    Gralora,
-    Lora,
-    elements,
-    terms,
-    tolerance,
-    worst_ratio,
-)
+from gralora_convert.delta import Addend, Gralora, Lora, elements, terms, tolerance, worst_ratio
 from gralora_convert.disk import Rows, torch_dtype
 from gralora_convert.verbs.verification.expected import Unlike
 

@@ -7,13 +7,7 @@ from math import ceil, sqrt
 import torch
 from torch import Tensor
 
-from gralora_convert.delta import (
-    forward_path,
-    rounding_lengths,
-    terms,
-    to_device,
-    worst_ratio,
-)
+from gralora_convert.delta import forward_path, rounding_lengths, terms, to_device, worst_ratio
 from gralora_convert.verbs.verification.factored import WRONG, Factored
 
 PROBES = 4

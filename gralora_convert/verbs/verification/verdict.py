@@ -12,21 +12,14 @@ from pathlib import Path
 import torch
 
 from gralora_convert.adapters import CONFIG_NAME, Adapter, AdapterLike
-from gralora_convert.base import (
-    Reading,
-    Recipe,
-    combine,
-    gathered,
-    lost_steps,
-    place_in,
-    scales_of,
-)
+from gralora_convert.base import Reading, Recipe, combine, gathered, lost_steps, place_in, scales_of
 from gralora_convert.delta import Survival, device_for
 from gralora_convert.disk import FLOATING, Checkpoint
 from gralora_convert.errors import MisuseError, is_number, printable
 from gralora_convert.output import Ranks, meeting, one_arithmetic_thread
 from gralora_convert.verbs.verification.agreement import ModelComparison, NotRun
-from gralora_convert.verbs.verification.audit import Row, audited
+from gralora_convert.verbs.verification.audit import audited
+from gralora_convert.verbs.verification.comparison import Row
 from gralora_convert.verbs.verification.factored import WRONG
 from gralora_convert.verbs.verification.outputs import compare_models
 from gralora_convert.verbs.verification.probes import PROBES
@@ -271,7 +264,7 @@ def verify(
     near = str(device_for(device, torch.float64))
     weighted, source, said = gathered(adapters, base, weights)
     opened, factors = [adapter for adapter, _ in weighted], [weight for _, weight in weighted]
-    result = merged if isinstance(merged, Checkpoint) else Checkpoint.open(merged)
+    result = Checkpoint.open(merged)
     if weights is None and (listed := _receipt_weights(opened, result)):
         factors = listed
         told = ", ".join(f"{weight:g}" for weight in factors)
