@@ -170,7 +170,7 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
+IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 2]])  # BART classifies by what stands at the end
 
 
 def inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:

@@ -50,9 +50,14 @@ class Architecture(Names):
 
     def sharing(self, parameter: str) -> tuple[str, ...]:
         """All names of one parameter in memory, itself included."""
-        if not self.text.may_be_tied(parameter) or self.blueprint is None:
+        if not self._may_be_tied(parameter) or self.blueprint is None:
             return (parameter,)
         return tuple(self.spelt(name) for name in self.blueprint.sharing(self.today(parameter)))
+
+    def _may_be_tied(self, parameter: str) -> bool:
+        """By the source text, which calls what is within a part as the whole does."""
+        names = parameter, self.today(parameter), *(rows.tensor for rows in self.locate(parameter))
+        return any(map(self.text.may_be_tied, names))
 
     def place(self, parameter: str) -> object:
         """Names of a shared parameter with the same place are one in the model, so that an adapter
@@ -121,7 +126,7 @@ class Architecture(Names):
         words = {word for name in self.base.tensors for word in name.split(".")}
         strange = not all(map(self.text.names, words))
         found = self.blueprint if strange else vars(self).get("blueprint")
-        if found is None or type(found.model).__name__ not in self.base.architectures:
+        if found is None or not found.is_own:
             return [], []
         lacking, strays = found.lacking(()), found.strays
         return (lacking, strays) if lacking and strays else ([], [])

@@ -133,11 +133,11 @@ class Names:
         if self._by_blueprint or len(self._fitting) == 1:
             return None
         parts = [way.adds for way in self._fitting]
-        modules = [module for module in self.modules if self.mapped(module) == module]
-        starts = dict.fromkeys(module.partition(".")[0] for module in modules)
+        names = [name for name in (*self.modules, *self.claimed) if self.mapped(name) == name]
+        starts = dict.fromkeys(name.partition(".")[0] for name in names)
         lines = [f"`key_map={ {start: f'{p}.{start}' for start in starts} }`" for p in parts]
         return error(
-            "part-ambiguous", modules[0],
+            "part-ambiguous", names[0],
             f"is in {len(parts)} parts of the base, {' and '.join(parts)}, and nothing says which "
             "of them was trained",
             f"Name it: {', or '.join(lines)}.",
@@ -176,8 +176,9 @@ class Names:
     def _by_blueprint(self) -> bool:
         """Whether names on disk are to be asked of transformers: where it renames tensors, and the
         adapter's names are those of today's model (older adapters carry the names on disk), or of a
-        part of it that headers do not show."""
-        if not self.modules or not (self.text.is_converted or self._is_of_a_part):
+        part of it that headers do not show, or that what is outside of it may be tied to."""
+        tied = self._way.adds and any(self.is_embedding(p.rpartition(".")[0]) for p in self.claimed)
+        if not self.modules or not (self.text.is_converted or self._is_of_a_part or tied):
             return False
         blueprint = self.blueprint
         return blueprint is not None and all(blueprint.today(f"{m}.weight") for m in self.modules)
@@ -190,11 +191,16 @@ class Names:
 
     def today(self, parameter: str) -> str:
         """The name of a parameter in the model of the installed transformers; the adapter was
-        perhaps trained under another release, which called it otherwise."""
-        if not self._by_blueprint or self.mapped(parameter) != parameter:
+        perhaps trained under another release, which called it otherwise, or on a part."""
+        model = self.blueprint if self._by_blueprint else vars(self).get("blueprint")
+        if model is None:
             return parameter
-        assert self.blueprint is not None
-        return self.blueprint.today(parameter) or parameter
+        if (mapped := self.mapped(parameter)) != parameter:
+            name, moved = model.loaded_name(mapped)
+            return name if moved is None and name in model.state else parameter
+        if not (self._by_blueprint or model.part):
+            return parameter
+        return model.today(parameter) or parameter
 
     @cached_property
     def _adapters_own(self) -> Mapping[str, str]:
@@ -322,13 +328,17 @@ class Names:
         return not self.origins or tensor in self.parameters
 
     def is_ignored(self, tensor: str) -> bool:
-        """Whether the class that the config names is known, and does not load this tensor."""
+        """Whether the class in memory is known, and does not load this tensor."""
         model = self.blueprint
         if model is None or tensor in self.parameters:
             return False
-        if type(model.model).__name__ not in self.base.architectures:
+        if not model.is_own and type(model.model).__name__ != self.class_name:
             return False
         return model.loaded_name(tensor)[0] not in model.state
+
+    def has_parameter(self, name: str) -> bool:
+        """Whether the model in memory is known to have a parameter, on disk or not."""
+        return self.blueprint is not None and name in self.blueprint.state
 
     def loaded_as(self, tensor: str) -> tuple[str, set[str]]:
         """The parameter that a tensor beside those of the base would become ('' when none), and the

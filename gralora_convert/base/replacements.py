@@ -266,7 +266,7 @@ def _place_extra(held: Replacements, extra: Extra) -> None:
 
 
 def _is_head(held: Replacements, entry: str) -> bool:
-    return entry in _TASK_HEADS and held.config.task_type in _HEADED_TASKS
+    return entry in _TASK_HEADS and held.adapter.task_type in _HEADED_TASKS
 
 
 def _is_vocabulary(
@@ -324,7 +324,7 @@ def _check_saved(held: Replacements) -> None:
         given = {*held.adapter.saved, *held.adapter.frozen}
         every = {other for name in given for other in held.architecture.sharing(name)}
         written = {held.architecture.today(name) for name in every | given}
-        held.findings += saved_findings(held.adapter, written, blueprint.state)
+        held.findings += saved_findings(held.adapter, written, blueprint.own)
 
 
 def stored_shape(origins: Sequence[Rows], tensors: Mapping[str, TensorSpec]) -> tuple[int, ...]:

@@ -28,9 +28,12 @@ def modeling(model_type: str) -> str:
     spec = find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         return ""
-    names = dict(re.findall(r'\("([\w-]+)", "([\w-]+)"\)', text_of("models/auto/auto_mappings.py")
-                            .partition("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")[2]
-                            .partition("\n)")[0]))  # fmt: skip
+    files = (
+        text_of("models", "auto", f"{name}.py") for name in ("auto_mappings", "configuration_auto")
+    )
+    special = r"^SPECIAL_MODEL_TYPE_TO_MODULE_NAME(?: = OrderedDict|\.update)\((.*?)^\)"
+    lines = "".join(block for file in files for block in re.findall(special, file, LINES))
+    names = dict(re.findall(r'"([^"]+)"(?:,|:) "([^"]+)"', lines))
     name = names.get(model_type, model_type).replace("-", "_")
     folder = Path(spec.submodule_search_locations[0]) / "models" / name
     if not re.fullmatch(r"\w+", name) or not folder.is_dir():
@@ -95,7 +98,7 @@ class SourceText:
     def _tie_patterns(self) -> tuple[re.Pattern[str], ...]:
         """Patterns of the parameters that may be one and the same with others."""
         any_may_be = (re.compile(""),)
-        if "_tied_weights_keys[" in self.text:  # made while the model is built
+        if not self.text or "_tied_weights_keys[" in self.text:  # not known, or made while built
             return any_may_be
         words: set[str] = set()
         for block in re.findall(r"_tied_weights_keys\b[^=\n]*=\s*(\{.*?\})", self.text, re.DOTALL):
@@ -105,8 +108,6 @@ class SourceText:
                 return any_may_be
             for pair in pairs.items():
                 words.update(word.removeprefix("^") for word in pair)
-        if not self.text:
-            words = {rf"(^|\.){name}\.weight" for name in HEADS}
         return tuple(re.compile(word) for word in sorted(words))
 
     def may_be_tied(self, parameter: str) -> bool:

@@ -109,7 +109,7 @@ class _Group:
             parts = self.claims.trained[self._claim(self.names) or ""]
             self._add(_value(parts[0][1]), name)
         elif self._claim(place) is None:
-            self._copy(name, self.names)
+            self._copy(name)
 
     def _claim(self, names: Sequence[str]) -> str | None:
         """The one of these names that has a delta or a trained value."""
@@ -184,11 +184,11 @@ class _Group:
                 self._claim(n) is None and any(name in self.stored for name in n) for n in followed
             )
             if flag_is_off or not kept:
-                self._copy(names[0], self.names)
+                self._copy(names[0])
 
-    def _copy(self, name: str, shared: Sequence[str]) -> None:
-        """Gives `name` a tensor of its own, with the value that all `shared` names have."""
-        source = self._shared_value((name, *shared))
+    def _copy(self, name: str) -> None:
+        """Gives `name` a tensor of its own, with the value that it shares."""
+        source = self._shared_value(self.architecture.sharing(name))
         if source is not None:
             self._add(source, name)
 

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,24 +57,37 @@ class Blueprint:
         trust_remote_code: bool = False,
     ) -> "Blueprint | None":
         """The first of the classes that has all `modules`, as parts of it of the first class may,
-        else the one that has most of them; None when transformers can build none of them."""
+        else the one that has most of them; None when transformers can build none of them. What is a
+        part of the base's own class is that part of it."""
         best: tuple[int, Blueprint] | None = None
         with quiet():
             for model in models(base, class_names, trust_remote_code):
                 found = cls(model, base)
+                is_first = type(model).__name__ in class_names[:1]
+                if not is_first and found._enter_part(class_names[:1], modules):
+                    return found
                 hits = found._hits(modules)
-                if hits < len(modules) and found._enter_part(class_names[:1], modules):
-                    hits = len(modules)
                 if best is None or hits > best[0]:
                     best = hits, found
                 if hits == len(modules):
                     break
-        return None if best is None else best[1]
+            if best is None or (name := type(best[1].model).__name__) in base.architectures:
+                return None if best is None else best[1]
+            for model in models(base, base.architectures, trust_remote_code):
+                whole = cls(model, base)
+                if whole.is_own and whole._enter_part([name], modules):
+                    return whole
+        return best[1]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the model is of the class that the base names as its own."""
+        return type(self.model).__name__ in self.base.architectures
 
     def _hits(self, modules: Sequence[str]) -> int:
         """How many of the modules it has; those of a part that was built alone it must load."""
         names = [self.today(f"{module}.weight") for module in modules]
-        if type(self.model).__name__ in self.base.architectures:
+        if self.is_own:
             return sum(name is not None for name in names)
         return sum(name in self.loaded for name in names)
 
@@ -88,6 +101,12 @@ class Blueprint:
                     holding.append(name)
         self.part = holding[0] if len(holding) == 1 else ""
         return self.part != ""
+
+    @property
+    def config(self) -> dict[str, object]:
+        """The config that the model was built from, as transformers reads it."""
+        config: Any = self.model.config
+        return dict(config.to_dict())
 
     # modules ------------------------------------------------------------------------------------
 
@@ -134,8 +153,10 @@ class Blueprint:
         return {name: names for names in shared for name in names}
 
     def sharing(self, parameter: str) -> tuple[str, ...]:
-        """All names of one parameter in memory, itself included, in the model's order."""
-        return self._groups.get(parameter, (parameter,))
+        """All names of one parameter in memory: itself, that which the loader ties it to, whose
+        value it has when it lies on disk, and the others in the model's order."""
+        source, names = self._tied_keys.get(parameter), self._groups.get(parameter, ())
+        return tuple(dict.fromkeys((parameter, *(n for n in names if n == source), *names)))
 
     def slot(self, parameter: str) -> tuple[int, str]:
         """Names with the same slot are one place in memory: what PEFT puts there serves them all.
@@ -175,6 +196,12 @@ class Blueprint:
                 embeddings = frozenset(_embeddings(module, dot))
                 return None if path is None else TieFlag(path, tied, embeddings)
         return None
+
+    @property
+    def own(self) -> Mapping[str, torch.Tensor]:
+        """All that the adapted part holds, or the whole."""
+        inside = f"{self.part}." if self.part else ""
+        return {name: held for name, held in self.state.items() if name.startswith(inside)}
 
     # names --------------------------------------------------------------------------------------
 
