@@ -285,11 +285,16 @@ from gralora_convert.output import plan
 write_files, attempt = plan.write_files, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 lost, when = sys.argv[1:3]
 def dying(*arguments, **options):
-    if os.environ["RANK"] == lost and attempt == "0":
+    if os.environ["RANK"] == lost and attempt == "0" and when != "published":
         if when == "late":
             write_files(*arguments, **options)
         os.kill(os.getpid(), signal.SIGKILL)
     return write_files(*arguments, **options)
+def dying_published(staging):
+    publish(staging)
+    if attempt == "0" and when == "published":
+        os.kill(os.getpid(), signal.SIGKILL)
+publish, plan.Staging.publish = plan.Staging.publish, dying_published
 plan.write_files = dying
 sys.argv[1:] = sys.argv[3:]
 run()
@@ -318,16 +323,18 @@ def test_a_lost_rank_leaves_nothing_published_and_is_made_up_for(
     assert "merged" in outcome.stdout
 
 
+@pytest.mark.parametrize(("lost", "when"), [(1, "late"), (0, "published")])
 def test_torchrun_heals_a_killed_worker(
-    inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
+    lost: int, when: str, inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
 ) -> None:
     (tmp_path / "dying.py").write_text(DYING)
     outcome = subprocess.run(
-        [*torchrun(2, "--max-restarts", "3"), str(tmp_path / "dying.py"), "1", "late", *inputs,
+        [*torchrun(2, "--max-restarts", "3"), str(tmp_path / "dying.py"), str(lost), when, *inputs,
          "--resume", "-o", str(tmp_path / "out")],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.count("merged") == 1
     assert tree(tmp_path / "out") == whole
 
 
