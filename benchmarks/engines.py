@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import gralora_convert as gc
-from benchmarks.engine_models import CASES, Case, make
+from benchmarks.engine_models import CASES, Case, make, mixtral, qwen3_moe
 from benchmarks.engine_processes import (
     TOKENS,
     Engines,
@@ -154,6 +154,7 @@ class Trial:
         self.jobs.append({
             "cell": cell, "model": model, "lora": lora, "rank": rank, "dtype": "float32",
             "tokens": TOKENS, "prompts": prompts(), "answer": answer,
+            "experts": lora is not None and CASES[self.name].model in (mixtral, qwen3_moe),
         })  # fmt: skip
 
     def gather(self, server: str) -> None:

@@ -91,6 +91,10 @@ def _serving_lines(
         typed = [] if why else commands(name, rank, dtype, shlex.quote(output))
         lines += [f"{lead if not n else '    then:'} {line}" for n, line in enumerate(typed)]
         lead = "      or:" if typed else lead
+        if typed and name == "vllm" and dtype == "float32":  # lora/ops/triton_ops/lora_shrink_op.py
+            lines.append(
+                "          (on a CPU; a GPU adds LoRAs in 16 bits alone: --dtype bfloat16)"
+            )
     if lines and dtype is None:
         lines.append("          DTYPE is MODEL's own: auto takes 16 bits for a model in float32")
     lines += [f"not by {ENGINES[n].title}, which {why}" for n, why in refusals.items() if why]
