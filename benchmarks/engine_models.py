@@ -83,13 +83,19 @@ class Case:
     scale: float = 0.15  # of the random factors: the adapter has to change tokens
     blocks: float = 1.0  # how small the blocks of a Hybrid are beside its general LoRA
     needs_4: bool = False  # made with transformers 4
+    max_error: float | None = None  # its n-th layers get a rank that grows with n, and no more
 
 
 def _case(
-    title: str, model: Callable[[], Any], targets: Any, needs_4: bool = False, **more: Any
+    title: str,
+    model: Callable[[], Any],
+    targets: Any,
+    needs_4: bool = False,
+    max_error: float | None = None,
+    **more: Any,
 ) -> Case:
     adapter = {"r": 8, "gralora_k": 2, "target_modules": targets, **more}
-    return Case(title, model, adapter, needs_4=needs_4)
+    return Case(title, model, adapter, needs_4=needs_4, max_error=max_error)
 
 
 CASES: Mapping[str, Case] = {
@@ -99,6 +105,7 @@ CASES: Mapping[str, Case] = {
     "up": _case("Llama, up_proj alone", llama, ["up_proj"], r=32),
     "last": _case("Llama, the last layer", llama, ALL, layers_to_transform=[1]),
     "wide": _case("Llama, o_proj, r=128 k=8", llama, ["o_proj"], r=128, gralora_k=8),
+    "ranks": _case("Llama, a rank for each layer", llama, ALL, max_error=1e-3),
     "head": _case("Llama, its head", llama, ["o_proj", "lm_head"]),
     "tied": _case(
         "Llama, its tied head", lambda: llama(tie_word_embeddings=True), ["o_proj", "lm_head"]
@@ -155,9 +162,19 @@ def make(case: Case, folder: Path) -> tuple[Run, Run]:
                 parameter.add_(torch.randn_like(parameter) * scale)
                 if "modules_to_save" in name:
                     parameter[: len(SPECIAL)] = 0
+    if case.max_error is not None:
+        _thin_out(adapted)
     adapted.peft_config["default"].base_model_name_or_path = str(folder / "model")
     adapted.save_pretrained(folder / "adapter")
     return greedy(adapted), bare
+
+
+@torch.no_grad()
+def _thin_out(adapted: Any) -> None:
+    """Of the blocks' ranks in the n-th layer only the first 1 + n % r are left."""
+    factors = [p for name, p in adapted.named_parameters() if "gralora_A" in name]
+    for n, factor in enumerate(factors):
+        factor[..., 1 + n % factor.shape[-1] :] = 0
 
 
 def _tokenizer(folder: Path) -> None:

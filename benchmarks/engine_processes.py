@@ -129,6 +129,64 @@ torch.Tensor.pin_memory = lambda self, *_, **__: self
 """
 
 
+# What vLLM's experts with LoRAs want of a GPU: Triton, whose interpreter runs the same kernels on a
+# CPU; three compiled functions that only put rows in order, or add them; and its wrapper for GPUs.
+# All but the experts' part of that takes 16 bits alone (lora_shrink_op.py): there the CPU's stays.
+EXPERTS = """
+import os, sys, types
+os.environ["TRITON_INTERPRET"] = "1"
+import triton.backends
+active = types.SimpleNamespace(is_active=lambda: True)
+triton.backends.backends["cpu"] = types.SimpleNamespace(driver=active)
+import torch
+import vllm._custom_ops as ops
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+from vllm.platforms import current_platform
+
+def by_expert(ids, experts, size, rows, labels):
+    rows.fill_(ids.numel())
+    end = 0
+    for expert in range(experts):
+        found = (ids.flatten() == expert).nonzero().flatten()
+        rows[end : end + len(found)] = found
+        start, end = end, end + -(-len(found) // size) * size
+        labels[start // size : end // size] = expert
+    return end
+
+def align(ids, experts, size, rows, labels, count, expert_map=None, scatter=None):
+    assert expert_map is None and scatter is None
+    labels.fill_(0)
+    count.fill_(by_expert(ids, experts, size, rows, labels))
+
+def align_lora(ids, loras, experts, size, _, wide, high, rows, labels, counts, on, active, *more):
+    assert more == (None,)
+    for lora in active.tolist():
+        if lora >= 0 and on[lora]:
+            own = torch.where(loras[: len(ids), None] == lora, ids, -1)
+            held = rows[lora * wide :][:wide], labels.view(-1)[lora * high :][:high]
+            counts[lora] = by_expert(own, experts, size, *held)
+
+class Wrapper(PunicaWrapperGPU):
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.cpu = PunicaWrapperCPU(*args, **more)
+        for name in ("shrink", "expand", "lora_embedding", "lora_linear", "lora_logits"):
+            setattr(self, "add_" + name, getattr(self.cpu, "add_" + name))
+
+    def update_metadata(self, *args, **more):
+        super().update_metadata(*args, **more)
+        self.cpu.update_metadata(*args, **more)
+
+ops.moe_align_block_size, ops.moe_lora_align_block_size = align, align_lora
+ops.moe_sum = lambda held, out, *_: out.copy_(held.sum(1))
+sys.modules["wrapper"] = types.SimpleNamespace(Wrapper=Wrapper)
+platform = type(current_platform)
+platform.num_compute_units = classmethod(lambda cls, index=0: 4)
+platform.get_punica_wrapper = classmethod(lambda cls: "wrapper.Wrapper")
+"""
+
+
 class RefusedError(Exception):
     """What an engine, or this tool, says when it does not serve something."""
 
@@ -199,12 +257,15 @@ class Engines:
 
     def by_vllm(self, jobs: Sequence[Mapping[str, Any]], folder: Path) -> None:
         """Writes the answers of jobs where they want them."""
-        (folder / "jobs.json").write_text(json.dumps(jobs))
-        log = (folder / "vllm.log").open("w")
-        subprocess.run(
-            [self.vllm, "-c", WORKER, str(folder / "jobs.json")],
-            stdout=log, stderr=subprocess.STDOUT, check=True, env=_environment(), cwd=folder,
-        )  # fmt: skip
+        with (folder / "vllm.log").open("w") as log:
+            for before in ("", EXPERTS):
+                own = [job for job in jobs if job["experts"] is bool(before)]
+                (folder / "jobs.json").write_text(json.dumps(own))
+                command = [self.vllm, "-c", before + WORKER, str(folder / "jobs.json")]
+                subprocess.run(
+                    command, stdout=log, stderr=subprocess.STDOUT, check=True, cwd=folder,
+                    env=_environment(),
+                )  # fmt: skip
 
 
 def _environment() -> dict[str, str]:

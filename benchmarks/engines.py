@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import gralora_convert as gc
-from benchmarks.engine_models import CASES, make
+from benchmarks.engine_models import CASES, Case, make, mixtral, qwen3_moe
 from benchmarks.engine_processes import (
     TOKENS,
     Engines,
@@ -65,14 +65,15 @@ def lines_of(told: str, *programs: str) -> list[str]:
     return [line for line in lines if line.split()[0] in programs]
 
 
-def exported(adapter: Path, out: Path, server: str | None) -> tuple[str, int]:
+def exported(case: Case, adapter: Path, out: Path, server: str | None) -> tuple[str, int]:
     """What `convert` prints for an engine, and the rank.
 
     Raises:
         RefusedError: it does not make that.
     """
     try:
-        receipt = gc.convert(adapter, to="lora", server=server).write(out)
+        plan = gc.convert(adapter, to="lora", server=server, max_error=case.max_error)
+        receipt = plan.write(out)
     except gc.ConvertError as problem:
         raise RefusedError(problem.message) from None
     rank = receipt["r"]
@@ -116,12 +117,12 @@ class Trial:
         self.wanted, bare = self.made()
         self.cells["base"] = str(compared(bare, self.wanted)[0])
         adapter, plain, merged = folder / "adapter", folder / "plain", folder / "merged"
-        told, rank = exported(adapter, plain, None)
+        told, rank = exported(CASES[self.name], adapter, plain, None)
         self.cells["rank"] = str(rank)
         for server in self.engines.names:
             out, ask = folder / server, f"{server} LoRA"
             try:
-                told, rank = exported(adapter, out, server)
+                told, rank = exported(CASES[self.name], adapter, out, server)
             except RefusedError as problem:
                 self.cells[f"{server} refused"] = str(problem)
                 out, ask = plain, f"{server} says"
@@ -153,6 +154,7 @@ class Trial:
         self.jobs.append({
             "cell": cell, "model": model, "lora": lora, "rank": rank, "dtype": "float32",
             "tokens": TOKENS, "prompts": prompts(), "answer": answer,
+            "experts": lora is not None and CASES[self.name].model in (mixtral, qwen3_moe),
         })  # fmt: skip
 
     def gather(self, server: str) -> None:
@@ -168,7 +170,7 @@ class Trial:
 def as_printed(trial: Trial) -> None:
     """The printed lines of vLLM themselves, by its server."""
     adapter, folder = trial.folder / "adapter", trial.folder
-    told, _ = exported(adapter, folder / "printed", "vllm")
+    told, _ = exported(CASES[trial.name], adapter, folder / "printed", "vllm")
     [line] = lines_of(told, "vllm")
     trial.tell("vllm serve, as printed", lambda: trial.engines.by_vllm_server(line, folder))
     merged = f"vllm serve {folder / 'merged'} --dtype float32 --served-model-name it"

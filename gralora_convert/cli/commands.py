@@ -184,7 +184,7 @@ def merge(
 @shape_options
 @click.option("--allow-inexact", is_flag=True,
               help="Approximate optimally, print the error.  [default: off]")  # fmt: skip
-@server_option(help="Make the LoRA as this engine reads it, or refuse.  [default: as PEFT does]")
+@server_option(help="Make the LoRA as this engine reads it, or refuse.  [default: as most read it]")
 @plot_option
 @some_base_option(
     help="The original model: for LoRAs with DoRA, PiSSA, OLoRA or lora_bias.  [default: none]"
@@ -229,7 +229,7 @@ def convert(
 @click.option("--svd", type=Choice(["auto", "exact", "randomised"]), default="auto",
               show_default=True,
               help="auto = randomised where a block's side is above 512.")  # fmt: skip
-@server_option(help="Make the LoRA as this engine reads it, or refuse.  [default: as PEFT does]")
+@server_option(help="Make the LoRA as this engine reads it, or refuse.  [default: as most read it]")
 @writing_options
 @layout_options
 def extract(wanted: Wanted, run: Run, said: Said, **asked: Any) -> int:

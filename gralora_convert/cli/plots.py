@@ -145,7 +145,7 @@ def draw_trade(
     mean = sum(held) / len(held)
     label = f"r={r}" if min(held) == r else f"ranks {min(held)} to {r}, mean {mean:.3g}"
     axes.plot([mean, r], [max(error, 1e-3)] * 2, "o-", color="#000000", ms=7,
-              label=f"written: {label}; error {error:.3g}")  # fmt: skip
+              label=f"written: {label}, error {error:.3g}")  # fmt: skip
     axes.set_ylim(1e-3, 1.2)
     axes.set_xlim(0, max(anatomy.exact_rank, r) * 1.04)
     for (server, rank), dash in zip(limits.items(), DASHES[1:], strict=False):

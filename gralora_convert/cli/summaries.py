@@ -31,6 +31,9 @@ _START: Mapping[str, Sequence[str]] = {
         "llama-server --model MODEL.gguf --lora {output}.gguf",
     ),
 }
+_ON_A_GPU = (  # lora/ops/triton_ops/lora_shrink_op.py
+    "          on a GPU vLLM adds LoRAs in 16 bits alone: --dtype bfloat16 there, or merge it"
+)
 _OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -91,6 +94,8 @@ def _serving_lines(
         typed = [] if why else commands(name, rank, dtype, shlex.quote(output))
         lines += [f"{lead if not n else '    then:'} {line}" for n, line in enumerate(typed)]
         lead = "      or:" if typed else lead
+        if typed and name == "vllm" and dtype == "float32":
+            lines.append(_ON_A_GPU)
     if lines and dtype is None:
         lines.append("          DTYPE is MODEL's own: auto takes 16 bits for a model in float32")
     lines += [f"not by {ENGINES[n].title}, which {why}" for n, why in refusals.items() if why]

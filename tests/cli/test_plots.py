@@ -178,6 +178,20 @@ def test_the_trade_shows_the_largest_ranks_of_servers(tmp_path: Path) -> None:
     assert not any(label.startswith("vLLM") for label in labels), "no rank here is above 512"
 
 
+def test_ranks_of_modules_are_drawn_from_their_mean_to_the_largest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = pytest.importorskip("matplotlib.axes")
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(axes.Axes, "legend", lambda self, **_: seen.update(
+        {line.get_label(): list(line.get_xdata()) for line in self.lines}))  # fmt: skip
+    monkeypatch.chdir(ROOT)
+    options = ("--max-error", "0.3", "--for", "vllm", "--plot", tmp_path / "x.png", "--json")
+    outcome = run_ok("convert", LLAMA, "--to", "lora", "-o", tmp_path / "out", *options)
+    error = json.loads(outcome.stdout)["error"]
+    assert seen[f"written: ranks 1 to 2, mean 1.25, error {error:.3g}"] == [1.25, 2]
+
+
 def test_only_a_lora_has_a_trade(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     outcome = run("convert", LLAMA, "--to", "gralora", "-o", tmp_path / "out",

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -16,6 +17,7 @@ from gralora_convert.delta.fit import (
     Fit,
     exact_rank,
     smallest_rank,
+    smallest_ranks,
     spectra,
     to_gralora,
     to_hybrid,
@@ -435,6 +437,33 @@ def test_smallest_rank_refuses_what_the_spectra_do_not_show() -> None:
         smallest_rank([torch.tensor([4.0, 2.0, 1.0, 0.0]), torch.tensor([4.0, 3.0])], 0.5)
     with pytest.raises(ValueError, match="no spectrum"):
         smallest_rank([], 0.4)
+
+
+@given(
+    st.lists(st.lists(st.floats(1e-3, 10), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.floats(0.01, 0.9), st.integers(0, 3), st.lists(st.integers(1, 9), min_size=3, max_size=3),
+)  # fmt: skip
+def test_ranks_of_their_own_are_within_the_tolerance_and_no_larger_than_one_rank(
+    values: list[list[float]], tolerance: float, more: int, costs: list[int]
+) -> None:
+    held = [torch.tensor(sorted(row, reverse=True), dtype=DOUBLE).square() for row in values]
+    tails = [torch.cat([t.flip(0).cumsum(0).flip(0), torch.zeros(1)]) for t in held]
+    costs = costs[: len(tails)]
+    same = smallest_rank(tails, tolerance)
+
+    def fits(ranks: Sequence[int]) -> bool:
+        left = sum(float(tail[rank]) for tail, rank in zip(tails, ranks, strict=True))
+        return left <= tolerance**2 * sum(float(tail[0]) for tail in tails) * (1 + 1e-12)
+
+    def cost(ranks: Sequence[int]) -> int:
+        return sum(map(operator.mul, ranks, costs))
+
+    ranks = smallest_ranks(tails, tolerance, costs, same + more)
+    assert fits(ranks)
+    assert 1 <= min(ranks) <= max(ranks) <= same + more
+    assert cost(ranks) <= cost([min(same, len(tail) - 1) for tail in tails])
+    every = itertools.product(*(range(1, min(len(t), same + more + 1)) for t in tails))
+    assert cost(ranks) < min(map(cost, filter(fits, every))) + max(costs)
 
 
 # --- refusals ---

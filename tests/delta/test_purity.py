@@ -127,6 +127,7 @@ def calls(make: Maker) -> Iterator[Call]:
     same = make.lora()
     yield partial(m.stored, verify=True), ("module", same, m.Fit(same, 0.0, 1.0), make.dtype)
     yield m.smallest_rank, ([make.wide(4).square()], 1e9)
+    yield m.smallest_ranks, ([make.wide(4).square()], 1e9, [7], 2)
     yield from checks(make)
 
 

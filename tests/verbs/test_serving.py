@@ -101,7 +101,7 @@ def exported(
         (exported("up_proj"), {"sglang": "gate_proj where up_proj"}),
         (exported("gate_proj", r=513), {"vllm": "ranks up to 512: `r=512`"}),
         (exported("gate_proj", rank_pattern={"gate_proj": 600}),
-         {"vllm": "ranks up to 512", "sglang": "global fields alone"}),
+         {"vllm": "ranks up to 512", "sglang": "one rank for all"}),
         (exported("gate_proj", use_rslora=True),
          {"sglang": "global fields alone", "llama.cpp": "lora_alpha alone"}),
         (exported("gate_proj", target_modules=".*gate_proj"), {"sglang": "no pattern"}),

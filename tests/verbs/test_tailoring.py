@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import gralora_convert as gc
-from gralora_convert.adapters import key_of
+from gralora_convert.adapters import LoraConfig, key_of
+from gralora_convert.delta import dense
 from gralora_convert.errors import ConvertError, InexactError, MisuseError, UnsupportedError
 from gralora_convert.output.adapter_files import New, adapter_plan
+from gralora_convert.verbs.serving import Exported, reasons, served_rank
 from tests.command import run, run_ok
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
@@ -132,6 +136,99 @@ def test_a_rank_above_the_servers_is_cut_where_that_loses_nothing(tmp_path: Path
     with pytest.raises(UnsupportedError, match="takes ranks up to 512"):
         gc.convert(high, to="lora", server="vllm", r=600)
     assert gc.convert(high, to="lora", server="llama.cpp").files[0].parts[0].shape[0] == 600
+
+
+def uneven(folder: Path, *names: str, size: int = 64) -> Path:
+    """A LoRA of rank 32 whose modules fall off at different speeds."""
+    config = gc.LoraConfig(r=32, lora_alpha=64, target_modules=list(names))
+    generator = torch.Generator().manual_seed(0)
+    modules: dict[str, New[gc.Gralora | gc.Lora]] = {}
+    for n, name in enumerate(names):
+        falling = torch.exp(-torch.arange(32) / (1 + 3 * n))
+        a, b = (torch.randn(s, generator=generator) for s in ((32, size), (size, 32)))
+        modules[name] = New(gc.Lora(falling[:, None] * a, b, 2.0))
+    adapter_plan("test", modules, {}, config, dict).write(folder)
+    return folder
+
+
+NAMES = [f"layers.{n}.self_attn.{leaf}" for n in (1, 11) for leaf in ("q_proj", "v_proj")]
+
+
+@pytest.mark.parametrize("server", ["vllm", "llama.cpp", "peft"])
+def test_an_error_gives_each_module_the_rank_that_it_needs(server: str, tmp_path: Path) -> None:
+    adapter = uneven(tmp_path / "adapter", *NAMES)
+    one, own = (
+        gc.convert(adapter, to="lora", max_error=0.1, server=asked).write(tmp_path / name)
+        for name, asked in (("one", None), ("own", server))
+    )
+    made, source = gc.Adapter.open(tmp_path / "own"), gc.Adapter.open(adapter)
+    assert isinstance(made.config, LoraConfig)
+    ranks = {module: made.config.rank(module) for module in made.modules}
+    assert len(set(ranks.values())) == (3 if server == "vllm" else 4)
+    assert own["ranks"] == {m: r for m, r in ranks.items() if r != own["r"]}
+    assert isinstance(one["r"], int)
+    if server == "vllm":  # which reserves the largest for all
+        assert served_rank(max(ranks.values())) == served_rank(one["r"])
+    sizes = [(tmp_path / n / "adapter_model.safetensors").stat().st_size for n in ("one", "own")]
+    assert sizes[1] < 0.8 * sizes[0]
+    lost = total = 0.0
+    for module in NAMES:
+        wanted = dense(source.delta(module))
+        lost += float((dense(made.delta(module)) - wanted).square().sum())
+        total += float(wanted.square().sum())
+    assert 0.05 < (lost / total) ** 0.5 <= 0.1
+    assert own["error"] == pytest.approx((lost / total) ** 0.5, rel=1e-4)
+
+
+def test_peft_computes_with_the_ranks_of_modules(tmp_path: Path) -> None:
+    base, adapter = FIXTURES / "bases/llama", tmp_path / "own"
+    options = ("--to", "lora", "--max-error", "0.3", "--for", "peft", "-o", adapter)
+    outcome = run_ok("convert", ADAPTERS / "llama-hybrid", *options)
+    assert "of ranks 1 to 2" in outcome.stdout
+    assert "\n  r=1  model.layers.{0-1}.self_attn.q_proj\n" in outcome.stdout
+    assert "not by SGLang, which reads one rank for all modules (--for sglang" in outcome.stdout
+    bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(bare, adapter).eval()
+    ours = gc.Adapter.open(adapter)
+    for module in ours.modules:
+        layer = adapted.base_model.model.get_submodule(module)
+        assert torch.allclose(layer.get_delta_weight("default"), dense(ours.delta(module)))
+    run_ok("merge", adapter, "--base", base, "-o", tmp_path / "merged")
+    run_ok("verify", adapter, "--base", base, "--merged", tmp_path / "merged")
+
+
+def test_sglang_and_experts_get_one_rank(tmp_path: Path) -> None:
+    adapter = uneven(tmp_path / "adapter", *NAMES)
+    config = gc.convert(adapter, to="lora", max_error=0.1, server="sglang").texts
+    assert json.loads(config["adapter_config.json"])["rank_pattern"] == {}
+    names = [f"layers.0.mlp.experts.{n}.{w}" for n in (0, 1) for w in ("w1", "w2", "w3")]
+    experts = uneven(tmp_path / "experts", *names)
+    config = gc.convert(experts, to="lora", max_error=0.1, server="vllm").texts
+    assert json.loads(config["adapter_config.json"])["rank_pattern"] == {}
+
+
+def test_experts_of_several_ranks_are_not_served() -> None:
+    names = [f"layers.0.mlp.experts.{n}.{w}" for n in (0, 1) for w in ("w1", "w2", "w3")]
+    config = gc.LoraConfig(r=8, target_modules=names, rank_pattern={"experts.1.w2": 4})
+    for server in ("vllm", "llama.cpp"):
+        assert "needs one rank for w2 of all experts" in reasons(server, Exported(config, names))[0]
+    config = gc.LoraConfig(r=8, target_modules=names, rank_pattern={"w2": 4})
+    assert not reasons("vllm", Exported(config, names))
+
+
+def test_extract_makes_a_lora_for_an_engine(tmp_path: Path) -> None:
+    base, merged = FIXTURES / "bases/llama", tmp_path / "merged"
+    gc.merge(ADAPTERS / "llama-hybrid", base=base).write(merged)
+    options = ("--base", base, "--tuned", merged, "--to", "lora", "--max-error", "0.3")
+    run_ok("extract", *options, "--for", "vllm", "-o", tmp_path / "own")
+    own = gc.Adapter.open(tmp_path / "own")
+    assert isinstance(own.config, LoraConfig)
+    assert {own.config.rank(module) for module in own.modules} == {1, 2}
+    run_ok("extract", *options, "--for", "sglang", "-o", tmp_path / "stacked")
+    assert gc.validate(tmp_path / "stacked", server="sglang").ok
+    outcome = run("extract", *options[:-3], "hybrid", "--for", "vllm", "-o", tmp_path / "no")
+    assert outcome.status == 2
+    assert "goes with --to lora" in outcome.stderr
 
 
 def test_validate_is_a_gate_for_an_engine(tmp_path: Path) -> None:
