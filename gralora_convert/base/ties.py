@@ -88,6 +88,8 @@ class _Group:
         claimed = [names for names in self.places.values() if self._claim(names) is not None]
         if not claimed:
             return
+        if (name := self._undecided()) is not None:
+            return self._refuse_undecided(name)
         if len(self.places) > 1 and not self._is_one_value():
             if not self._is_separable():
                 return self._refuse(claimed)
@@ -158,6 +160,23 @@ class _Group:
             "one of them is adapted" if others else f"is one and the same with {other} in the "
             "base, and both are adapted",
             "A dense checkpoint cannot hold two values of one weight: serve the adapter unmerged.",
+        ))  # fmt: skip
+
+    def _undecided(self) -> str | None:
+        """A target without a tensor of its own, while those that share its values differ."""
+        name = next(
+            (n for n in self.names if n in self.claims.targets and n not in self.stored), None
+        )
+        stored = [self.base.tensors[tensor] for tensor in dict.fromkeys(self.stored.values())]
+        return None if all(same_values(stored[0], one) for one in stored[1:]) else name
+
+    def _refuse_undecided(self, name: str) -> None:
+        first, *others = (held for held in self.names if held in self.stored)
+        self.settlement.findings.append(error(
+            "shared-parameter", name,
+            f"has no tensor in the base, and {first} and {others[0]}, which this release ties it "
+            "to, differ there: which of them it was in training cannot be told",
+            "Save the base with the release that it was trained with, each of them on its own.",
         ))  # fmt: skip
 
     def _untie_flag(self) -> bool:
