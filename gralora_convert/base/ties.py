@@ -163,12 +163,14 @@ class _Group:
         ))  # fmt: skip
 
     def _undecided(self) -> str | None:
-        """A target without a tensor of its own, while those that share its values differ."""
-        name = next(
-            (n for n in self.names if n in self.claims.targets and n not in self.stored), None
-        )
+        """One of several targets that has no tensor, while those that share its values differ:
+        another release may have tied it to another of them (MM Grounding DINO, 4.57 and 5)."""
+        targets = [name for name in self.names if name in self.claims.targets]
+        lost = [name for name in targets if name not in self.stored]
         stored = [self.base.tensors[tensor] for tensor in dict.fromkeys(self.stored.values())]
-        return None if all(same_values(stored[0], one) for one in stored[1:]) else name
+        if len(targets) < 2 or not lost:
+            return None
+        return None if all(same_values(stored[0], one) for one in stored[1:]) else lost[0]
 
     def _refuse_undecided(self, name: str) -> None:
         first, *others = (held for held in self.names if held in self.stored)
@@ -176,7 +178,7 @@ class _Group:
             "shared-parameter", name,
             f"has no tensor in the base, and {first} and {others[0]}, which this release ties it "
             "to, differ there: which of them it was in training cannot be told",
-            "Save the base with the release that it was trained with, each of them on its own.",
+            "Serve the adapter unmerged, with the release that it was trained with.",
         ))  # fmt: skip
 
     def _untie_flag(self) -> bool:
