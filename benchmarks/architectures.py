@@ -8,6 +8,8 @@ merges, and plain transformers loads the result. Every weight is compared with b
 weight, and the outputs with those of PEFT's unmerged model where the model takes one of a few
 common inputs. A task with a head of its own starts from a base without it, as in practice.
 
+With `--lora` the adapter is converted to a LoRA instead, which PEFT loads on the base and merges.
+
 Prints a line per case and writes a table: right, refused (with the code), not run (no small model
 builds, or PEFT refuses) and WRONG. Cases run in processes of their own, so that one that crashes or
 hangs costs itself only.
@@ -24,6 +26,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +62,21 @@ class Verdict:
 # one case --------------------------------------------------------------------------------------
 
 
-def judge(case: Case, folder: Path) -> Verdict:
-    """Merges one case in `folder` and compares."""
+def judge(case: Case, folder: Path, *, lora: bool = False) -> Verdict:
+    """Merges, or converts, one case in `folder` and compares."""
     try:
         adapted, targets = _prepare(case, folder)
     except Exception as error:  # a model that does not build, or PEFT does not adapt: no finding
         reason = (str(error).splitlines() or [""])[0][:100]
         return Verdict("not run", f"{type(error).__name__}: {reason}")
-    status, text = merge(folder / "adapter", folder / "base", folder / "out")
+    adapter, base, out = folder / "adapter", folder / "base", folder / "out"
+    as_lora = "convert", adapter, "--to", "lora", "--for", "peft", "--base", base, "-o", out
+    status, text = command(*as_lora) if lora else merge(adapter, base, out)
     if status == 2:
         return Verdict("refused", (text.splitlines() or [""])[0][:300])
     if status:
         return Verdict("WRONG", f"exit {status}: {text[-300:]}")
-    return _compare(adapted, case.auto, folder, targets)
+    return _compare(adapted, _loaded(case, folder), targets)
 
 
 def _prepare(case: Case, folder: Path) -> tuple[Any, str]:
@@ -83,27 +88,40 @@ def _prepare(case: Case, folder: Path) -> tuple[Any, str]:
 
 
 def merge(adapter: Path, base: Path, out: Path) -> tuple[int, str]:
-    """The exit status of the command line, and what it said."""
-    from gralora_convert.cli.entry import main as command
+    return command("merge", adapter, "--base", base, "-o", out)
 
-    arguments = ["merge", str(adapter), "--base", str(base), "-o", str(out)]
+
+def command(*arguments: str | Path) -> tuple[int, str]:
+    """The exit status of the command line, and what it said."""
+    from gralora_convert.cli.entry import main
+
     err = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
         try:
-            command(arguments)
+            main(list(map(str, arguments)))
         except SystemExit as exit_:
             return int(exit_.code or 0), err.getvalue()
     return 0, err.getvalue()
 
 
-def _compare(adapted: Any, auto: str, folder: Path, targets: str) -> Verdict:
-    """Every parameter of the reloaded merge against base + PEFT's delta weight, then outputs."""
+def _loaded(case: Case, folder: Path) -> Any:
+    """The reloaded merge, or what PEFT makes of the reloaded LoRA."""
     import transformers
+    from peft import PeftModel
 
+    load = getattr(transformers, case.auto).from_pretrained
+    if not (folder / "out" / "adapter_config.json").exists():
+        return load(folder / "out", dtype=float32())
+    options = {"num_labels": 4} if TASKS[case.auto] in ("SEQ_CLS", "TOKEN_CLS") else {}
+    model = load(folder / "base", dtype=float32(), **options)
+    return PeftModel.from_pretrained(model, folder / "out").merge_and_unload()
+
+
+def _compare(adapted: Any, merged: Any, targets: str) -> Verdict:
+    """Every parameter of the reloaded merge against base + PEFT's delta weight, then outputs."""
     from benchmarks import tiny
 
     inner = adapted.base_model.model
-    merged = getattr(transformers, auto).from_pretrained(folder / "out", dtype=float32())
     if type(merged) is not type(inner):
         return Verdict("WRONG", f"loads as {type(merged).__name__}, not {type(inner).__name__}")
     problem = _weights_differ(inner, merged)
@@ -165,10 +183,10 @@ def _weights_differ(inner: Any, merged: Any) -> str:
 # all cases -------------------------------------------------------------------------------------
 
 
-def work(question: dict[str, str]) -> dict[str, str]:
+def work(question: dict[str, str], *, lora: bool) -> dict[str, str]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
-            return asdict(judge(Case(**question), Path(folder)))
+            return asdict(judge(Case(**question), Path(folder), lora=lora))
         except Exception as error:  # the comparison itself broke: as bad as a difference
             return asdict(Verdict("WRONG", f"{type(error).__name__}: {str(error)[:300]}"))
 
@@ -185,11 +203,12 @@ class Judging(Worker):
 
 
 def judge_all(
-    every: Sequence[Case], limit: float, jobs: int, record: Path | None
+    every: Sequence[Case], limit: float, jobs: int, record: Path | None, *, lora: bool
 ) -> dict[Case, Verdict]:
-    command = [sys.executable, "-m", "benchmarks.architectures", "--worker"]
+    worker = [sys.executable, "-m", "benchmarks.architectures", "--worker"]
+    worker += ["--lora"] if lora else []
     questions = [asdict(case) for case in every]
-    answers = ask_all(questions, lambda: Judging(command, limit), jobs, record)
+    answers = ask_all(questions, lambda: Judging(worker, limit), jobs, record)
     return {case: Verdict(**answer) for case, answer in zip(every, answers, strict=True)}
 
 
@@ -251,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("types", nargs="*", metavar="TYPE")
     parser.add_argument("--auto", action="append", choices=TASKS, help="these classes only")
+    parser.add_argument("--lora", action="store_true", help="convert to LoRA instead of merging")
     parser.add_argument("--table", type=Path, help="write the results there")
     parser.add_argument("--record", type=Path, help="resume: verdicts are kept there")
     parser.add_argument("--recorded", action="store_true", help="the cases in --record only")
@@ -259,12 +279,12 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
-        return serve(work)
+        return serve(partial(work, lora=chosen.lora))
     every = [case for case in cases(chosen.types) if case.auto in (chosen.auto or TASKS)]
     if chosen.recorded:
         known = recorded(chosen.record)
         every = [case for case in every if json.dumps(asdict(case)) in known]
-    found = judge_all(every, chosen.limit, chosen.jobs, chosen.record)
+    found = judge_all(every, chosen.limit, chosen.jobs, chosen.record, lora=chosen.lora)
     text = table(found, "python -m benchmarks.architectures", len(cases([])))
     if chosen.table is not None:
         chosen.table.write_text(text)

@@ -189,7 +189,7 @@ class Engines:
         how = ["--device", "cpu", "--lora-backend", "torch_native", "--skip-server-warmup"]
         size = ["--max-total-tokens", "1024", "--max-running-requests", "4"]
         with _server([*self.typed(line, folder), *how, *size], shim) as port:
-            return _by_sglang(port)
+            return _by_sglang(port, {"lora_path": "it"} if "--lora-paths" in line else {})
 
     def by_vllm_server(self, line: str, folder: Path) -> Run:
         sizes = ["--max-model-len", "64", "--max-num-seqs", "4", "--enforce-eager"]
@@ -293,11 +293,11 @@ def _by_vllm(port: int) -> Run:
     return found
 
 
-def _by_sglang(port: int) -> Run:
+def _by_sglang(port: int, lora: Mapping[str, str]) -> Run:
     found: Run = []
     for prompt in prompts():
         told = _ask(port, "/generate", {
-            "input_ids": prompt, "lora_path": "it", "return_logprob": True,
+            "input_ids": prompt, "return_logprob": True, **lora,
             "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
         })["meta_info"]["output_token_logprobs"]  # fmt: skip
         found.append(([step[1] for step in told], [step[0] for step in told]))

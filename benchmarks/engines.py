@@ -144,6 +144,9 @@ class Trial:
             f"llama-server --model {merged}.gguf",
         ]
         self.asks["llama.cpp merged"] = partial(self.engines.by_llama_cpp, gguf, folder)
+        if self.engines.sglang:
+            line = f"sglang serve --model-path {merged} --dtype float32"
+            self.asks["sglang merged"] = partial(self.engines.by_sglang, line, folder)
 
     def job(self, cell: str, model: str, lora: str | None, rank: int) -> None:
         answer = str(self.folder / f"{cell.replace(' ', '-')}.json")
@@ -174,19 +177,20 @@ def as_printed(trial: Trial) -> None:
 
 def page(found: Mapping[str, Mapping[str, str]], template: str) -> str:
     """docs/engines.md with the table and the refusals of a run."""
-    columns = ("vllm LoRA", "vllm merged", "sglang LoRA", "llama.cpp LoRA", "llama.cpp merged")
+    servers = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp"}
+    columns = [f"{server} {way}" for server in servers for way in ("LoRA", "merged")]
     rows, refused = [], []
     for name in (name for name in CASES if name in found):
         cells = found[name]
         told = [_cell(cells, column) for column in columns]
         start = f"| {CASES[name].title} | {cells['rank']} | {cells['base']} "
         rows.append(f"{start}| {' | '.join(told)} |")
-        for server in ("vllm", "sglang", "llama.cpp"):
+        for server in servers:
             if said := cells.get(f"{server} refused"):
                 says = cells.get(f"{server} says", "not run")
                 held = f"tokens {says}" if says[:1].isdigit() else f"`{says}`"
                 refused.append(f"| {CASES[name].title} | {said} | {held} |")
-    titles = ("vLLM, LoRA", "vLLM, merged", "SGLang, LoRA", "llama.cpp, LoRA", "llama.cpp, merged")
+    titles = [f"{title}, {way}" for title in servers.values() for way in ("LoRA", "merged")]
     head = f"| case | rank | base | {' | '.join(titles)} |"
     table = "\n".join([head, f"|---|---:|---:|{'---|' * len(titles)}", *rows])
     said = "\n".join(["| case | said here | without that |", "|---|---|---|", *refused])

@@ -141,6 +141,15 @@ class Adapter:
         return load_json(path, allow_non_finite=True) if path.is_file() else {}
 
     @property
+    def task_type(self) -> str | None:
+        """What the trained model is for. A CrossEncoder says so in the file of its pipeline
+        (sentence-transformers 6.2, Transformer), whatever stands in the config."""
+        path = self.path / "sentence_bert_config.json"
+        said = load_json(path, allow_non_finite=True) if path.is_file() else {}
+        is_classifier = said.get("transformer_task") == "sequence-classification"
+        return "SEQ_CLS" if is_classifier else self.config.task_type
+
+    @property
     def tensors(self) -> Mapping[str, TensorSpec]:
         """Every tensor of the file by its own key."""
         return self.file.tensors

@@ -123,23 +123,26 @@ def whole_chains(
     chain: list[Adapter] = []
     notes = []
     for adapter, known, likely in zip(adapters, folders, near, strict=True):
-        for folder in known or filter(None, [likely]):
-            parent = Adapter.open(folder)
+        parents = [Adapter.open(folder) for folder in known or filter(None, [likely])]
+        for parent in parents:
             parent.require_plain()
-            if parent.sha256() in at_hand:
-                continue
-            if held is not None or likely:
-                named = f"the adapter {folder}, which is neither named nor in this base"
-                if likely:
-                    named = f"{adapter.base_source}, which is not there; {folder} is an adapter"
-                raise MisuseError(
-                    f"was trained on {named}",
-                    where=adapter.path,
-                    hint=f"Name it before: {folder} {adapter.path}; or, if the base holds it, "
-                    "insist with `again=True`.",
-                )
+        lacking = [parent for parent in parents if parent.sha256() not in at_hand]
+        if lacking and (held is not None or likely):
+            paths = [str(parent.path) for parent in lacking]
+            named = f"the adapter {paths[0]}, which is neither named nor in this base"
+            if likely:
+                named = f"{adapter.base_source}, which is not there; {likely} is an adapter"
+            raise MisuseError(
+                f"was trained on {named}",
+                where=adapter.path,
+                hint=f"Name it before: {' '.join(paths)} {adapter.path}; or, if the base holds "
+                "it, insist with `again=True`.",
+            )
+        for parent in lacking:
             at_hand.add(parent.sha256())
             chain.append(parent)
-            notes.append(f"{adapter.path} was trained on the adapter {folder}: both are merged")
+            notes.append(
+                f"{adapter.path} was trained on the adapter {parent.path}: both are merged"
+            )
         chain.append(adapter)
     return chain, notes

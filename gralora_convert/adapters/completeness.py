@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from gralora_convert.adapters.adapter import Adapter
 from gralora_convert.adapters.config import CONFIG_NAME
-from gralora_convert.adapters.targets import Selection, is_saved, rule_of, select
+from gralora_convert.adapters.targets import Config, is_saved, rule_of, select
 from gralora_convert.errors import Finding, error, note, warning
 
 # The findings that say: it does not hold what it must.
@@ -18,7 +18,7 @@ INCOMPLETE = frozenset(
 )
 
 
-def is_all_linear(config: Selection) -> bool:
+def is_all_linear(config: Config) -> bool:
     targets = config.target_modules
     return isinstance(targets, str) and targets.lower() == "all-linear"
 
@@ -94,7 +94,7 @@ def saved_findings(
             )  # fmt: skip
 
 
-def _holder(config: Selection, parameter: str) -> str | None:
+def _holder(config: Config, parameter: str) -> str | None:
     """The module of `modules_to_save` that holds a parameter."""
     entry = is_saved(config, parameter)
     return None if entry is None else parameter[: parameter.index(f"{entry}.") + len(entry)]

@@ -10,6 +10,7 @@ Keys are parsed from the right, because a module may itself be called `gralora_A
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -112,18 +113,13 @@ def parse_key(key: str) -> Key:
     prefixed = path.startswith(PREFIX)
     path = path.removeprefix(PREFIX)
     words = path.split(".")
-
-    def made(
-        name: str, role: Role, method: Method | None = None, adapter_name: str | None = None,
-        leaf: str = "", copy_of: tuple[str, ...] = (),
-    ) -> Key:  # fmt: skip
-        return Key(key, name, role, method, prefixed, adapter_name, wrappers, leaf, copy_of)
-
+    made = partial(Key, key, prefixed=prefixed, wrappers=wrappers)
     found = _factor(words)
     if found is not None:
         size, leaf, adapter_name = found
         method, role = _LEAVES[leaf]
-        return made(".".join(words[:-size]), role, method, adapter_name, leaf[0])
+        module = ".".join(words[:-size])
+        return made(module, role, method, adapter_name=adapter_name, leaf=leaf[0])
     if words[-2:] == ["base_layer", "bias"]:
         return made(".".join(words[:-2]), "bias")
     if words[-2:] == ["base_layer", "weight"]:

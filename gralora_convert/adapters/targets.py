@@ -4,30 +4,19 @@ After PEFT 0.21.2, tuners/tuners_utils.py, check_target_module_exists, and utils
 match_target_against_key.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Iterable
+from typing import Literal
 
+from gralora_convert.adapters.config import GraloraConfig, LoraConfig
 from gralora_convert.adapters.patterns import Patterns
 
 # Releases that find the layer number in a name differently; the newest first.
 Rule = Literal["0.21", "0.20", "0.19"]
 RULES: tuple[Rule, ...] = ("0.21", "0.20", "0.19")
+Config = GraloraConfig | LoraConfig
 
 
-class Selection(Protocol):
-    """The fields of a config that select modules."""
-
-    @property
-    def target_modules(self) -> Sequence[str] | str | None: ...
-    @property
-    def modules_to_save(self) -> Sequence[str] | None: ...
-    @property
-    def layers_to_transform(self) -> Sequence[int] | int | None: ...
-    @property
-    def layers_pattern(self) -> Sequence[str] | str | None: ...
-
-
-def select(config: Selection, modules: Iterable[str], *, rule: Rule = "0.21") -> list[str]:
+def select(config: Config, modules: Iterable[str], *, rule: Rule = "0.21") -> list[str]:
     """Those of `modules` that the config's list or regex selects (not `all-linear`, not None).
 
     Raises:
@@ -37,7 +26,7 @@ def select(config: Selection, modules: Iterable[str], *, rule: Rule = "0.21") ->
     patterns = Patterns()
     excluded = [rf"(^|.*\.){name}($|\..*)" for name in config.modules_to_save or ()]
     chosen = [m for m in modules if not any(patterns.match(p, m) for p in excluded)]
-    out = getattr(config, "exclude_modules", None)  # LoRA has it, GraLoRA has not
+    out = config.exclude_modules if isinstance(config, LoraConfig) else None
     if isinstance(out, str):
         chosen = [m for m in chosen if not patterns.match(out, m, full=True)]
     elif out:
@@ -52,7 +41,7 @@ def select(config: Selection, modules: Iterable[str], *, rule: Rule = "0.21") ->
 
 
 def rule_of(
-    config: Selection, present: Iterable[str], modules: Iterable[str] | None = None
+    config: Config, present: Iterable[str], modules: Iterable[str] | None = None
 ) -> Rule | None:
     """The newest rule that selects exactly the modules `present` of `modules` (None: that selects
     at least all of `present`); None when no release does."""
@@ -66,7 +55,7 @@ def _ends_in(names: set[str], module: str) -> bool:
     return any(".".join(words[i:]) in names for i in range(1, len(words)))
 
 
-def _in_layers(config: Selection, module: str, rule: Rule, patterns: Patterns) -> bool:
+def _in_layers(config: Config, module: str, rule: Rule, patterns: Patterns) -> bool:
     layers = config.layers_to_transform
     if layers is None or layers == []:
         return True
@@ -87,7 +76,7 @@ def _in_layers(config: Selection, module: str, rule: Rule, patterns: Patterns) -
     return False
 
 
-def is_saved(config: Selection, parameter: str) -> str | None:
+def is_saved(config: Config, parameter: str) -> str | None:
     """The entry of `modules_to_save` that holds `parameter`; PEFT compares the ends of module
     names without a dot boundary (utils/other.py, `_set_trainable`)."""
     return next((e for e in config.modules_to_save or () if f"{e}." in parameter), None)

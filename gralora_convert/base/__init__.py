@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from gralora_convert.base.architecture import Architecture
     from gralora_convert.base.edits import (
         Setting,
+        class_fields,
         different_settings,
         named_labels,
         updated,
@@ -34,16 +35,16 @@ if TYPE_CHECKING:
     from gralora_convert.base.sets import beside, lost_steps
 
 __all__ = [
-    "NOTHING_SAID", "Architecture", "Kept", "Merged", "Patched", "Placement", "Reading", "Recipe",
-    "Replaced", "Scales", "Setting", "Target", "beside", "combine", "different_settings",
-    "gathered", "lost_steps", "misread", "model_at_hand", "named_labels",
+    "NOTHING_SAID", "Architecture", "Kept", "Merged", "Patched", "Placement", "Reading",
+    "Recipe", "Replaced", "Scales", "Setting", "Target", "beside", "class_fields", "combine",
+    "different_settings", "gathered", "lost_steps", "misread", "model_at_hand", "named_labels",
     "near_misses", "place", "place_in", "plain_tensors", "quantised_by", "read_parameter",
     "scales_of", "spellings", "unread_tensor", "updated", "written_settings",
 ]  # fmt: skip
 
 __getattr__ = opened(__name__, {
     "architecture": "Architecture",
-    "edits": "Setting different_settings named_labels updated written_settings",
+    "edits": "Setting class_fields different_settings named_labels updated written_settings",
     "identity": "model_at_hand",
     "likeness": "near_misses spellings",
     "placement": "place place_in",

@@ -2,6 +2,7 @@
 nothing, settings that disagree, what loaders would not take."""
 
 import fnmatch
+import re
 from collections.abc import Collection, Iterator, Sequence
 
 from gralora_convert.adapters import (
@@ -14,6 +15,7 @@ from gralora_convert.adapters import (
 from gralora_convert.base.edits import head_class, sizes, updated, vocabulary_edits
 from gralora_convert.base.likeness import near_misses
 from gralora_convert.base.modules import Pair
+from gralora_convert.base.names import AUTO_CLASSES
 from gralora_convert.base.recipe import Target
 from gralora_convert.base.replacements import Replacements, find
 from gralora_convert.base.scales import plain_dtype, plain_tensors
@@ -27,6 +29,7 @@ _STACKED = (
     "transformers 5 keeps experts as one parameter, which PEFT's GraLoRA does not adapt (a LoRA "
     "would). Was the adapter meant to train them?"
 )
+_CLASSIFIER = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)")
 
 
 def unused(pair: Pair) -> Iterator[Finding]:
@@ -226,9 +229,9 @@ def quantised(pair: Pair, settlement: Settlement) -> Iterator[Finding]:
 
 def new_head(held: Replacements) -> Iterator[Finding]:
     """A class with a new head may have more layers that the base lacks, unsaved by PEFT."""
-    if not held.is_new_head:
+    if not held.is_new_head and not _needs_new_head(held):
         return
-    if not _names_a_class(held):
+    if held.is_new_head and not _names_a_class(held):
         yield error(
             "head-incomplete", next(iter(held.config.modules_to_save or ()), CONFIG_NAME),
             "is trained and new, and neither task_type nor auto_mapping says which class of model "
@@ -246,9 +249,21 @@ def new_head(held: Replacements) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _needs_new_head(held: Replacements) -> bool:
+    """Whether the model that was trained is a classifier of a class that the base is not."""
+    architecture = held.architecture
+    named = architecture.class_name or AUTO_CLASSES.get(architecture.task_type or "", "")
+    if not _CLASSIFIER.search(named):  # before transformers is asked
+        return False
+    name = head_class(architecture)
+    if name is None or name in held.base.architectures or architecture.blueprint is None:
+        return False
+    return type(architecture.blueprint.model).__name__ == name
+
+
 def _names_a_class(held: Replacements) -> bool:
     """Whether the class with the new head is known, or there are no classes to choose from."""
-    known = held.config.task_type or held.architecture.class_name
+    known = held.adapter.task_type or held.architecture.class_name
     beside = (held.adapter.path / "config.json").is_file()
     return bool(known) or beside or held.base.model_type is None
 

@@ -4,7 +4,7 @@ head, the size of a vocabulary, ties that no longer hold."""
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gralora_convert.base.architecture import Architecture
 from gralora_convert.base.names import AUTO_CLASSES
@@ -48,6 +48,19 @@ def head_class(architecture: Architecture) -> str | None:
     found = getattr(modeling_auto, _NAMES[auto], {}).get(base.model_type)
     first = found[0] if isinstance(found, tuple | list) and found else found
     return first if isinstance(first, str) else None
+
+
+def class_fields(architecture: Architecture) -> dict[str, object]:
+    """What `adapter_config.json` says of a class in memory that is not the base's own: the task
+    where that names it, else the class (PEFT 0.21.2, peft_model.py, save_pretrained)."""
+    name, model = architecture.class_name, architecture.blueprint
+    if name is None or model is None:
+        return {}
+    for task in AUTO_CLASSES:
+        if head_class(replace(architecture, class_name=None, task_type=task)) == name:
+            return {"task_type": task}
+    library = type(model.model).__module__
+    return {"auto_mapping": {"base_model_class": name, "parent_library": library}}
 
 
 def _labels(configs: Sequence[Json], rows: int) -> dict[str, object]:
@@ -144,7 +157,7 @@ def _set(edits: Json, path: tuple[str, ...]) -> dict[str, object]:
 # Names and labels, what a merge may change, and what the tensors on disk decide.
 _FREE = frozenset({
     "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type",
-    "tie_word_embeddings", "torch_dtype", "transformers_version", "vocab_size",
+    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
 })  # fmt: skip
 # Rotations, windows and chunks: what they do to far positions, near ones need not show.
 _FAR = re.compile(r"rope|rotary|sliding|window|attention_chunk|\blayer_types")

@@ -328,11 +328,17 @@ class Names:
         return not self.origins or tensor in self.parameters
 
     def is_ignored(self, tensor: str) -> bool:
-        """Whether the class that the config names is known, and does not load this tensor."""
+        """Whether the class in memory is known, and does not load this tensor."""
         model = self.blueprint
-        if model is None or tensor in self.parameters or not model.is_own:
+        if model is None or tensor in self.parameters:
+            return False
+        if not model.is_own and type(model.model).__name__ != self.class_name:
             return False
         return model.loaded_name(tensor)[0] not in model.state
+
+    def has_parameter(self, name: str) -> bool:
+        """Whether the model in memory is known to have a parameter, on disk or not."""
+        return self.blueprint is not None and name in self.blueprint.state
 
     def loaded_as(self, tensor: str) -> tuple[str, set[str]]:
         """The parameter that a tensor beside those of the base would become ('' when none), and the

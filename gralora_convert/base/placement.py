@@ -50,7 +50,7 @@ def place(
             "its experts at random", RESAVED,
         )])  # fmt: skip
     architecture = Architecture(
-        base, adapter.modules, name if isinstance(name, str) else None, adapter.config.task_type,
+        base, adapter.modules, name if isinstance(name, str) else None, adapter.task_type,
         reading, str(beside[0]) if isinstance(beside, list) and len(beside) == 1 else None,
         {module: adapter.shape(module) for module in adapter.modules},
         (*adapter.values, *adapter.frozen),

@@ -273,7 +273,7 @@ def _place_extra(held: Replacements, extra: Extra) -> None:
 
 
 def _is_head(held: Replacements, entry: str) -> bool:
-    return entry in _TASK_HEADS and held.config.task_type in _HEADED_TASKS
+    return entry in _TASK_HEADS and held.adapter.task_type in _HEADED_TASKS
 
 
 def _is_vocabulary(

@@ -24,12 +24,16 @@ from gralora_convert.errors import Finding, printable, warning
 
 Files = Mapping[str, Path]
 
-# What AutoTokenizer reads, as transformers 4 and 5 write it (tokenization_utils_base.py).
-_TOKENIZER = re.compile(
-    r"tokenizer[\w.-]*\.json|(special_tokens_map|added_tokens|normalizer|tekken)\.json|vocab\.\w+"
-    r"|merges\.txt|[^/]*\.(model|spm|tiktoken|jinja)|additional_chat_templates/.*"
+# What AutoTokenizer reads, as transformers 4 and 5 write it (VOCAB_FILES_NAMES of all tokenizers).
+_VOCABULARY = re.compile(
+    r"(tokenizer|tekken|byte_maps)\.json|(\w+_)?vocab(-\w+)?\.\w+"
+    r"|[^/]*\.(model(\.v\w+)?|spm|tiktoken|tokenizer)"
 )
-_VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|vocab\.\w+|[^/]*\.(model|spm|tiktoken)")
+_TOKENIZER = re.compile(
+    rf"{_VOCABULARY.pattern}|tokenizer[\w.-]*\.json|[^/]*\.jinja|additional_chat_templates/.*"
+    r"|(special_tokens_map|added_tokens|normalizer|emoji|word_\w+)\.json|(merges|dict)\.txt"
+    r"|bpe\.codes"
+)
 _TEMPLATE = re.compile(r"[^/]*\.jinja|additional_chat_templates/.*")
 # What AutoProcessor reads; a chat_template.json, which no tokenizer reads, beats a .jinja there.
 _PROCESSOR = re.compile(r"(\w+_)?(pre)?processor_config\.json|chat_template\.json")
@@ -38,6 +42,7 @@ _PIPELINE = re.compile(
     r"modules\.json|config_sentence_transformers\.json|sentence_\w+_config\.json"
     rf"|{STEP.pattern}/.*"
 )
+_STEP = re.compile(rf"(\w+_)?{STEP.pattern}")  # a Router writes query_0_Transformer
 _SETS = {"tokenizer": _TOKENIZER, "processor": _PROCESSOR, "pipeline": _PIPELINE}
 _GENERATION = "generation_config.json"
 
@@ -100,7 +105,8 @@ def _taken(
     for kind, pattern in _SETS.items():
         held, others = _matching(found, pattern), _matching(copies, pattern)
         left: set[str] = set()
-        if not _loads(kind, held, others):
+        is_step = kind == "pipeline" and held and _pipeline_around(adapter.path)
+        if not is_step and not _loads(kind, held, others):
             part = _matching(held, _TEMPLATE)  # trained with it, on the base's tokenizer
             left = held.keys() - part.keys()
             held, others = part, _matching(others, _TEMPLATE) if part else {}
@@ -112,11 +118,10 @@ def _taken(
         lost |= gone
     if any(name.endswith(".jinja") for name in taken):
         lost.add("chat_template.json")  # of a processor, which reads it first
-    step = adapter.path.resolve()
-    if STEP.fullmatch(step.name) and is_file(step.parent / "modules.json"):
+    if whole := _pipeline_around(adapter.path):
         notes.append(
-            f"{adapter.path} is one step of the pipeline {step.parent}: put the merged model in "
-            "its place there"
+            f"{adapter.path} is one step of the pipeline {whole}: put the merged model in its "
+            "place there"
         )
     return taken, lost, notes
 
@@ -131,6 +136,14 @@ def _loads(kind: str, held: Files, others: Files) -> bool:
         return True
     # ByT5 and its like have no vocabulary on either side
     return "tokenizer_config.json" in held and not _matching(others, _VOCABULARY)
+
+
+def _pipeline_around(adapter: Path) -> Path | None:
+    """The pipeline of sentence-transformers of which the folder of an adapter is a step."""
+    step = adapter.resolve()
+    lists = ("modules.json", "router_config.json")
+    is_step = _STEP.fullmatch(step.name) and any(is_file(step.parent / name) for name in lists)
+    return step.parent if is_step else None
 
 
 def _generation(copies: Files) -> tuple[dict[str, object] | None, list[str]]:

@@ -1,11 +1,13 @@
 """The command line: parse, call one verb, print what it returns.
 
+Options that a command does not look at itself (`asked`) are its verb's arguments, by their names.
+
 stdout is the result, stderr is progress and notes. Exit status: 0 done / yes, 1 the answer is no,
 2 refused or misused, 70 a bug, 130 interrupted.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
@@ -39,9 +41,6 @@ from gralora_convert.cli.terminal import (
     show_notes,
 )
 from gralora_convert.version import __version__
-
-if TYPE_CHECKING:
-    from gralora_convert.delta import Method
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -154,14 +153,12 @@ def validate(
 @reading_options
 def merge(
     adapters: Sequence[str],
-    base: str | None,
     weights: Sequence[float],
-    shard_size: str,
     digests: bool | None,
-    again: bool,
     labels: str | None,
     run: Run,
     said: Said,
+    **asked: Any,
 ) -> int:
     """Add ADAPTER's update to the base: a dense checkpoint that every server loads.
 
@@ -171,18 +168,9 @@ def merge(
     from gralora_convert.cli.summaries import merge_summary
     from gralora_convert.verbs import merge
 
-    plan = merge(
-        *adapters,
-        base=base,
-        weights=weights or None,
-        dtype=run.dtype,
-        shard_size=shard_size,
-        device=run.device,
-        verify=run.verify,
-        again=again,
-        labels=None if labels is None else labels.split(","),
-        **said.as_arguments(),
-    )
+    named = None if labels is None else labels.split(",")
+    asked |= run.as_arguments() | said.as_arguments()
+    plan = merge(*adapters, weights=weights or None, labels=named, **asked)
     return run.carry_out(plan, merge_summary, digests=digests)
 
 
@@ -204,14 +192,7 @@ def merge(
 @writing_options
 @reading_options
 def convert(
-    adapter: str,
-    wanted: Wanted,
-    allow_inexact: bool,
-    server: str | None,
-    plot: str | None,
-    base: str | None,
-    run: Run,
-    said: Said,
+    adapter: str, wanted: Wanted, plot: str | None, run: Run, said: Said, **asked: Any
 ) -> int:
     """Write ADAPTER as GraLoRA, Hybrid GraLoRA or LoRA, exactly unless told otherwise.
 
@@ -222,17 +203,8 @@ def convert(
     from gralora_convert.verbs import convert
 
     pictured = None if plot is None else drawn(adapter, wanted, plot)
-    plan = convert(
-        adapter,
-        **wanted,
-        base=base,
-        allow_inexact=allow_inexact,
-        server=server,
-        dtype=run.dtype,
-        device=run.device,
-        verify=run.verify,
-        **said.as_arguments(),
-    )
+    asked |= run.as_arguments() | said.as_arguments()
+    plan = convert(adapter, **wanted, **asked)
     status = run.carry_out(plan, adapter_summary)
     if plot is not None and pictured is not None:
         plot_trade(pictured, plan, plot, run.progress)
@@ -257,19 +229,10 @@ def convert(
 @click.option("--svd", type=Choice(["auto", "exact", "randomised"]), default="auto",
               show_default=True,
               help="auto = randomised where a block's side is above 512.")  # fmt: skip
+@server_option(help="Make the LoRA as this engine reads it, or refuse.  [default: as PEFT does]")
 @writing_options
 @layout_options
-def extract(
-    base: str,
-    tuned: str,
-    wanted: Wanted,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    linear_only: bool,
-    svd: "Method",
-    run: Run,
-    said: Said,
-) -> int:
+def extract(wanted: Wanted, run: Run, said: Said, **asked: Any) -> int:
     """Find the adapter that takes the base to a fine-tuned model, optimally for its rank.
 
     What differs and is no linear layer is saved whole, unless left out; notes say what was, and how
@@ -278,19 +241,8 @@ def extract(
     from gralora_convert.cli.summaries import adapter_summary
     from gralora_convert.verbs import extract
 
-    plan = extract(
-        base=base,
-        tuned=tuned,
-        **wanted,
-        include=include,
-        exclude=exclude,
-        linear_only=linear_only,
-        svd=svd,
-        dtype=run.dtype,
-        device=run.device,
-        verify=run.verify,
-        **said.as_arguments(),
-    )
+    asked |= run.as_arguments() | said.as_arguments()
+    plan = extract(**wanted, **asked)
     return run.carry_out(plan, adapter_summary)
 
 
@@ -319,17 +271,13 @@ def extract(
 @reading_options
 def verify(
     adapters: Sequence[str],
-    base: str | None,
     weights: Sequence[float],
     merged: str,
-    level: str | None,
-    slack: float,
-    text: str | None,
     plot: str | None,
-    device: str,
     progress: bool | None,
     as_json: bool,
     said: Said,
+    **asked: Any,
 ) -> int:
     """Do base + ADAPTER and a merged checkpoint compute the same? Whoever made the merge.
 
@@ -348,19 +296,8 @@ def verify(
     opened = Checkpoint.open(merged)
     ranks = Ranks.from_environment()
     with bar(opened.nbytes, progress if ranks.is_leader else False) as advance:
-        found = verify(
-            *adapters,
-            base=base,
-            merged=opened,
-            weights=weights or None,
-            level=level,
-            slack=slack,
-            device=device,
-            text=text,
-            **said.as_arguments(),
-            progress=advance,
-            ranks=ranks,
-        )
+        asked |= said.as_arguments() | {"progress": advance, "ranks": ranks}
+        found = verify(*adapters, merged=opened, weights=weights or None, **asked)
     if not ranks.is_leader:
         return 0
     show_notes(found.notes)

@@ -118,6 +118,10 @@ class Run:
     progress: bool | None
     as_json: bool
 
+    def as_arguments(self) -> dict[str, Any]:
+        """The arguments of a verb."""
+        return {"dtype": self.dtype, "device": self.device, "verify": self.verify}
+
     def carry_out(
         self,
         plan: "Plan",
@@ -238,8 +242,8 @@ shape_options = _gathered(
     click.option("--alpha", type=float,
                  help="Numerator of the scaling.  [default: keep the scaling]"),
     click.option("--max-error", type=float,
-                 help="Smallest rank with this relative Frobenius error; excludes --r.  "
-                 "[default: off]"),
+                 help="Smallest rank with this relative Frobenius error, with --for vllm, "
+                 "llama.cpp or peft of each module; excludes --r.  [default: off]"),
 )  # fmt: skip
 
 

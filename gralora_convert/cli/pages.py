@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gralora_convert.adapters import NAMES, Group
+from gralora_convert.adapters import CONFIG_NAME, NAMES, Group
 from gralora_convert.cli.terminal import Line, shortened
 from gralora_convert.disk import cached, is_there
 from gralora_convert.errors import printable
@@ -56,7 +56,7 @@ def _adapter_page(found: "Inspection", facts: AdapterFacts) -> list[Line]:
         ("made by", _provenance(found.receipt)),
         ("modules" if report.ok else "tensors", _table(found.groups)),
         ("health", [verdict, *findings]),
-        ("next", _next_of_adapter(found.name, whole if report.ok else None)),
+        ("next", _next_of_adapter(found, whole if report.ok else None)),
     ]
     return _page(f"{found.name}: {_kind(facts)}", fields)
 
@@ -163,7 +163,8 @@ def _base(base: object) -> str:
         return "not named; give --base"
     if is_there(base):
         return f"{base} (here)"
-    return f"{base} ({'in the cache of the Hub' if cached(base, 'config.json') else 'not here'})"
+    held = cached(base, "config.json") or cached(base, CONFIG_NAME)
+    return f"{base} ({'in the cache of the Hub' if held else 'not here'})"
 
 
 def _short_shape(facts: AdapterFacts) -> str:
@@ -206,19 +207,21 @@ def _size(facts: AdapterFacts) -> str:
     )
 
 
-def _next_of_adapter(name: str, facts: SoundFacts | None) -> list[Line]:
-    path = shlex.quote(name)
+def _next_of_adapter(found: "Inspection", facts: SoundFacts | None) -> list[Line]:
+    path = shlex.quote(found.name)
     if facts is None:
         return [_command(f"validate {path}")]
     named = facts.base_model
     model = shlex.quote(named) if isinstance(named, str) and named else "MODEL"
-    lines = [_command(f"validate {path} --base {model}")]
+    codes = {finding.code for finding in found.report.findings}
+    base = "" if "base-is-adapter" in codes else f" --base {model}"  # the chain is followed
+    lines = [_command(f"validate {path}{base}")]
     if facts.kind != "lora":
         lines.append(_command(f"convert {path} --to lora -o OUT"))
     elif not facts.beyond_factors:
         lines.append(_command(f"convert {path} --to hybrid -o OUT"))
     if not facts.beyond_factors:
-        lines.append(_command(f"merge {path} --base {model} -o OUT"))
+        lines.append(_command(f"merge {path}{base} -o OUT"))
     return lines
 
 

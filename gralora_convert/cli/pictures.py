@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING
 
-from gralora_convert.adapters import CONFIG_NAME, Adapter
+from gralora_convert.adapters import CONFIG_NAME, Adapter, LoraConfig
 from gralora_convert.cli.plots import draw_anatomy, draw_trade, require_drawable
 from gralora_convert.cli.terminal import bar, show_notes
 from gralora_convert.errors import MisuseError
@@ -42,7 +42,9 @@ def plot_trade(adapter: Adapter, plan: "Plan", plot: str, progress: bool | None)
     from gralora_convert.verbs import RANK_LIMITS
 
     anatomy = _dissected(adapter, None, progress)
-    draw_trade(anatomy, json.loads(plan.texts[CONFIG_NAME])["r"], RANK_LIMITS, plot)
+    config = LoraConfig.from_dict(json.loads(plan.texts[CONFIG_NAME]))
+    ranks = {part.module: config.rank(part.module) for part in anatomy.parts}
+    draw_trade(anatomy, ranks, RANK_LIMITS, plot)
     show_notes([f"drawn: {plot}"])
 
 

@@ -111,9 +111,12 @@ def draw_equivalence(found: "Equivalence", path: str | Path) -> None:
     _save(figure, Path(path))
 
 
-def draw_trade(anatomy: "Anatomy", r: int, limits: Mapping[str, int], path: str | Path) -> None:
-    """The error of a LoRA against its rank, the rank that was written, and the largest ranks of
-    servers, as far as these ranks go.
+def draw_trade(
+    anatomy: "Anatomy", written: Mapping[str, int], limits: Mapping[str, int], path: str | Path
+) -> None:
+    """The error of a LoRA against its rank, the rank that was written (of modules with ranks of
+    their own from the mean to the largest), and the largest ranks of servers, as far as these
+    ranks go.
 
     Raises:
         MisuseError: as `require_drawable`.
@@ -136,9 +139,13 @@ def draw_trade(anatomy: "Anatomy", r: int, limits: Mapping[str, int], path: str 
         (whole, "all modules", COLOURS[0], "-"), (worst, "worst module", COLOURS[4], "--"),
     ):  # fmt: skip
         axes.semilogy(ranks, numpy.maximum(errors, 1e-9), dash, color=colour, lw=1.8, label=label)
-    error = whole[min(r, len(ranks) - 1)]
-    axes.plot(r, max(error, 1e-3), "o", color="#000000", ms=7,
-              label=f"written: r={r}, error {error:.3g}")  # fmt: skip
+    held = [written[part.module] for part in anatomy.parts]
+    lost = sum(left[row, min(n, len(ranks) - 1)] for row, n in enumerate(held))
+    r, error = max(held), (lost / (left[:, 0].sum() or 1.0)) ** 0.5
+    mean = sum(held) / len(held)
+    label = f"r={r}" if min(held) == r else f"ranks {min(held)} to {r}, mean {mean:.3g}"
+    axes.plot([mean, r], [max(error, 1e-3)] * 2, "o-", color="#000000", ms=7,
+              label=f"written: {label}; error {error:.3g}")  # fmt: skip
     axes.set_ylim(1e-3, 1.2)
     axes.set_xlim(0, max(anatomy.exact_rank, r) * 1.04)
     for (server, rank), dash in zip(limits.items(), DASHES[1:], strict=False):

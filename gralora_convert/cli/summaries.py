@@ -44,6 +44,10 @@ def adapter_summary(receipt: Mapping[str, object], output: str) -> list[str]:
     assert kind == "gralora" or kind == "hybrid" or kind == "lora"
     shape = f"r={r}" + ("" if kind == "lora" else f" k={k} hybrid_r={h}")
     lines = [f"wrote {len(modules)} modules as {NAMES[kind]} {shape} to {output}"]
+    ranks = receipt.get("ranks")
+    if isinstance(ranks, Mapping):
+        lines[0] = lines[0].replace(shape, f"of ranks {min(ranks.values())} to {r}", 1)
+        lines += _rank_lines({row["module"]: ranks.get(row["module"], r) for row in modules})
     if error <= EXACT:
         lines.append("exact: the update is the same, up to the rounding of stored factors")
     else:
@@ -64,6 +68,18 @@ def adapter_summary(receipt: Mapping[str, object], output: str) -> list[str]:
         dtype = receipt.get("base_dtype")
         lines += _serving_lines(r, output, serving, dtype if isinstance(dtype, str) else None)
     return lines
+
+
+def _rank_lines(ranks: Mapping[str, int]) -> list[str]:
+    """The modules of each rank, the largest first."""
+    found = group({module: (rank,) for module, rank in ranks.items()})
+    width = len(str(max(ranks.values())))
+    return [
+        str(line) for line in shortened([
+            f"  r={g.shape[0]:<{width}}  {printable(g.name)}"
+            for g in sorted(found, key=lambda g: -g.shape[0])
+        ])
+    ]  # fmt: skip
 
 
 def _serving_lines(

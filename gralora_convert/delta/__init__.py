@@ -16,6 +16,7 @@ from gralora_convert.delta.fit import (
     Fit,
     exact_rank,
     smallest_rank,
+    smallest_ranks,
     spectra,
     to_gralora,
     to_hybrid,
@@ -34,7 +35,7 @@ from gralora_convert.delta.forms import (
     to_device,
 )
 from gralora_convert.delta.forward import forward_path, gralora_product
-from gralora_convert.delta.mistakes import BlockSums, Evidence, explain, features
+from gralora_convert.delta.mistakes import BlockSums, Evidence, explain
 from gralora_convert.delta.products import Stack, add_rows_, delta_weight, dense, elements, rows
 from gralora_convert.delta.resizing import (
     EXACT,
@@ -70,11 +71,11 @@ __all__ = [
     "EXACT", "Addend", "BlockSums", "Delta", "Dense", "Evidence", "Fit", "Gralora", "Kind", "Lora",
     "Loss", "Method", "Shape", "Stack", "Start", "Survival", "Verdict", "Wanted", "add_rows_",
     "admissible", "block_norms", "compare", "delta_weight", "dense", "device_for", "direct_sum",
-    "dora", "effort", "elements", "energies", "exact_rank", "explain", "features", "forward_path",
+    "dora", "effort", "elements", "energies", "exact_rank", "explain", "forward_path",
     "gralora_product", "gralora_to_hybrid", "gralora_to_lora", "half_ulp", "hybrid_to_gralora",
     "is_finite", "least_rank", "lora_to_gralora", "lora_to_hybrid", "loss_json", "magnitude_rows",
     "pad", "pad_lora", "permute_rows", "relative", "require_device", "require_divisible", "resize",
-    "rounding_lengths", "rows", "smallest_rank", "spectra", "squared_norm", "start_of", "stored",
-    "survival", "tensors_of", "terms", "to_device", "to_gralora", "to_hybrid", "to_lora",
-    "tolerance", "with_scaling", "without_start", "worst_ratio",
+    "rounding_lengths", "rows", "smallest_rank", "smallest_ranks", "spectra", "squared_norm",
+    "start_of", "stored", "survival", "tensors_of", "terms", "to_device", "to_gralora", "to_hybrid",
+    "to_lora", "tolerance", "with_scaling", "without_start", "worst_ratio",
 ]  # fmt: skip

@@ -36,9 +36,9 @@ def gralora_to_lora(delta: Gralora) -> Lora:
     for j in range(k):
         b[j, :, :, j] = b4[j].permute(2, 0, 1)  # o, n, t
     lora_a, lora_b = a.reshape(k * delta.r, k * m), b.reshape(k * p, k * delta.r)
-    if delta.general_A is not None and delta.general_B is not None:
-        lora_a = torch.cat([lora_a, delta.general_A])
-        lora_b = torch.cat([lora_b, delta.general_B], dim=1)
+    if (general := delta.general) is not None:
+        lora_a = torch.cat([lora_a, general.A])
+        lora_b = torch.cat([lora_b, general.B], dim=1)
     return Lora(lora_a, lora_b, delta.scaling)
 
 
@@ -103,10 +103,10 @@ def hybrid_to_gralora(delta: Gralora) -> Gralora:
 
     Slots after PEFT 0.21.2, tuners/gralora/layer.py, get_delta_weight.
     """
-    if delta.general_A is None or delta.general_B is None:
+    if delta.general is None:
         return delta
     k, s = delta.k, delta.s
-    tiled = lora_to_gralora(Lora(delta.general_A, delta.general_B, delta.scaling), k)
+    tiled = lora_to_gralora(delta.general, k)
     a = [x.reshape(k, -1, k, x.shape[2] // k) for x in (delta.A, tiled.A)]  # n, i, j, t
     b = [x.reshape(k, k, x.shape[1] // k, -1) for x in (delta.B, tiled.B)]  # j, n, t, o
     r = k * (s + delta.hybrid_r)
@@ -133,12 +133,14 @@ def gralora_to_hybrid(delta: Gralora, hybrid_r: int, generator: torch.Generator)
     PEFT 0.21.2, tuners/gralora/layer.py, update_layer.
     """
     check_divides(1, hybrid_r)
-    general_A, general_B = delta.general_A, delta.general_B
-    if general_A is None or general_B is None:
-        general_A = delta.A.new_empty(0, delta.in_features)
-        general_B = delta.B.new_empty(delta.out_features, 0)
-    general = pad_lora(Lora(general_A, general_B, delta.scaling), hybrid_r, generator)
+    general = pad_lora(general_of(delta), hybrid_r, generator)
     return replace(delta, general_A=general.A, general_B=general.B)
+
+
+def general_of(delta: Gralora) -> Lora:
+    """The general part, of rank 0 where there is none."""
+    a, b = delta.A.new_empty(0, delta.in_features), delta.B.new_empty(delta.out_features, 0)
+    return delta.general or Lora(a, b, delta.scaling)
 
 
 def with_scaling(delta: Factored, scaling: float) -> Factored:

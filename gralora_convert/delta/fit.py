@@ -8,6 +8,7 @@ of it is computed in float64.
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
@@ -24,7 +25,6 @@ from gralora_convert.delta.svd import (
     blocks_of,
     finite,
     options_of,
-    shape_of,
     squared_norm,
     truncate,
 )
@@ -129,7 +129,7 @@ def to_gralora(
     get_delta_weight (arXiv 2505.20355, eq. 4).
     """
     options = options_of(scaling, dtype, method, generator)
-    n_out, n_in = shape_of(delta)
+    n_out, n_in = delta.out_features, delta.in_features
     check_divides(k, n_in, n_out, r)
     s, error2, norm2 = r // k, 0.0, 0.0
     a = torch.empty(k, n_in // k, k, s, dtype=dtype)  # n, i, j, t
@@ -235,7 +235,7 @@ def spectra(
     Eckart-Young.
     """
     options = options_of(1.0, torch.float64, method, generator)
-    n_out, n_in = shape_of(delta)
+    n_out, n_in = delta.out_features, delta.in_features
     check_divides(k, n_in, n_out)
     full = min(n_in, n_out) // k
     count = full if limit is None else min(full, limit)
@@ -275,6 +275,40 @@ def smallest_rank(tails: Sequence[Tensor], tolerance: float) -> int:
     return max(1, int(reached[0]))
 
 
+def smallest_ranks(
+    tails: Sequence[Tensor], tolerance: float, costs: Sequence[int], limit: int
+) -> list[int]:
+    """A rank for each module, at most `limit`, with which several modules together fit within a
+    relative error at the least sum of rank * cost; one rank for all where that is not less.
+
+    tails: as for `smallest_rank`, at least of rank 1; costs: in + out of each module
+
+    From the full ranks down, what goes is always the singular value that is least for its cost.
+
+    Raises:
+        ValueError: as `smallest_rank`, within the limit.
+
+    >>> smallest_ranks([torch.tensor([9.0, 5.0, 1.0, 0.0]), torch.tensor([1.0, 0.5, 0.0])],
+    ...                0.4, [4, 4], 2)
+    [2, 1]
+
+    Eckart-Young, summed over modules; greedy, so up to one rank above the least sum.
+    """
+    tails = [tail[: limit + 1].double() for tail in tails]
+    same = smallest_rank(tails, tolerance)
+    # what each rank above the first holds, for its cost; never more than the rank before it
+    gains = [(-tail.diff()[1:]).cummin(0).values for tail in tails]
+    values = torch.cat([gain / cost for gain, cost in zip(gains, costs, strict=True)])
+    order = values.argsort(stable=True)
+    left = torch.cat(gains)[order].cumsum(0) + sum(tail[-1] for tail in tails)
+    gone = order[left <= tolerance**2 * sum(tail[0] for tail in tails)]
+    owners = torch.cat([torch.full((len(gain),), n) for n, gain in enumerate(gains)])
+    fewer = owners[gone].bincount(minlength=len(tails)).tolist()
+    ranks = [len(tail) - 1 - less for tail, less in zip(tails, fewer, strict=True)]
+    uniform = [min(same, len(tail) - 1) for tail in tails]
+    return min(ranks, uniform, key=lambda held: sum(map(operator.mul, held, costs)))
+
+
 def exact_rank(source: Delta, to: Literal["lora", "gralora", "hybrid"], k: int = 1) -> int:
     """The smallest r at which the conversion is exact, for generic factors of these shapes.
 
@@ -295,7 +329,7 @@ def exact_rank(source: Delta, to: Literal["lora", "gralora", "hybrid"], k: int =
     A block of rank-s pieces has the rank of a largest flow from its row strips to its column
     strips with capacity s between them, the heights and the widths (a minimal cut bounds it).
     """
-    n_out, n_in = shape_of(source)
+    n_out, n_in = source.out_features, source.in_features
     k = 1 if to == "lora" else k
     check_divides(k, n_in, n_out)
     side = min(n_in, n_out) // k

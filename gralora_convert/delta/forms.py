@@ -8,8 +8,9 @@ B4 = B.view(k, k, s, p)[j, n, t, o]
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -76,6 +77,13 @@ class Gralora:
     @property
     def hybrid_r(self) -> int:
         return 0 if self.general_A is None else self.general_A.shape[0]
+
+    @property
+    def general(self) -> "Lora | None":
+        """The general part as the LoRA that it is."""
+        if self.general_A is None or self.general_B is None:
+            return None
+        return Lora(self.general_A, self.general_B, self.scaling)
 
     @property
     def in_features(self) -> int:
@@ -151,6 +159,7 @@ class Dense:
 
 Delta = Gralora | Lora | Dense
 Factored = TypeVar("Factored", Gralora, Lora)
+AnyDelta = TypeVar("AnyDelta", bound=Delta)
 
 
 def check_floating(**tensors: Tensor | None) -> None:
@@ -238,15 +247,16 @@ def tensors_of(delta: Delta) -> dict[str, Tensor]:
     return {name: value for name, value in values if isinstance(value, Tensor)}
 
 
-@overload
-def to_device(delta: Gralora | Lora, device: str | torch.device) -> Gralora | Lora: ...
-@overload
-def to_device(delta: Delta, device: str | torch.device) -> Delta: ...
-def to_device(delta: Delta, device: str | torch.device) -> Delta:
+def mapped(delta: AnyDelta, change: Callable[[Tensor], Tensor]) -> AnyDelta:
+    """The delta with each of its factors (of a dense one: its weight) changed."""
+    changed = {name: change(tensor) for name, tensor in tensors_of(delta).items()}
+    return replace(delta, **changed)  # type: ignore[arg-type]
+
+
+def to_device(delta: AnyDelta, device: str | torch.device) -> AnyDelta:
     """The same delta with its tensors on `device`.
 
     >>> to_device(Lora(torch.ones(1, 2), torch.ones(3, 1), 1.0), "meta").A.is_meta
     True
     """
-    moved = {name: tensor.to(device) for name, tensor in tensors_of(delta).items()}
-    return replace(delta, **moved)  # type: ignore[arg-type]
+    return mapped(delta, lambda tensor: tensor.to(device))

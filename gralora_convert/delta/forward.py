@@ -37,10 +37,8 @@ def forward_path(delta: Delta, x: Tensor) -> Tensor:
     """
     match delta:
         case Gralora():
-            y = gralora_product(x, delta.A.to(x.dtype), delta.B.to(x.dtype))
-            if delta.general_A is not None and delta.general_B is not None:
-                y = y + x @ delta.general_A.to(x.dtype).T @ delta.general_B.to(x.dtype).T
-            return y * delta.scaling
+            y = gralora_product(x, delta.A.to(x.dtype), delta.B.to(x.dtype)) * delta.scaling
+            return y if delta.general is None else y + forward_path(delta.general, x)
         case Lora():
             return x @ delta.A.to(x.dtype).T @ delta.B.to(x.dtype).T * delta.scaling
         case Dense(weight=weight):  # never a copy of all of it in a wider dtype

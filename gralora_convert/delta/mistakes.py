@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gralora_convert.delta.exact import permute_rows
-from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, terms
+from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, mapped, terms
 from gralora_convert.delta.products import rows
 from gralora_convert.delta.rounding import magnitude_rows, tolerance
 
@@ -89,17 +89,10 @@ def mistakes(delta: Delta) -> Iterator[Mistake]:
         yield from _parts(delta)
         if delta.k > 1:
             yield from _orders(delta)
-    if features(delta)[0] == features(delta)[1]:
+    if delta.in_features == delta.out_features:
         yield Mistake("the update is added transposed", delta, flipped=True)
     yield from _thirds(delta)
     yield from _roundings(delta)
-
-
-def features(delta: Delta) -> tuple[int, int]:
-    """(in, out) of a delta."""
-    if isinstance(delta, Dense):
-        return delta.weight.shape[1], delta.weight.shape[0]
-    return delta.in_features, delta.out_features
 
 
 def _scaled(delta: Delta, factor: float) -> Delta:
@@ -150,9 +143,9 @@ def _scalings(delta: Delta) -> Iterator[tuple[str, float]]:
 
 
 def _parts(delta: Gralora) -> Iterator[Mistake]:
-    if delta.general_A is None or delta.general_B is None:
+    if delta.general is None:
         return
-    b = delta.general_B
+    b = delta.general.B
     yield Mistake("the hybrid part is missing", replace(delta, general_A=None, general_B=None))
     yield Mistake("the hybrid part is applied twice", replace(delta, general_B=2 * b))
     yield Mistake("the hybrid part is subtracted (sign)", replace(delta, general_B=-b))
@@ -201,8 +194,8 @@ def _orders(delta: Gralora) -> Iterator[Mistake]:
     for n in range(k):
         a[n, :, n], b[n, :, n] = delta.A[n].T, delta.B[n].T
     a, b = a.reshape(-1, k * m), b.reshape(k * p, -1)
-    if delta.general_A is not None and delta.general_B is not None:
-        a, b = torch.cat([a, delta.general_A]), torch.cat([b, delta.general_B], dim=1)
+    if (general := delta.general) is not None:
+        a, b = torch.cat([a, general.A]), torch.cat([b, general.B], dim=1)
     yield Mistake(
         "the slots are not permuted between A and B (a block-diagonal update)",
         Lora(a, b, delta.scaling),
@@ -226,7 +219,7 @@ def _roundings(delta: Delta) -> Iterator[Mistake]:
     """The right update, with a rounding too many on the way."""
     for dtype in SHORT:
         short = str(dtype).removeprefix("torch.")
-        fewer = _with_factors(delta, partial(_through, dtype=dtype))
+        fewer = mapped(delta, partial(_through, dtype=dtype))
         for base, update, total, what in (
             (False, True, False, "the update was rounded to {} before it was added"),
             (False, False, True, "the sum was rounded to {} on the way"),
@@ -255,20 +248,6 @@ def _rounded_sum(
 def _through(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The values after a rounding to `dtype`, in their own."""
     return values.to(dtype).to(values.dtype)
-
-
-def _with_factors(delta: Delta, change: Callable[[Tensor], Tensor]) -> Delta:
-    match delta:
-        case Gralora(general_A=a, general_B=b):
-            return replace(
-                delta, A=change(delta.A), B=change(delta.B),
-                general_A=None if a is None else change(a),
-                general_B=None if b is None else change(b),
-            )  # fmt: skip
-        case Lora():
-            return replace(delta, A=change(delta.A), B=change(delta.B))
-        case Dense():
-            return Dense(change(delta.weight))
 
 
 @dataclass

@@ -115,10 +115,10 @@ def _views(delta: Gralora | Lora, transposed: bool) -> tuple[Tensor, Tensor]:
 
 
 def _general_views(delta: Gralora | Lora, transposed: bool) -> tuple[Tensor, Tensor] | None:
-    if isinstance(delta, Lora) or delta.general_A is None or delta.general_B is None:
+    general = delta.general if isinstance(delta, Gralora) else None
+    if general is None:
         return None
-    A, B = delta.general_A, delta.general_B
-    return (A.T, B.T) if transposed else (B, A)
+    return (general.A.T, general.B.T) if transposed else (general.B, general.A)
 
 
 def _check_tile(shape: tuple[int, int], tile: Tensor, start: int) -> None:
@@ -237,8 +237,7 @@ def rows(
                 for left, right in row_blocks(delta, start, stop, transposed=transposed)
             ]
             result = torch.cat(parts).mul_(delta.scaling)
-            if delta.general_A is not None and delta.general_B is not None:
-                general = Lora(delta.general_A, delta.general_B, delta.scaling)
+            if (general := delta.general) is not None:
                 result += rows(general, start, stop, dtype, transposed=transposed)
             return result
         case Lora(A=A, B=B):
@@ -270,8 +269,8 @@ def elements(delta: Gralora | Lora, out: Tensor, into: Tensor, *, absolute: bool
     a4, b4 = delta.A.view(k, m, k, s), delta.B.view(k, k, s, p)  # n, i, j, t and j, n, t, o
     j, n = out // p, into // m
     found = products(b4.transpose(2, 3)[j, n, out % p], a4[n, into % m, j])
-    if delta.general_A is not None and delta.general_B is not None:
-        found += products(delta.general_B[out], delta.general_A[:, into].T)
+    if (general := delta.general) is not None:
+        found += products(general.B[out], general.A[:, into].T)
     return scaling * found
 
 

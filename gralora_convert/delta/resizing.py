@@ -3,12 +3,13 @@
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, TypeVar, assert_never, get_args
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar, assert_never, get_args, overload
 
 import torch
 
 from gralora_convert.delta.exact import (
+    general_of,
     gralora_to_lora,
     hybrid_to_gralora,
     lora_to_hybrid,
@@ -17,7 +18,7 @@ from gralora_convert.delta.exact import (
     with_scaling,
 )
 from gralora_convert.delta.fit import Fit, exact_rank, to_gralora, to_hybrid, to_lora
-from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, tensors_of
+from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, mapped
 from gralora_convert.delta.forward import forward_path
 from gralora_convert.delta.svd import Method, squared_norm, svd_effort
 from gralora_convert.errors import CheckFailedError, MisuseError, is_number
@@ -33,19 +34,30 @@ Loss = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What every module of the result looks like; `k` is 1 for LoRA."""
+    """What every module of the result looks like; `k` is 1 for LoRA, of which single modules may
+    have other ranks, with the same alpha."""
 
     kind: Kind
     k: int
     r: int
     hybrid_r: int
     scaling: float
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def alpha(self) -> float:
         """scaling * (r + hybrid_r), whole where it can be."""
         alpha = self.scaling * (self.r + self.hybrid_r)
         return int(alpha) if float(alpha).is_integer() else alpha
+
+    def of(self, module: str) -> "Shape":
+        """What one module looks like.
+
+        >>> Shape("lora", 1, 8, 0, 1.0, {"q_proj": 4}).of("q_proj").scaling
+        2.0
+        """
+        r = self.ranks.get(module, self.r)
+        return self if r == self.r else replace(self, r=r, scaling=self.alpha / r)
 
     def outline(self, rows: int, columns: int, dtype: torch.dtype) -> Gralora | Lora:
         """A module of weight (rows, columns) = (out, in): its shapes and dtype, no values."""
@@ -60,6 +72,7 @@ class Shape:
         return {
             "to": self.kind, "r": self.r, "k": self.k, "hybrid_r": self.hybrid_r,
             "alpha": self.alpha, "scaling": self.scaling,
+            **({"ranks": dict(self.ranks)} if self.ranks else {}),
         }  # fmt: skip
 
 
@@ -242,18 +255,18 @@ def _as_hybrid(
     )  # fmt: skip
 
 
+@overload
+def _divided(delta: Lora, h: int) -> tuple[Lora, Lora]: ...
+@overload
+def _divided(delta: Gralora | Lora, h: int) -> tuple[Lora, Gralora | Lora]: ...
 def _divided(delta: Gralora | Lora, h: int) -> tuple[Lora, Gralora | Lora]:
     """The first h terms of the general part (of a LoRA: of all), and the rest for the blocks."""
     if isinstance(delta, Lora):
         head = Lora(delta.A[:h], delta.B[:, :h], delta.scaling)
         return head, Lora(delta.A[h:], delta.B[:, h:], delta.scaling)
-    if delta.general_A is None or delta.general_B is None:
-        a, b = delta.A.new_empty(0, delta.in_features), delta.B.new_empty(delta.out_features, 0)
-        return Lora(a, b, delta.scaling), delta
-    a, b = delta.general_A, delta.general_B
-    rest = (a[h:], b[:, h:]) if h < delta.hybrid_r else (None, None)
-    blocks = Gralora(delta.A, delta.B, delta.scaling, *rest)
-    return Lora(a[:h], b[:, :h], delta.scaling), blocks
+    head, tail = _divided(general_of(delta), h)
+    rest = (tail.A, tail.B) if h < delta.hybrid_r else (None, None)
+    return head, Gralora(delta.A, delta.B, delta.scaling, *rest)
 
 
 def _exact(delta: Made) -> Fit[Made]:
@@ -269,8 +282,7 @@ def stored(
     Raises:
         CheckFailedError: the factors lose more than rounding may, or give other outputs.
     """
-    factors = {n: _rounded(module, t, dtype) for n, t in tensors_of(fit.delta).items()}
-    made: Gralora | Lora = replace(fit.delta, **factors)  # type: ignore[arg-type]
+    made: Gralora | Lora = mapped(fit.delta, lambda factor: _rounded(module, factor, dtype))
     if verify:
         require_same(module, source, made, fit.error2, dtype)
     return made
@@ -326,10 +338,8 @@ def _size(delta: Delta) -> float:
         case Lora(A=A, B=B):
             return abs(delta.scaling) * float(A.double().norm() * B.double().norm())
         case Gralora(A=A, B=B):
-            size = float(A.double().norm() * B.double().norm())
-            if delta.general_A is not None and delta.general_B is not None:
-                size += float(delta.general_A.double().norm() * delta.general_B.double().norm())
-            return abs(delta.scaling) * size
+            size = abs(delta.scaling) * float(A.double().norm() * B.double().norm())
+            return size if delta.general is None else size + _size(delta.general)
 
 
 def relative(losses: Mapping[str, Loss]) -> float:

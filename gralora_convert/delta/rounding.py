@@ -75,16 +75,11 @@ def magnitude_rows(
     """
     match delta:
         case Gralora():
-            bound = torch.cat(
-                [
-                    torch.einsum(
-                        "xv,vy->xvy", _lengths(left).to(dtype), _lengths(right).to(dtype)
-                    ).flatten(1)
-                    for left, right in row_blocks(delta, start, stop, transposed=transposed)
-                ]
-            ) * abs(delta.scaling)
-            if delta.general_A is not None and delta.general_B is not None:
-                general = Lora(delta.general_A, delta.general_B, delta.scaling)
+            factors = row_blocks(delta, start, stop, transposed=transposed)
+            lengths = ((_lengths(x).to(dtype), _lengths(y).to(dtype)) for x, y in factors)
+            blocks = [torch.einsum("xv,vy->xvy", x, y).flatten(1) for x, y in lengths]
+            bound = torch.cat(blocks) * abs(delta.scaling)
+            if (general := delta.general) is not None:
                 bound += magnitude_rows(general, start, stop, dtype, transposed=transposed)
             return bound
         case Lora(A=A, B=B):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gralora_convert.delta.exact import direct_sum, gralora_to_lora, kaiming
-from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, is_finite
+from gralora_convert.delta.forms import Delta, Dense, Gralora, Lora, is_finite, tensors_of
 
 Method = Literal["auto", "exact", "randomised"]
 
@@ -59,18 +59,6 @@ def options_of(
     return Options(scaling, dtype, method, generator or torch.Generator().manual_seed(0))
 
 
-def shape_of(delta: Delta) -> tuple[int, int]:
-    """(out, in) of any delta.
-
-    >>> shape_of(Dense(torch.ones(3, 2)))
-    (3, 2)
-    """
-    if isinstance(delta, Dense):
-        n_out, n_in = delta.weight.shape
-        return n_out, n_in
-    return delta.out_features, delta.in_features
-
-
 def blocks_of(
     delta: Delta, k: int, rank: int, options: Options, near: Gralora | Lora | None = None
 ) -> Iterator[Block]:
@@ -81,10 +69,8 @@ def blocks_of(
     LoRA, restricted to each block.
     """
     if not isinstance(delta, Dense):
-        general = () if isinstance(delta, Lora) else (delta.general_A, delta.general_B)
-        for factor in (delta.A, delta.B, *general):
-            if factor is not None:
-                finite(factor)
+        for factor in tensors_of(delta).values():
+            finite(factor)
     match delta:
         case Dense(weight=weight):
             starts = iter([]) if near is None else (right.T for _, right in _slots(near))
@@ -113,13 +99,15 @@ def squared_norm(delta: Delta) -> float:
     >>> squared_norm(Lora(torch.ones(1, 2), torch.ones(3, 1), 2.0))
     24.0
     """
-    match delta:
-        case Dense(weight=weight):
-            return float(weight.double().square().sum())
-        case _:
-            pairs = list(_slots(delta))
-    # |L R|^2 = <L'L, RR'>; rounding may leave a tiny negative number for a zero product
-    return max(sum(float(((x.T @ x) * (y @ y.T)).sum()) for x, y in pairs), 0.0)
+    if isinstance(delta, Dense):
+        return float(delta.weight.double().square().sum())
+    return sum(_squares(delta))
+
+
+def _squares(delta: Gralora | Lora) -> list[float]:
+    """The squared norm of each block: |L R|^2 = <L'L, RR'>, which rounding may leave below zero."""
+    pairs = _slots(delta)
+    return [max(float(((x.T @ x) * (y @ y.T)).sum()), 0.0) for x, y in pairs]
 
 
 def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,9 +144,9 @@ def _slots(delta: Gralora | Lora) -> Iterator[tuple[Tensor, Tensor]]:
     for j in range(k):
         for n in range(k):
             left, right = b4[j, n].T, a4[n, :, j].T
-            if delta.general_A is not None and delta.general_B is not None:
-                up = delta.scaling * delta.general_B[j * p : (j + 1) * p].double()
-                down = delta.general_A[:, n * m : (n + 1) * m].double()
+            if (general := delta.general) is not None:
+                up = delta.scaling * general.B[j * p : (j + 1) * p].double()
+                down = general.A[:, n * m : (n + 1) * m].double()
                 left, right = torch.cat([left, up], dim=1), torch.cat([right, down])
             yield left, right
 
@@ -188,10 +176,10 @@ def _whole(delta: Gralora) -> Block:
     core = torch.einsum("jant,nbjt->janb", rl, rr).reshape(k * rl.shape[1], k * rr.shape[1])
     left = direct_sum([q for q, _ in lefts])
     right = direct_sum([q for q, _ in rights])
-    if delta.general_A is None or delta.general_B is None:
+    if (general := delta.general) is None:
         return Block(core, left, right)
-    left, up = _extend(left, delta.scaling * delta.general_B.double())
-    right, down = _extend(right, delta.general_A.T.double())
+    left, up = _extend(left, delta.scaling * general.B.double())
+    right, down = _extend(right, general.A.T.double())
     wide = up @ down.T
     wide[: core.shape[0], : core.shape[1]] += core
     return Block(wide, left, right)
@@ -269,8 +257,7 @@ def block_norms(delta: Gralora | Lora) -> Tensor:
             [7.7460, 7.7460]], dtype=torch.float64)
     """
     k = 1 if isinstance(delta, Lora) else delta.k
-    squares = [float(((left.T @ left) * (right @ right.T)).sum()) for left, right in _slots(delta)]
-    return torch.tensor(squares, dtype=torch.float64).clamp(min=0).sqrt().view(k, k)
+    return torch.tensor(_squares(delta), dtype=torch.float64).sqrt().view(k, k)
 
 
 def energies(delta: Gralora | Lora) -> Tensor:

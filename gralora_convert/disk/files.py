@@ -13,27 +13,14 @@ from gralora_convert.errors import ChangedInputError, UnreadableError, nearest
 from gralora_convert.system import ONE_CALL
 
 Stamp = tuple[int, int, int]
+# Of names that a stranger may have written: these never raise, as those of Path do for long names.
+is_there, is_folder, is_file = os.path.exists, os.path.isdir, os.path.isfile
 _AGAIN = "Run again when nothing writes to it."
 
 
 def file_stamp(status: os.stat_result) -> Stamp:
     """What differs when another file took the name, or when the file was written to."""
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def is_there(name: str | Path) -> bool:
-    """Whether a name that a stranger may have written is one of a file or folder; never raises."""
-    return os.path.exists(name)  # noqa: PTH110 - Path.exists raises for what is too long a name
-
-
-def is_folder(name: str | Path) -> bool:
-    """Whether a name that a stranger may have written is that of a folder; never raises."""
-    return os.path.isdir(name)  # noqa: PTH112 - so does Path.is_dir
-
-
-def is_file(name: str | Path) -> bool:
-    """Whether a name that a stranger may have written is that of a file; never raises."""
-    return os.path.isfile(name)  # noqa: PTH113 - so does Path.is_file
 
 
 def near_path(name: str | Path, least: float = 0.6) -> Path | None:
@@ -139,11 +126,7 @@ def pread_exact(descriptor: int, buffer: memoryview, offset: int, path: Path) ->
         with reading(path):
             count = os.preadv(descriptor, [buffer[done : done + ONE_CALL]], offset + done)
         if count == 0:
-            raise ChangedInputError(
-                "became shorter while it was read",
-                where=path,
-                hint=_AGAIN,
-            )
+            raise ChangedInputError("became shorter while it was read", where=path, hint=_AGAIN)
         done += count
 
 

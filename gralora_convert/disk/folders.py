@@ -77,8 +77,7 @@ def require_whole_model(path: Path) -> None:
 def require_whole(folder: Path, names: list[str]) -> None:
     """Refuses shards without an index of which some are missing."""
     for name in names:
-        found = SHARD.fullmatch(name)
-        if found:
+        if found := SHARD.fullmatch(name):
             every = [f"{found['stem']}-{i:05}-of-{found['count']}{found['end']}"
                      for i in range(1, int(found["count"]) + 1)]  # fmt: skip
             missing = [n for n in every if n not in names]
@@ -96,36 +95,26 @@ def no_weights(folder: Path, present: set[str]) -> UnreadableError | Unsupported
     def named(*suffixes: str) -> list[str]:
         return sorted(name for name in present if name.endswith(suffixes))
 
+    torch_files = [n for n in named(".bin", ".pt", ".pth", ".ckpt") if n not in _NO_WEIGHTS]
     if gguf := named(".gguf"):
         return written_as_gguf(folder / gguf[0])
     if "adapter_config.json" in present:
-        return UnreadableError(
-            "is an adapter, a dense model was needed",
-            where=folder,
-            hint="Name the folder of a whole model.",
-        )
-    torch_files = [n for n in named(".bin", ".pt", ".pth", ".ckpt") if n not in _NO_WEIGHTS]
-    if len(torch_files) > 1 or (torch_files and SHARD.fullmatch(torch_files[0])):
-        return UnreadableError(
-            f"holds {torch_files[0]}{' and others' if torch_files[1:] else ''}, without the index "
-            "that makes such files one model",
-            where=folder,
-            hint="Download the model again, completely, or save it as safetensors first.",
-        )
-    if torch_files:
-        return UnreadableError(
-            f"holds weights only as {torch_files[0]}, a name that transformers does not load",
-            where=folder,
-            hint=f"If that is the whole model, name the file: {folder / torch_files[0]}",
-        )
-    if foreign := named(*_FOREIGN):
+        what, hint = "is an adapter, a dense model was needed", "Name the folder of a whole model."
+    elif len(torch_files) > 1 or (torch_files and SHARD.fullmatch(torch_files[0])):
+        more = " and others" if torch_files[1:] else ""
+        what = f"holds {torch_files[0]}{more}, without the index that makes such files one model"
+        hint = "Download the model again, completely, or save it as safetensors first."
+    elif torch_files:
+        what = f"holds weights only as {torch_files[0]}, a name that transformers does not load"
+        hint = f"If that is the whole model, name the file: {folder / torch_files[0]}"
+    elif foreign := named(*_FOREIGN):
         return of_another_format(folder, f"holds weights only as {foreign[0]}")
-    inner = [e.name for e in listing(folder) if e.is_dir() and holds_a_model(e)]
-    return UnreadableError(
-        "holds no weights; model.safetensors, shards with an index, or pytorch_model.bin is needed",
-        where=folder,
-        hint=f"Its folder {inner[0]} holds some: name that?" if inner else "",
-    )
+    else:
+        inner = [e.name for e in listing(folder) if e.is_dir() and holds_a_model(e)]
+        wanted = "model.safetensors, shards with an index, or pytorch_model.bin"
+        what = f"holds no weights; {wanted} is needed"
+        hint = f"Its folder {inner[0]} holds some: name that?" if inner else ""
+    return UnreadableError(what, where=folder, hint=hint)
 
 
 def of_another_format(where: Path, what: str) -> UnsupportedError:
@@ -233,13 +222,9 @@ def sidecars(folder: Path) -> dict[str, Path]:
 
 
 def is_weights_or_ours(name: str) -> bool:
-    if (
-        name.endswith(_INDEX_SUFFIX)
-        or _INDEX.fullmatch(name)
-        or name in (RECEIPT_NAME, "README.md", "adapter_config.json")
-    ):
-        return True
-    return PurePosixPath(name).suffix in _WEIGHT_SUFFIXES or name == "training_args.bin"
+    is_index = name.endswith(_INDEX_SUFFIX) or _INDEX.fullmatch(name)
+    ours = (RECEIPT_NAME, "README.md", "adapter_config.json")
+    return bool(is_index) or name in ours or PurePosixPath(name).suffix in _WEIGHT_SUFFIXES
 
 
 def is_of_a_run(entry: Path) -> bool:

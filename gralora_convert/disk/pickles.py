@@ -25,16 +25,9 @@ from gralora_convert.disk.specs import (
     count,
     refuse_pointer,
 )
-from gralora_convert.disk.unpickling import (
-    DamagedPickleError,
-    DistributedError,
-    PickledTensor,
-    UnsafePickleError,
-    unpickle,
-)
+from gralora_convert.disk.unpickling import RESAVE, PickledTensor, unpickle
 
 MAX_PICKLE_BYTES = 16 * 1024 * 1024  # some 80 000 tensors
-_RESAVE = "Save it again as safetensors: `safetensors.torch.save_file(tensors, path)`."
 _Storages = Mapping[str, tuple[int, int]]  # key -> position in the file, bytes
 
 
@@ -55,7 +48,7 @@ def read_pickle(path: Path) -> TensorFile:
             raise TensorFileError(
                 "is a pickle of torch before 1.6" if legacy else "is not a file of torch.save",
                 where=path,
-                hint=_RESAVE,
+                hint=RESAVE,
                 reason="legacy-pickle" if legacy else "unreadable",
             )
         try:
@@ -94,7 +87,7 @@ def _entries(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, zip
             or info.flag_bits & 1
         ):
             raise TensorFileError(
-                "is compressed or encrypted, which torch.save never does", where=path, hint=_RESAVE
+                "is compressed or encrypted, which torch.save never does", where=path, hint=RESAVE
             )
     pickles = [info for name, info in infos.items() if name.endswith("/data.pkl")]
     if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
@@ -102,7 +95,7 @@ def _entries(archive: zipfile.ZipFile, path: Path) -> tuple[bytes, dict[str, zip
     prefix = pickles[0].filename.removesuffix("data.pkl")
     order = infos.get(f"{prefix}byteorder")
     if order and (order.file_size > 16 or archive.read(order) != b"little"):
-        raise TensorFileError("holds big-endian tensors", where=path, hint=_RESAVE)
+        raise TensorFileError("holds big-endian tensors", where=path, hint=RESAVE)
     data = f"{prefix}data/"
     return archive.read(pickles[0]), {
         name.removeprefix(data): info for name, info in infos.items() if name.startswith(data)
@@ -139,24 +132,7 @@ def _data_start(descriptor: int, info: zipfile.ZipInfo) -> int:
 
 
 def _unpickle(description: bytes, path: Path) -> dict[str, PickledTensor]:
-    try:
-        value = unpickle(description)
-    except UnsafePickleError as error:
-        raise TensorFileError(
-            f"is a pickle that holds more than tensors: {error}; it was not run",
-            where=path,
-            hint=_RESAVE,
-            reason="unsafe-pickle",
-        ) from error
-    except DistributedError as error:
-        raise TensorFileError(
-            "is a pickle of distributed tensors (DTensor): each process of a run saves its part",
-            where=path,
-            hint="In that run, save `full_tensor()` of each with safetensors.",
-            reason="unsafe-pickle",
-        ) from error
-    except DamagedPickleError as error:
-        raise TensorFileError(f"is a damaged pickle: {error}", where=path) from error
+    value = unpickle(description, where=path)
 
     def nested(what: str) -> TensorFileError:
         return TensorFileError(

@@ -6,7 +6,9 @@ And JSON that no parser refuses.
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from gralora_convert.disk.files import open_regular, reading
 from gralora_convert.errors import UnreadableError
@@ -41,7 +43,8 @@ def parse_json(data: bytes, *, where: object, allow_non_finite: bool = False) ->
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            what = f"the key {_first_repeated(pairs)!r} stands twice in one object"
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            what = f"the key {key!r} stands twice in one object"
             hint = "Keep one of them; which one is meant cannot be told."
             raise wrong(what, hint, "duplicate-key")
         return result
@@ -80,30 +83,14 @@ def parse_json(data: bytes, *, where: object, allow_non_finite: bool = False) ->
     return value
 
 
-def _first_repeated(pairs: list[tuple[str, object]]) -> str:
-    seen: set[str] = set()
-    for key, _ in pairs:
-        if key in seen:
-            break
-        seen.add(key)
-    return key
-
-
-def _is_deeper_than(limit: int, value: object) -> bool:
-    level = [value]
+def _is_deeper_than(limit: int, value: dict[str, Any] | list[Any]) -> bool:
+    level = [value]  # objects and arrays of one depth
     for _ in range(limit):
-        level = [child for parent in level for child in _children(parent)]
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [child for held in inner for child in held if isinstance(child, (dict, list))]
         if not level:
             return False
     return True
-
-
-def _children(parent: object) -> list[object]:
-    """The objects and arrays in an object or array."""
-    if isinstance(parent, dict):
-        parent = list(parent.values())
-    assert isinstance(parent, list)
-    return [child for child in parent if isinstance(child, (dict, list))]
 
 
 def _is_unicode(value: object) -> bool:

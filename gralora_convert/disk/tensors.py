@@ -5,6 +5,7 @@ Safetensors headers are checked as strictly as the official reader does (format 
 """
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Mapping
@@ -210,13 +211,14 @@ def read_rows(spec: TensorSpec, start: int, stop: int) -> "torch.Tensor":
     import torch
 
     if spec.scale is not None:
-        return read_scaled(spec, start, stop)
-    if (start, stop) == (0, spec.shape[0] if spec.shape else 1) or not spec.numel:
-        return read_torch(spec)
+        return _decoded(spec, start, stop)
     _require_holdable(spec)
-    size = spec.nbytes // spec.shape[0]
+    dtype, shape = torch_dtype(spec.dtype), (stop - start, *spec.shape[1:])[: len(spec.shape)]
+    size = spec.nbytes // max(1, math.prod(spec.shape[:1]))
     data = read_bytes(spec, start * size, stop * size)
-    return torch.frombuffer(data, dtype=torch_dtype(spec.dtype)).reshape(-1, *spec.shape[1:])
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
 def bytes_of(tensor: "torch.Tensor") -> memoryview:
@@ -235,23 +237,11 @@ def bytes_of(tensor: "torch.Tensor") -> memoryview:
 
 def read_torch(spec: TensorSpec) -> "torch.Tensor":
     """The tensor itself, in the dtype that it is read as, in memory of its own."""
-    import torch
-
-    if spec.scale is not None:
-        return read_scaled(spec, 0, spec.shape[0])
-    _require_holdable(spec)
-    dtype = torch_dtype(spec.dtype)
-    if spec.nbytes == 0:
-        return torch.empty(spec.shape, dtype=dtype)
-    return torch.frombuffer(read_bytes(spec), dtype=dtype).reshape(spec.shape)
+    return read_rows(spec, 0, spec.shape[0] if spec.shape else 1)
 
 
-def read_scaled(spec: TensorSpec, start: int, stop: int) -> "torch.Tensor":
-    """Rows `start:stop` of a matrix of fp8 codes with scales, in float32.
-
-    Raises:
-        UnreadableError: a scale that is no finite number.
-    """
+def _decoded(spec: TensorSpec, start: int, stop: int) -> "torch.Tensor":
+    """Rows `start:stop` of a matrix of fp8 codes with scales, in float32."""
     import torch
 
     shape, width = (stop - start, spec.shape[1]), spec.shape[1]

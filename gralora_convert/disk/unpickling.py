@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gralora_convert.disk.specs import DTYPE_OF_TORCH
+from gralora_convert.disk.specs import DTYPE_OF_TORCH, TensorFileError
 
+RESAVE = "Save it again as safetensors: `safetensors.torch.save_file(tensors, path)`."
 _STORAGES: Mapping[str, str] = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
@@ -20,6 +21,7 @@ _STORAGES: Mapping[str, str] = {
 }  # fmt: skip
 _DTYPES: Mapping[str, str] = {
     **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
+    **{f"torch.storage.{name}": dtype for name, dtype in _STORAGES.items()},
     **{f"torch.{name}": dtype for name, dtype in DTYPE_OF_TORCH.items()},
     "torch.storage.UntypedStorage": "U8",
 }
@@ -35,18 +37,6 @@ _DISTRIBUTED = frozenset({
     "torch._utils._rebuild_wrapper_subclass", "torch.distributed.tensor.DTensor",
     "torch.distributed._tensor.DTensor",
 })  # fmt: skip
-
-
-class DistributedError(Exception):
-    """A pickle of DTensors: each process of a run saved its part."""
-
-
-class UnsafePickleError(Exception):
-    """The pickle names or calls something that is no part of a tensor; it was not run."""
-
-
-class DamagedPickleError(Exception):
-    """No pickle, or one that was cut or changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +66,18 @@ class _Storage:
     key: str
 
 
-def unpickle(data: bytes) -> object:
+def unpickle(data: bytes, *, where: object) -> object:
     """The value that `data` describes: dictionaries, lists, tuples, numbers, strings and tensors.
 
     Raises:
-        UnsafePickleError: it names anything else.
-        DistributedError: it names what DTensors are made of.
-        DamagedPickleError: it is no pickle.
+        TensorFileError: it names anything else, or is no pickle.
     """
-    return _Machine(data).run()
+    return _Machine(data, where).run()
 
 
 class _Machine:
-    def __init__(self, data: bytes) -> None:
-        self._data = data
+    def __init__(self, data: bytes, where: object) -> None:
+        self._data, self._where = data, where
         self._stack: list[object] = []
         self._below: list[list[object]] = []  # the stacks under each open mark
         self._memo: dict[object, object] = {}
@@ -103,13 +91,20 @@ class _Machine:
                 position = at
                 operation = _OPERATIONS.get(opcode.name)
                 if operation is None:
-                    raise UnsafePickleError(f"it holds the opcode {opcode.name}")
+                    raise self._unsafe(f"it holds the opcode {opcode.name}")
                 operation(self, argument)
             return self._pop()
         except (IndexError, KeyError, ValueError) as error:  # ValueError: of genops
-            raise DamagedPickleError(
+            raise self._damaged(
                 f"it makes no sense after byte {position} ({type(error).__name__})"
             ) from error
+
+    def _unsafe(self, what: str) -> TensorFileError:
+        message = f"is a pickle that holds more than tensors: {what}; it was not run"
+        return TensorFileError(message, where=self._where, hint=RESAVE, reason="unsafe-pickle")
+
+    def _damaged(self, what: str) -> TensorFileError:
+        return TensorFileError(f"is a damaged pickle: {what}", where=self._where)
 
     def _push(self, value: object) -> None:
         self._stack.append(value)
@@ -140,22 +135,20 @@ class _Machine:
     def append(self, values: list[object]) -> None:
         target = self._stack[-1]
         if not isinstance(target, list):
-            raise DamagedPickleError("it appends to something that is no list")
+            raise self._damaged("it appends to something that is no list")
         target.extend(values)
 
     def set_items(self, values: list[object]) -> None:
         target = self._stack[-1]
         if not isinstance(target, dict) or len(values) % 2:
-            raise DamagedPickleError("it sets items of something that is no dictionary")
+            raise self._damaged("it sets items of something that is no dictionary")
         for key, value in zip(values[::2], values[1::2], strict=True):
             if not isinstance(key, (str, int, float)) and key is not None:
-                raise UnsafePickleError("a key of a dictionary is neither a string nor a number")
+                raise self._unsafe("a key of a dictionary is neither a string nor a number")
             if isinstance(key, int) and abs(key) >= _WORD:  # longer ones can be made to collide
-                raise UnsafePickleError("a key of a dictionary is a number of more than 64 bits")
+                raise self._unsafe("a key of a dictionary is a number of more than 64 bits")
             if key in target:
-                raise DamagedPickleError(
-                    f"the key {str(key)[:200]!r} stands twice in one dictionary"
-                )
+                raise self._damaged(f"the key {str(key)[:200]!r} stands twice in one dictionary")
             target[key] = value
 
     def put(self, place: object) -> None:
@@ -168,76 +161,78 @@ class _Machine:
         text = f"{module}.{name}"
         if text in _DTYPES:
             self._push(_Dtype(_DTYPES[text]))
-        elif text.removeprefix("torch.storage.") in _STORAGES:
-            self._push(_Dtype(_STORAGES[text.removeprefix("torch.storage.")]))
         elif text in _NAMES:
             self._push(_Name(text))
         elif text in _DISTRIBUTED:
-            raise DistributedError
+            what = "of distributed tensors (DTensor): each process of a run saves its part"
+            raise TensorFileError(
+                f"is a pickle {what}",
+                where=self._where,
+                hint="In that run, save `full_tensor()` of each with safetensors.",
+                reason="unsafe-pickle",
+            )
         else:
-            raise UnsafePickleError(f"it names {text}, which is no dense tensor")
+            raise self._unsafe(f"it names {text}, which is no dense tensor")
 
     def stack_global(self) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise DamagedPickleError("a name is no string")
+            raise self._damaged("a name is no string")
         self.name(module, name)
 
     def reduce(self) -> None:
         arguments, function = self._pop(), self._pop()
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-            raise UnsafePickleError("it calls something that is no function of torch.save")
-        self._push(_called(function.text, arguments))
+            raise self._unsafe("it calls something that is no function of torch.save")
+        self._push(self._called(function.text, arguments))
 
     def build(self) -> None:
         """Attributes (`_metadata` of a state dict) are dropped."""
         self._pop()
         if not isinstance(self._stack[-1], (dict, PickledTensor)):
-            raise UnsafePickleError("it sets attributes of something that has none")
+            raise self._unsafe("it sets attributes of something that has none")
 
     def persistent(self) -> None:
         match self._pop():
             case ("storage", _Dtype(dtype=dtype), str(key), _, int()):
                 self._push(_Storage(dtype, key))
             case _:
-                raise UnsafePickleError("it refers to something that is no storage")
+                raise self._unsafe("it refers to something that is no storage")
 
+    def _called(self, name: str, arguments: tuple[object, ...]) -> object:
+        match name, arguments:
+            case "collections.OrderedDict", ():
+                return {}
+            case "torch.Size", (tuple(sizes),):
+                return sizes
+            case (
+                "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor",
+                (_Storage(dtype=dtype, key=key), offset, shape, strides, *rest),
+            ):
+                self._require_plain(rest[2:])  # after requires_grad and the backward hooks
+                return PickledTensor(dtype, key, offset, shape, strides)
+            case (  # an untyped storage; the dtype stands beside it (float8 and the like)
+                "torch._utils._rebuild_tensor_v3",
+                (_Storage(key=key), offset, shape, strides, _, _, _Dtype(dtype=dtype), *rest),
+            ):
+                self._require_plain(rest)
+                return PickledTensor(dtype, key, offset, shape, strides)
+            case (
+                "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state",
+                (PickledTensor() as tensor, *_),
+            ):
+                return tensor
+            case (  # a tensor with attributes of its own; they are dropped
+                "torch._tensor._rebuild_from_type_v2",
+                (_Name(text=inner), _, tuple(of_inner), _),
+            ) if inner != name:
+                return self._called(inner, of_inner)
+        raise self._unsafe(f"it calls {name} in a way that torch.save does not")
 
-def _called(name: str, arguments: tuple[object, ...]) -> object:
-    match name, arguments:
-        case "collections.OrderedDict", ():
-            return {}
-        case "torch.Size", (tuple(sizes),):
-            return sizes
-        case (
-            "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor",
-            (_Storage(dtype=dtype, key=key), offset, shape, strides, *rest),
-        ):
-            _require_plain(rest[2:])  # after requires_grad and the backward hooks
-            return PickledTensor(dtype, key, offset, shape, strides)
-        case (  # an untyped storage; the dtype stands beside it (float8 and the like)
-            "torch._utils._rebuild_tensor_v3",
-            (_Storage(key=key), offset, shape, strides, _, _, _Dtype(dtype=dtype), *rest),
-        ):
-            _require_plain(rest)
-            return PickledTensor(dtype, key, offset, shape, strides)
-        case (
-            "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state",
-            (PickledTensor() as tensor, *_),
-        ):
-            return tensor
-        case (  # a tensor with attributes of its own; they are dropped
-            "torch._tensor._rebuild_from_type_v2",
-            (_Name(text=inner), _, tuple(of_inner), _),
-        ) if inner != name:
-            return _called(inner, of_inner)
-    raise UnsafePickleError(f"it calls {name} in a way that torch.save does not")
-
-
-def _require_plain(metadata: Sequence[object]) -> None:
-    """Refuses the tensors whose values are not those of their storage."""
-    if any(metadata):
-        raise UnsafePickleError("a tensor is a negated or conjugated view")
+    def _require_plain(self, metadata: Sequence[object]) -> None:
+        """Refuses the tensors whose values are not those of their storage."""
+        if any(metadata):
+            raise self._unsafe("a tensor is a negated or conjugated view")
 
 
 _OPERATIONS: Mapping[str, Callable[[_Machine, Any], None]] = {

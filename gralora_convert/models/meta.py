@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -101,6 +101,12 @@ class Blueprint:
                     holding.append(name)
         self.part = holding[0] if len(holding) == 1 else ""
         return self.part != ""
+
+    @property
+    def config(self) -> dict[str, object]:
+        """The config that the model was built from, as transformers reads it."""
+        config: Any = self.model.config
+        return dict(config.to_dict())
 
     # modules ------------------------------------------------------------------------------------
 

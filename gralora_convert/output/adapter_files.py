@@ -4,6 +4,7 @@ What `convert`, `extract` and `Attachment.save_pretrained` write is one plan: th
 modules, then biases and saved modules, the config, and a receipt.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,13 +57,14 @@ def adapter_plan(
     receipt: Callable[[], Mapping[str, object]],
     *,
     card: bytes | None = None,
+    model_config: Mapping[str, object] | None = None,
     **more: Any,
 ) -> Plan:
     """The plan of an adapter's folder, which PEFT 0.21.2 reads without a warning (peft_model.py,
     from_pretrained).
 
     `values` are biases and parameters of saved modules by path in memory; `receipt` is told after
-    what wrote it; `more` are fields of the plan.
+    what wrote it; `model_config` lies beside the adapter; `more` are fields of the plan.
     """
     parts = [part for name, module in modules.items() for part in _Module(module).parts(name)]
     for path, value in values.items():
@@ -77,6 +79,8 @@ def adapter_plan(
             parts.append(_part(key, value.outline, partial(_bytes, value), memory=memory))
     written = replace(config, inference_mode=True, peft_version=PEFT_VERSION)
     texts = {CONFIG_NAME: written.to_json()} | ({} if card is None else {CARD_NAME: card})
+    if model_config:
+        texts["config.json"] = json.dumps(model_config, indent=2).encode()
     said = {"tool": "gralora-convert", "version": __version__, "command": command}
     return Plan(
         command=command,
@@ -90,7 +94,11 @@ def adapter_plan(
 def config_like(shape: Shape, dropout: float, **fields: Any) -> GraloraConfig | LoraConfig:
     """The config of modules of this shape; `fields` are those that both kinds have."""
     if shape.kind == "lora":
-        return LoraConfig(r=shape.r, lora_alpha=shape.alpha, lora_dropout=dropout, **fields)
+        # the longest first: PEFT takes the first key that a name ends with
+        ranks = dict(sorted(shape.ranks.items(), key=lambda item: -len(item[0])))
+        return LoraConfig(
+            r=shape.r, lora_alpha=shape.alpha, lora_dropout=dropout, rank_pattern=ranks, **fields
+        )
     return GraloraConfig(
         r=shape.r, hybrid_r=shape.hybrid_r, alpha=shape.alpha, gralora_k=shape.k,
         gralora_dropout=dropout, **fields,

@@ -8,10 +8,11 @@ the bytes in a folder beside the output and publishes that folder with one renam
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 from gralora_convert.adapters import CONFIG_NAME, scan_adapter
@@ -19,11 +20,12 @@ from gralora_convert.disk import (
     RECEIPT_NAME,
     TensorFile,
     dump_json,
+    load_json,
     measured,
     read_safetensors,
     reading,
 )
-from gralora_convert.errors import CheckFailedError, MisuseError, OutputError
+from gralora_convert.errors import CheckFailedError, MisuseError, OutputError, UnreadableError
 from gralora_convert.output.journal import (
     Done,
     Journal,
@@ -33,6 +35,7 @@ from gralora_convert.output.journal import (
 )
 from gralora_convert.output.parts import Account, Computed, OutputFile, Piece, pieces
 from gralora_convert.output.ranks import Meeting, Ranks, meeting
+from gralora_convert.output.receipt import altered_files
 from gralora_convert.output.staging import Staging
 from gralora_convert.output.writing import (
     begin_files,
@@ -148,6 +151,37 @@ class Plan:
             digest.update(f"{read.path.name} {size} {modified}\0".encode())
         return digest.hexdigest()
 
+    def _identity(self, digested: bool) -> str:
+        """A digest of all that decides the whole output: of what is copied and said beside the
+        tensors, too, and of where the inputs lie."""
+        known = repr((self.fingerprint(), digested, sorted(self.texts.items())))
+        digest = hashlib.sha256(known.encode("utf-8", "surrogatepass"))
+        for path in chain(self.sidecars.values(), (read.path for read in self.inputs)):
+            with reading(path):
+                status = path.stat()
+            stamp = os.path.realpath(path), status.st_size, status.st_mtime_ns
+            digest.update(repr(stamp).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def _published(self, staging: Staging, identity: str, overwrite: bool) -> dict[str, object]:
+        """The receipt of an earlier run like this one, if what it has published is still there.
+
+        `OutputError`: it was altered since, and not `overwrite`."""
+        try:
+            receipt = load_json(staging.output / RECEIPT_NAME)
+        except UnreadableError:
+            return {}
+        if receipt.get("plan") != identity:
+            return {}
+        altered = altered_files(staging.output)
+        if altered and not overwrite:
+            raise OutputError(
+                f"is complete, but {altered[0]} was altered since",
+                where=staging.output,
+                hint="Choose another output, or replace it with `overwrite=True`.",
+            )
+        return {} if altered else receipt
+
     def resumable_bytes(self, output: str | Path) -> int:
         """Bytes of tensors that a broken run to `output` has left and `resume` need not make."""
         if not self.resumable:
@@ -182,7 +216,9 @@ class Plan:
 
         Arguments:
             resume: goes on from what a broken run of the same plan has left, and leaves what is
-                done when it breaks off itself, as several ranks always do.
+                done when it breaks off itself, as several ranks always do. Where such a run has
+                ended, with the same inputs and arguments, and all files are as its receipt says
+                (`overwrite` or not), returns that receipt.
             digests: whether the receipt states the sha256 of every file, for `validate` to compare
                 (None: of outputs up to 256 MiB).
             progress: is called with the number of bytes just written, from any worker.
@@ -201,13 +237,20 @@ class Plan:
         self._require_possible(jobs, resume, ranks)
         staging = self._staging(output, overwrite, keep=resume or ranks.size > 1)
         plan = self.fingerprint()
+        digested = self.nbytes <= DIGESTED_BYTES if digests is None else digests
+        identity = self._identity(digested)
+        if resume and (receipt := self._published(staging, identity, overwrite)):
+            if not ranks.is_leader:
+                return {}
+            staging.tidy()
+            return receipt
 
         def begun(folder: Path) -> set[str]:
             return {*read_journals(folder, plan).ranges, *journal_names(folder, plan)}
 
         if ranks.size > 1:
             staging.require_allowed()  # by each at once, before they wait for one another
-        with meeting(ranks, staging.output) as others:
+        with meeting(ranks, staging.output, plan) as others:
             make = partial(self._make, plan, others, jobs, progress or (lambda count: None))
             if not ranks.is_leader:
                 make(staging.folder, Done())
@@ -216,8 +259,7 @@ class Plan:
             left = self.resumable_bytes(output) if resume else 0
             with staging.open(self.nbytes - left, begun if resume else None) as folder:
                 make(folder, self._begin(folder, plan))
-                digested = self.nbytes <= DIGESTED_BYTES if digests is None else digests
-                receipt = self._finish(folder, verify, digested)
+                receipt = self._finish(folder, verify, digested, identity)
                 staging.publish()
                 with contextlib.suppress(OutputError):  # it is complete, whoever is lost now
                     others.gather()
@@ -258,7 +300,7 @@ class Plan:
     ) -> None:
         """Makes this rank's share of what rank 0 has not found `done`; afterwards each rank knows
         what all have found out."""
-        done.ranges = others.agree(plan, done.ranges)
+        done.ranges = others.gather(done.ranges)[0]
         progress(done.nbytes)
         write_files(
             folder,
@@ -302,7 +344,9 @@ class Plan:
     def _protected(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys((*self.protected, *(file.path for file in self.inputs))))
 
-    def _finish(self, folder: Path, verify: bool, digests: bool) -> dict[str, object]:
+    def _finish(
+        self, folder: Path, verify: bool, digests: bool, identity: str
+    ) -> dict[str, object]:
         """Everything beside the tensors; returns the receipt."""
         for name, path in self.sidecars.items():
             copy_file(path, folder / name)
@@ -314,7 +358,7 @@ class Plan:
             self._require_as_planned(folder)
         if CONFIG_NAME in self.texts:
             _require_sound(folder)
-        receipt = self.receipt() | self.contents()
+        receipt = self.receipt() | self.contents() | {"plan": identity}
         receipt["outputs"] = self._outputs(folder, digests)
         clear_journals(folder)
         write_text(folder / RECEIPT_NAME, (dump_json(receipt) + "\n").encode())

@@ -5,11 +5,9 @@ store) and sees who has gone without a word (gloo). All need to see the folder t
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,17 +18,15 @@ from typing import Any, TypeVar
 from gralora_convert.errors import ConvertError, MisuseError, OutputError
 
 T = TypeVar("T")
-# What launchers set: this process's number, how many there are, and how many on this machine.
+# What launchers set: this process's number, how many there are, and how many on this machine. In
+# the environment of an inner launcher there is that of an outer one: mpirun starts by srun.
 _VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),  # torchrun
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ""),  # srun; a batch script alone has no step
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH and its kin
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH and its kin
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ""),  # srun; a batch script alone has no step
 )
-# What tells launches apart where no address is given; the last two, jobs that count steps from 0.
-_LAUNCHES = ("SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID",
-             "SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # fmt: skip
 _MEETINGS = itertools.count()  # of this process: a launcher's store outlives them
 JOIN_SECONDS, WORK_SECONDS = 120.0, 3600.0  # until all are there; that one may work longer
 HEARD_SECONDS = 5.0  # that the store of rank 0 outlives its work, for the others to read
@@ -55,13 +51,14 @@ class Ranks:
         """What the launcher says, else one process alone. `MisuseError`: that are no numbers."""
         for names in _VARIABLES:
             if names[0] in environment and names[1] in environment:
-                said = [environment.get(name, "1") for name in names]
-                sound = all(re.fullmatch("[0-9]{1,9}", text) for text in said)
-                if not sound or not int(said[0]) < int(said[1]):
-                    told = ", ".join(map("=".join, zip(names, said, strict=True)))
-                    hint = f"Unset {names[0]} and {names[1]} to run alone."
-                    raise MisuseError(f"{told}: a number below another was needed", hint=hint)
-                return cls(*map(int, said))
+                said = {name: environment.get(name, "1") for name in names if name}
+                with contextlib.suppress(ValueError):
+                    found = cls(*map(int, said.values()))
+                    if 0 <= found.rank < found.size and found.local > 0:
+                        return found
+                told = ", ".join(map("=".join, said.items()))
+                hint = f"Unset {names[0]} and {names[1]} to run alone."
+                raise MisuseError(f"{told}: a number below another was needed", hint=hint)
         return cls()
 
     @property
@@ -82,25 +79,20 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def meeting(ranks: Ranks, output: Path) -> Iterator["Meeting"]:
+def meeting(ranks: Ranks, output: Path, plan: str) -> Iterator["Meeting"]:
     """All ranks of one launch, met; one process alone imports and starts nothing for it.
 
-    `OutputError`, also within: one did not come, has failed, or is lost. `MisuseError`: no place.
+    `OutputError`, also within: one did not come, has failed, or is lost. `MisuseError`: no place,
+    or another plan.
     """
     met = Meeting(ranks, output)
     if ranks.size == 1:
         yield met
         return
-    import torch.distributed as dist
-
     with met.losing():
-        met.store = _store(ranks, output)
-    met.gather(seconds=JOIN_SECONDS)
+        met.store = _store(ranks)
     try:
-        for seconds in (JOIN_SECONDS, WORK_SECONDS):  # to meet soon, to work for long
-            with met.losing():
-                store, most = dist.PrefixStore(str(seconds), met.store), timedelta(seconds=seconds)
-                met.groups.append(dist.ProcessGroupGloo(store, ranks.rank, ranks.size, most))
+        met.join(plan)
         yield met
     except BaseException as error:  # told to the others, unless one of them was first
         why = str(error) if isinstance(error, ConvertError) else "it was interrupted"
@@ -108,30 +100,25 @@ def meeting(ranks: Ranks, output: Path) -> Iterator["Meeting"]:
             met.store.compare_set("failed", "", f"rank {ranks.rank} failed: {why}")
         raise
     finally:
+        met.groups.clear()
         with contextlib.suppress(RuntimeError, KeyboardInterrupt):  # others read rank 0's store
             met.store.set(f"gone-{ranks.rank}", "")
             everyone = [f"gone-{rank}" for rank in range(ranks.size if ranks.is_leader else 0)]
             met.store.wait(everyone, timedelta(seconds=HEARD_SECONDS))
-        met.groups.clear()
 
 
-def _store(ranks: Ranks, output: Path) -> Any:
-    """Where the ranks meet: at the launcher's address, or in a file beside the output."""
+def _store(ranks: Ranks) -> Any:
+    """Where the ranks meet: at the launcher's address."""
     import torch.distributed as dist
 
     said, most = os.environ.get, timedelta(seconds=JOIN_SECONDS / 3)  # of each of 2.7 tries
-    launch = [said(name) for name in _LAUNCHES]
-    if (address := said("MASTER_ADDR")) and (port := said("MASTER_PORT")):
-        # torchrun serves one itself, for all attempts (torch 2.13, distributed/rendezvous.py)
-        serves = ranks.is_leader and said("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store: Any = dist.TCPStore(address, int(port), None, serves, most, wait_for_workers=False)
-    elif any(launch[:4]):
-        job = hashlib.sha256(repr([str(output), launch]).encode()).hexdigest()[:16]
-        folder = next(folder for folder in output.parents if folder.is_dir())
-        store = dist.FileStore(str(folder / f".gralora-convert-{job}"), ranks.size)
-    else:
+    if not (address := said("MASTER_ADDR")) or not (port := said("MASTER_PORT")):
         why = f"{ranks.size} processes were started, and nothing says where they meet"
-        raise MisuseError(why, hint="Set MASTER_ADDR and MASTER_PORT for all, or use torchrun.")
+        hint = "Set MASTER_ADDR (the host of rank 0) and MASTER_PORT for all, or use torchrun."
+        raise MisuseError(why, hint=hint)
+    # torchrun serves one itself, for all attempts (torch 2.13, distributed/rendezvous.py)
+    serves = ranks.is_leader and said("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(address, int(port), None, serves, most, wait_for_workers=False)
     name = f"gralora-convert/{said('TORCHELASTIC_RESTART_COUNT')}/{next(_MEETINGS)}"
     return dist.PrefixStore(name, store)
 
@@ -146,34 +133,39 @@ class Meeting:
     groups: list[Any] = field(default_factory=list)
     _steps: Iterator[int] = field(default_factory=itertools.count)
 
-    def gather(self, value: Any = None, seconds: float = WORK_SECONDS) -> list[Any]:
+    def join(self, plan: str) -> None:
+        """Waits for all, who must have come for the same `plan`."""
+        import torch.distributed as dist
+
+        size, until = self.ranks.size, time.monotonic() + JOIN_SECONDS
+        with self.losing():
+            self.store.set(f"plan-{self.ranks.rank}", plan)
+            for rank in range(size):
+                while not self.store.check([f"plan-{rank}"]):
+                    if time.monotonic() > until:
+                        raise RuntimeError(f"rank {rank} of {size} did not come")
+                    time.sleep(0.02)
+                if self.store.get(f"plan-{rank}").decode() != plan:
+                    why = f"rank {rank} would do something else than rank {self.ranks.rank}"
+                    hint = "Give all processes the same arguments, inputs and version of the tool."
+                    raise MisuseError(why, where=self.output, hint=hint)
+            for seconds in (JOIN_SECONDS, WORK_SECONDS):  # to meet soon, to work for long
+                store, most = dist.PrefixStore(str(seconds), self.store), timedelta(seconds=seconds)
+                self.groups.append(dist.ProcessGroupGloo(store, self.ranks.rank, size, most))
+
+    def gather(self, value: Any = None) -> list[Any]:
         """What each rank says at this step, as JSON, when all have come this far."""
         if self.store is None:
             return [value]
-        step, until = next(self._steps), time.monotonic() + seconds
-        names = [f"{step}-{rank}" for rank in range(self.ranks.size)]
+        step = next(self._steps)
         with self.losing():
-            self.store.set(names[self.ranks.rank], json.dumps(value))
-            peers: Any = self.groups[-1].barrier() if self.groups else None
-            while not self.store.check(names):
-                lost = peers is not None and peers.is_completed()
-                self.require_others()  # who fails says so before going
-                if lost:
-                    peers.wait()  # who has gone without a word
-                if time.monotonic() > until:
-                    absent = next(r for r, name in enumerate(names) if not self.store.check([name]))
-                    raise RuntimeError(f"rank {absent} of {self.ranks.size} did not come")
+            self.store.set(f"{step}-{self.ranks.rank}", json.dumps(value))
+            peers = self.groups[-1].barrier()
+            while not peers.is_completed() and not self.store.check(["failed"]):
                 time.sleep(0.02)
-            return [json.loads(self.store.get(name)) for name in names]
-
-    def agree(self, plan: str, known: Any = None) -> Any:
-        """What rank 0 knows, when all have come this far. `MisuseError`: with other plans."""
-        plans, told = zip(*self.gather([plan, known]), strict=True)
-        if others := [rank for rank, other in enumerate(plans) if other != plans[0]]:
-            why = f"rank {others[0]} would do something else than rank 0"
-            hint = "Give all processes the same arguments, inputs and version of the tool."
-            raise MisuseError(why, where=self.output, hint=hint)
-        return told[0]
+            self.require_others()  # who fails says so before going
+            peers.wait()  # who has gone without a word
+            return [json.loads(self.store.get(f"{step}-{rank}")) for rank in range(self.ranks.size)]
 
     def require_others(self) -> None:
         """Raises `OutputError` when another has failed; cheap, to be asked now and then."""
@@ -188,7 +180,7 @@ class Meeting:
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = str(error).partition("\n")[0].partition(". ")[0]
             what, hint = ("is lost", _AGAIN) if self.groups else ("cannot be met", _ALONE)
             why = f"another rank {what}: {said}"
             raise OutputError(why, where=self.output, hint=hint) from error

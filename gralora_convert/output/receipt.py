@@ -4,6 +4,7 @@ The receipt (`gralora_convert.json`) states what was made of what: tensors, byte
 base's headers, and the size and, where they were asked for, sha256 of every file written.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,18 @@ def adapter_receipt_findings(
             "(or others)",
             _REMADE,
         )  # fmt: skip
+
+
+def altered_files(folder: Path) -> list[str]:
+    """The files in `folder` that are not, or not any more, what its receipt says was written."""
+
+    def found(name: str, digest: bool) -> Measure | None:
+        with contextlib.suppress(UnreadableError):
+            return measured(folder / name, digest=digest)
+        return None
+
+    stated = _read(folder).outputs or {}
+    return [name for name, of in stated.items() if found(name, of.sha256 is not None) != of]
 
 
 def _count_findings(receipt: _Receipt, merged: Checkpoint) -> Iterator[Finding]:

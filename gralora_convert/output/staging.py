@@ -26,6 +26,8 @@ _MARGIN = 4 * 1024 * 1024  # bytes left free for the receipt and directory block
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # What file systems say that know no locks, or no flushing of folders.
 _NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+_BUSY = "another run is writing this output"
+_WAIT = "Wait for it, or choose another output."
 _ELSEWHERE = "Choose an output outside the input folders."
 _CHOOSE = "Choose another output, or replace it with `overwrite=True`."
 _DELETE = "Delete it yourself or choose another output."
@@ -89,11 +91,15 @@ class Staging:
                     error.hint = sentences(error.hint, self._remark(self._leftover))
                 raise
         if self._leftover:
-            raise OutputError(
-                "is complete, but something was left beside it",
-                where=self.output,
-                hint=_removal(self._leftover),
-            )
+            what = "is complete, but something was left beside it"
+            raise self._refused(what, _removal(self._leftover))
+
+    def tidy(self) -> None:
+        """Removes what a killed run has left beside the output that it had published."""
+        if any(map(os.path.lexists, (self.folder, self._aside))):
+            self._overwrite = True
+            with self.open(0):
+                pass
 
     def require_allowed(self) -> None:
         """Raises when the output may not be written, before anything is computed."""
@@ -101,11 +107,8 @@ class Staging:
             self._require_apart(Path(os.path.realpath(path)))
         with contextlib.suppress(FileNotFoundError):  # of a working directory that was removed
             if Path.cwd().is_relative_to(self.output):
-                raise MisuseError(
-                    "is the current folder or holds it",
-                    where=self.output,
-                    hint="Choose a folder inside it, or run from elsewhere.",
-                )
+                hint = "Choose a folder inside it, or run from elsewhere."
+                raise MisuseError("is the current folder or holds it", where=self.output, hint=hint)
         if not os.path.lexists(self.output):
             return
         try:
@@ -113,23 +116,18 @@ class Staging:
         except FileNotFoundError:
             return  # another run is about to replace it
         except NotADirectoryError as error:
-            raise OutputError(
-                "exists and is not a folder", where=self.output, hint=_DELETE
-            ) from error
+            raise self._refused("exists and is not a folder", _DELETE) from error
         if os.path.ismount(self.output):
-            raise OutputError(
-                "is where a disk is mounted, which no folder can replace in one step",
-                where=self.output,
-                hint="Choose a folder inside it.",
-            )
+            what = "is where a disk is mounted, which no folder can replace in one step"
+            raise self._refused(what, "Choose a folder inside it.")
         if entries and not self._overwrite:
-            raise OutputError("exists and is not empty", where=self.output, hint=_CHOOSE)
+            raise self._refused("exists and is not empty", _CHOOSE)
         if entries and not _holds_a_model(entries):
-            raise OutputError(
-                "exists and holds no model, so `overwrite=True` does not replace it",
-                where=self.output,
-                hint=_DELETE,
-            )
+            what = "exists and holds no model, so `overwrite=True` does not replace it"
+            raise self._refused(what, _DELETE)
+
+    def _refused(self, what: str, hint: str) -> OutputError:
+        return OutputError(what, where=self.output, hint=hint)
 
     def _require_apart(self, path: Path) -> None:
         """Refuses an output that is an input, lies in one or holds one."""
@@ -153,11 +151,8 @@ class Staging:
     def _require_space(self, nbytes: int) -> None:
         free = self.free_bytes(self.output)
         if free < nbytes + _MARGIN:
-            raise OutputError(
-                f"needs {nbytes:,} bytes, {free:,} are free",
-                where=self.output,
-                hint="Free space or choose an output on another disk.",
-            )
+            what = f"needs {nbytes:,} bytes, {free:,} are free"
+            raise self._refused(what, "Free space or choose an output on another disk.")
 
     def _make(self, left: Callable[[Path], Collection[str]] | None) -> None:
         for parent in reversed(self.output.parents):
@@ -183,9 +178,12 @@ class Staging:
             except FileNotFoundError:
                 continue  # the run that had it has just published or removed it
             if os.path.samestat(os.fstat(lock), now):
+                if now.st_uid != os.geteuid():
+                    hint = "Choose another output."
+                    raise OutputError("belongs to another user", where=self.folder, hint=hint)
                 self._own = now
-                return self._require_own(now)
-        raise self._busy()
+                return
+        raise self._refused(_BUSY, _WAIT)
 
     def _locked(self, folder: Path, *, required: bool) -> int:
         """A descriptor of `folder`, locked. Where the file system has no locks, only a folder that
@@ -195,30 +193,15 @@ class Staging:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise self._busy() from error
+            raise self._refused(_BUSY, _WAIT) from error
         except OSError as error:
             if error.errno not in _NOT_OFFERED:
                 raise
             if required:
-                raise OutputError(
-                    f"another run is writing this output, or was killed and left {folder}",
-                    where=self.output,
-                    hint="Without file locks here this cannot be told: wait for it or delete that.",
-                ) from error
+                hint = "Without file locks here this cannot be told: wait for it or delete that."
+                what = f"{_BUSY}, or was killed and left {folder}"
+                raise self._refused(what, hint) from error
         return lock
-
-    def _busy(self) -> OutputError:
-        return OutputError(
-            "another run is writing this output",
-            where=self.output,
-            hint="Wait for it, or choose another output.",
-        )
-
-    def _require_own(self, status: os.stat_result) -> None:
-        if status.st_uid != os.geteuid():
-            raise OutputError(
-                "belongs to another user", where=self.folder, hint="Choose another output."
-            )
 
     def _clear(self, left: Collection[str]) -> None:
         """Undoes what a killed run has left, but for the files `left`."""

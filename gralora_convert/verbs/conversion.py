@@ -104,7 +104,9 @@ def convert(
             modules stays below.
         allow_inexact: approximate optimally where the shape cannot hold the update.
         server: make a LoRA as vllm, sglang, llama.cpp or peft reads it, or refuse what it does not
-            serve (`verbs/serving.py`).
+            serve (`verbs/serving.py`). With `max_error` modules get ranks of their own, but for
+            sglang: the fewest parameters within the error, and for vllm no `max_lora_rank` above
+            that of one rank.
         device: where it is computed.
         key_map, fan_in_fan_out: as in `merge`.
         verify: compare the outputs of source and result (as stored) on probe inputs.
@@ -121,9 +123,7 @@ def convert(
     (11, 24)
     """
     if server is not None:
-        require_engine(server)
-        if to != "lora":
-            raise MisuseError(f'`server={server!r}` goes with `to="lora"`, not {to!r}')
+        require_engine(server, to)
     opened = Adapter.open(adapter)
     wanted = Wanted(to, k, r, hybrid_r, alpha, max_error)
     dtype = dtype_name(dtype)
@@ -138,7 +138,7 @@ def convert(
             hint="Give `r` with `allow_inexact=True`, or `max_error`.",
         )
     with one_arithmetic_thread():
-        shape = shape_of(source, wanted)
+        shape = shape_of(source, wanted, server)
         notes = [] if source.base else _completeness(opened, reading)
         if server is not None and r is None and max_error is None:
             shape = _within(server, source, shape)
@@ -225,7 +225,7 @@ def _plan(
 def _new(
     source: Source, shape: Shape, module: str, dtype: str, verify: bool, lost: Losses
 ) -> New[Gralora | Lora]:
-    weight = source.adapter.shape(module)
+    weight, shape = source.adapter.shape(module), shape.of(module)
     kept = torch_dtype(_dtype_of(source.adapter, module, dtype))
     outline = shape.outline(*weight, kept)
     nbytes = 4 * sum(factor.numel() for factor in tensors_of(outline).values())

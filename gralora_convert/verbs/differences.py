@@ -4,13 +4,20 @@ hold it: linear layers by factors, the rest whole, biases by the bias mode.
 
 import fnmatch
 import math
-from collections.abc import Collection, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from gralora_convert.adapters import group, natural
-from gralora_convert.base import Architecture, Reading, near_misses
+from gralora_convert.base import (
+    Architecture,
+    Reading,
+    different_settings,
+    near_misses,
+    written_settings,
+)
 from gralora_convert.disk import (
     Checkpoint,
     Rows,
@@ -44,7 +51,8 @@ class Differences:
     `saved` whole (`entries` of modules_to_save), `biases` by the bias mode.
 
     `kept` are rows that keep the base's values, by name, `left_out` the relative Frobenius norm of
-    what differs there.
+    what differs there. Names are those of `names`, in the class of the tuned model; `config` is the
+    tuned model's where it says what the base's does not.
     """
 
     names: Architecture
@@ -57,6 +65,7 @@ class Differences:
     entries: set[str] = field(default_factory=set)
     kept: dict[str, tuple[Rows, ...]] = field(default_factory=dict)
     left_out: float = 0.0
+    config: Mapping[str, object] = field(default_factory=dict)
 
 
 def differences(
@@ -68,8 +77,8 @@ def differences(
         MisuseError: no linear layer that was chosen differs, or a pattern matches nothing.
         UnsupportedError: something differs that no adapter can hold.
     """
-    names = Architecture(before, reading=reading)
-    old, new, notes = _paired(before, after, names)
+    names = _as_tuned(before, after, reading)
+    old, new, added, notes = _paired(before, after, names)
     found = Differences(names, old, new, notes=notes)
     changed = frozenset(n for n, spec in old.items() if not _same(spec, new[n]))
     modules = {names.parameter(name).rpartition(".")[0] for name in old}
@@ -91,51 +100,103 @@ def differences(
         )
     holders, has_biases = _holders(found, others, choice)
     _save(found, holders, has_biases=has_biases)
+    _add(found, added, choice)
     _give_up_layers(found)
+    _compare_configs(found, after)
     loaded = [_whole(n, old, new) for n in sorted(changed) if not names.is_ignored(n)]
     _tell_left_out(found, loaded)
     return found
 
 
+def _as_tuned(before: Checkpoint, after: Checkpoint, reading: Reading) -> Architecture:
+    """The base as the tuned model's class has it (another head, or none), where that is another
+    class of the same family and the two call their tensors differently, or the base names none."""
+    own, name = Architecture(before, reading=reading), next(iter(after.architectures), None)
+    is_named = bool(before.architectures) and before.tensors.keys() == after.tensors.keys()
+    if is_named or name in (None, *before.architectures):
+        return own
+    named = replace(own, class_name=name)
+    if after.model_type not in own.text.types or (model := named.blueprint) is None:
+        return own
+    return named if type(model.model).__name__ == name else own
+
+
 def _paired(
     before: Checkpoint, after: Checkpoint, names: Architecture
-) -> tuple[Tensors, Tensors, list[str]]:
-    """The tensors of both checkpoints under the names of the first, and notes. Where names differ,
-    those are one that are loaded as one; what is not loaded, or a copy that ties make, is no
-    matter.
+) -> tuple[Tensors, Tensors, Tensors, list[str]]:
+    """The tensors of both checkpoints under the names of the first, parameters that only the second
+    has, and notes. Where names differ, those are one that are loaded as one; what is not loaded, or
+    a copy that ties make, is no matter.
 
     Raises:
         UnsupportedError: one of them has more.
     """
     alone = before.tensors.keys() ^ after.tensors.keys()
     if not alone:
-        return before.tensors, after.tensors, []
+        return before.tensors, after.tensors, {}, []
     others = Architecture(after, reading=names.reading)
-    there = {p: name for name, p in others.parameters.items() if name in alone}
+    there = {p: name for name, p in others.parameters.items()}
     renamed = {
         name: there[parameter]
         for name, parameter in names.parameters.items()
-        if name in alone and parameter in there
+        if name in alone and parameter in there and there[parameter] in alone
     }
     matched = {*renamed, *renamed.values()}
     single = [
         (name, held) for held in (names, others) for name in held.base.tensors
         if name in alone and name not in matched
     ]  # fmt: skip
-    lost = [name for name, held in single if not _is_spare(held, name)]
+    lost = [(name, held) for name, held in single if not _is_spare(held, name)]
+    spare, added = sorted({name for name, _ in single} - {name for name, _ in lost}), {}
+    for name, held in list(lost):
+        parameter = held.parameter(name)
+        if held is others and names.has_parameter(parameter) and _new_module(names, parameter):
+            added[parameter] = after.tensors[name]
+        elif tied := [there[p] for p in others.sharing(parameter) if p in there]:
+            renamed[name] = tied[0]
+        else:
+            continue
+        lost.remove((name, held))
     if lost:
         raise UnsupportedError(
-            f"{len(lost)} tensors are in one checkpoint only, first {min(lost)}",
+            f"{len(lost)} tensors are in one checkpoint only, first {min(lost)[0]}",
             where=after.path,
             hint="Extract from a model with the same tensors as its base.",
         )
-    spare, notes = sorted({name for name, _ in single}), list[str]()
+    notes = list[str]()
     if spare:
         more = f" and {len(spare) - 1} more" if spare[1:] else ""
         notes = [f"{spare[0]}{more}: in one checkpoint only, and not needed: left out"]
-    kept = before.tensors.keys() - set(spare)
-    old = {name: spec for name, spec in before.tensors.items() if name in kept}
-    return old, {name: after.tensors[renamed.get(name, name)] for name in old}, notes
+    old = {name: s for name, s in before.tensors.items() if name not in spare}
+    return old, {name: after.tensors[renamed.get(name, name)] for name in old}, added, notes
+
+
+def _add(found: Differences, added: Tensors, choice: Choice) -> None:
+    """What the base has no tensor of (a head) is saved whole, by the module that is new."""
+    for parameter, spec in added.items():
+        if choice.linear_only or not choice.has(_holder(parameter)):
+            found.notes.append(f"{parameter} is new in the tuned model and was left out")
+            continue
+        found.saved[parameter] = spec
+        found.entries.add(_new_module(found.names, parameter))
+        found.notes.append(f"{parameter} is new in the tuned model: saved whole, {spec.shape}")
+
+
+def _compare_configs(found: Differences, after: Checkpoint) -> None:
+    """What the tuned model's config says otherwise, as transformers reads both where it can: no
+    adapter holds that."""
+    names = found.names
+    settings = written_settings(names.base, after)
+    if settings and names.blueprint is not None:
+        other = Architecture(after, reading=names.reading).blueprint
+        if other is not None:
+            settings = different_settings(names.blueprint.config, other.config)
+    if (settings or names.class_name) and after.model_type == names.base.model_type:
+        found.config = after.config
+    found.notes += [
+        f"{setting}, which PEFT and servers take; `merge` takes the config.json beside the adapter"
+        for setting in settings
+    ]
 
 
 def _tell_left_out(found: Differences, every: Sequence[Rows]) -> None:
@@ -233,6 +294,18 @@ def _is_norm(name: str, after: Tensors) -> bool:
     return weight is not None and len(weight.shape) == 1
 
 
+def _new_module(names: Architecture, parameter: str) -> str:
+    """The outermost module around a parameter of which the base has no tensor; '' if none is."""
+    here = {module for tensor in names.base.tensors for module in _above(names.parameter(tensor))}
+    return next((module for module in reversed(_above(parameter)) if module not in here), "")
+
+
+def _above(parameter: str) -> list[str]:
+    """The modules that a parameter lies within, the closest first."""
+    words = parameter.split(".")
+    return [".".join(words[:end]) for end in range(len(words) - 1, 0, -1)]
+
+
 def _holder(parameter: str) -> str:
     """The module that a parameter in memory belongs to: of a weight that torch computes from
     others, the one that has it."""
@@ -267,10 +340,11 @@ def _is_within(name: str, modules: Set[str]) -> bool:
 
 
 def _inseparable(name: str, holder: str) -> UnsupportedError:
+    pattern = "*.experts*" if ".experts" in holder else re.sub(r"\.\d+\.", ".*.", holder)
     return UnsupportedError(
         "differs, and is loaded as a part of what no adapter can hold (a stack of experts, or "
         "layers joined into one)",
-        where=name, hint=f"Leave it out with `exclude={[holder]}`.",
+        where=name, hint=f"Leave all like it out with `exclude={[pattern]}`.",
     )  # fmt: skip
 
 

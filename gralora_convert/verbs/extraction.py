@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 
 from gralora_convert.adapters import LoraConfig
-from gralora_convert.base import Reading, quantised_by
+from gralora_convert.base import Reading, class_fields, quantised_by
 from gralora_convert.delta import (
     Gralora,
     Kind,
@@ -28,7 +28,6 @@ from gralora_convert.delta import (
     require_device,
     require_divisible,
     resize,
-    smallest_rank,
     spectra,
     stored,
     to_lora,
@@ -46,7 +45,9 @@ from gralora_convert.output import (
 )
 from gralora_convert.verbs.differences import Choice, Differences, differences
 from gralora_convert.verbs.layers import Module
-from gralora_convert.verbs.serving import Exported, refusals, serving_notes
+from gralora_convert.verbs.serving import Exported, refusals, require_engine, serving_notes
+from gralora_convert.verbs.shaping import within_error
+from gralora_convert.verbs.tailoring import tailored
 
 DEFAULT_RANK = 32
 
@@ -64,6 +65,7 @@ def extract(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     linear_only: bool = False,
+    server: str | None = None,
     svd: Method = "auto",
     dtype: "str | torch.dtype" = "keep",
     device: str = "cpu",
@@ -85,6 +87,7 @@ def extract(
             how much of the difference that is.
         k: default 2. r: default 32. hybrid_r: default r / 2, rounded up.
         max_error: instead of `r`, the smallest rank whose relative Frobenius error stays below.
+        server: a LoRA as one engine reads it, as in `convert`.
         svd: of blocks with sides above 512 a randomised SVD is taken, about 0.03 % above the
             optimum; `exact` takes the full one, 25 times slower.
         dtype: of the factors; `keep` is float32.
@@ -97,6 +100,8 @@ def extract(
         UnsupportedError: tensors that no adapter can express, or a quantised checkpoint.
         InvalidAdapterError: a difference that is not finite.
     """
+    if server is not None:
+        require_engine(server, to)
     wanted = Wanted(to, k, r, hybrid_r, alpha, max_error)
     written = written_dtype(dtype_name(dtype), "F32")
     if svd not in get_args(Method):
@@ -115,18 +120,22 @@ def extract(
     reading = Reading.of(None, fan_in_fan_out, trust_remote_code)
     found = differences(before, after, choice, reading)
     with one_arithmetic_thread():
-        shape = _shape(found.modules, wanted, svd, device)
-    return _plan(before, after, found, _How(shape, torch_dtype(written), svd, device, verify))
+        shape = _shape(found.modules, wanted, svd, device, server)
+    how = _How(shape, torch_dtype(written), svd, device, verify, server)
+    return _plan(before, after, found, how)
 
 
-def _shape(modules: Sequence[Module], wanted: Wanted, svd: Method, device: str) -> Shape:
+def _shape(
+    modules: Sequence[Module], wanted: Wanted, svd: Method, device: str, server: str | None
+) -> Shape:
     blocks, r, hybrid_r = wanted.blocks(2), wanted.r, wanted.hybrid_r
     for module in modules:
         way = f', leave this one out with `exclude={[module.name]}`, or take `to="lora"`'
         require_divisible(blocks, module.name, module.shape, way)
     if wanted.max_error is not None:
-        tails = [spectra(m.delta(device), blocks, method=svd).cpu() for m in modules]
-        r = blocks * smallest_rank(tails, wanted.max_error)
+        tails = {m.name: spectra(m.delta(device), blocks, method=svd).cpu() for m in modules}
+        sizes = {module.name: module.shape for module in modules}
+        return within_error(wanted, tails, sizes, blocks, 1.0, server)
     r = DEFAULT_RANK if r is None else r
     if wanted.to == "hybrid" and hybrid_r == 0:
         raise MisuseError("a Hybrid has hybrid_r of at least 1", hint='Use `to="gralora"`.')
@@ -143,12 +152,13 @@ class _How:
     svd: Method
     device: str
     verify: bool
+    server: str | None
 
 
 def _made(module: Module, how: _How, lost: Losses) -> Gralora | Lora:
     """Also finds out what a LoRA of as many parameters would have lost, and what the rounding of
     the tuned model alone accounts for."""
-    delta, shape = module.delta(how.device), how.shape
+    delta, shape = module.delta(how.device), how.shape.of(module.name)
     fit = resize(delta, shape, method=how.svd)
     made = stored(module.name, delta, fit, how.dtype, verify=how.verify)
     found = {"own": (fit.error2, fit.norm2)}
@@ -168,7 +178,7 @@ def _plan(before: Checkpoint, after: Checkpoint, found: Differences, how: _How) 
     factor = 2 if shape.kind == "hybrid" else 1  # beside the difference, what is fitted by turns
     modules = {
         module.name: New(
-            shape.outline(*module.shape, how.dtype),
+            shape.of(module.name).outline(*module.shape, how.dtype),
             partial(_made, module, how, losses[module.name]),
             factor * module.nbytes, effort(shape, module.shape, how.svd), losses[module.name],
         )
@@ -180,23 +190,26 @@ def _plan(before: Checkpoint, after: Checkpoint, found: Differences, how: _How) 
         shape, 0.0, target_modules=list(modules), bias="all" if biases else "none",
         modules_to_save=sorted(found.entries) or None,
         fan_in_fan_out=any(module.transposed for module in found.modules),
-        base_model_name_or_path=before.source,
+        base_model_name_or_path=before.source, **class_fields(found.names),
     )  # fmt: skip
     exported = None
     if isinstance(config, LoraConfig):
         exported = Exported(config, list(modules), list(values), before)
         found.notes += serving_notes(exported)
     inputs = {"base": before, "tuned": after}
-    return adapter_plan(
+    plan = adapter_plan(
         "extract", modules, values, config,
         partial(_receipt, inputs, found, how, losses, exported),
         settings={"svd": how.svd, "device": how.device, "verify": how.verify},
         resumable=True,
-        card=adapter_card(shape.kind, before.source),
+        card=adapter_card(shape.kind, before.source), model_config=found.config,
         inputs=(*before.layout.values(), *after.layout.values()),
         protected=(before.path, after.path),
         notes=tuple(found.notes),
     )  # fmt: skip
+    if how.server is None or exported is None:
+        return plan
+    return tailored(plan, how.server, exported)
 
 
 def _receipt(

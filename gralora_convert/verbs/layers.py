@@ -118,13 +118,18 @@ def _module(
                 f"`fan_in_fan_out={ {name: True} }` for Conv1D, `exclude={[name]}` to leave it "
                 "out; * stands for any part of a name.",
             )  # fmt: skip
-    elif name not in linear:
+    elif name not in linear or names.is_uncalled(name) or _is_read_past(names, name, parts):
         return None
     else:
         transposed = names.kind(name) == "Conv1D"
     rows, columns = sum(part.count for part in parts), pairs[0][0].shape[1]
     return Module(name, parts, (columns, rows) if transposed else (rows, columns), transposed,
                   before, after)  # fmt: skip
+
+
+def _is_read_past(names: Architecture, name: str, parts: Sequence[Rows]) -> bool:
+    """Whether the forward reads the layer's weight past an adapter on it."""
+    return names.is_attention_output(name, parts[0].tensor.removesuffix(".weight"))
 
 
 def _is_square(spec: TensorSpec, parts: Sequence[Rows]) -> bool:

@@ -40,6 +40,23 @@ _STACKED = {
     "q_proj": ("v_proj",), "k_proj": ("q_proj", "v_proj"), "v_proj": ("q_proj",),
     "up_proj": ("gate_proj",),
 }  # fmt: skip
+# Layers of which PEFT loses the factors of a LoRA, by type of model: it takes them for the experts
+# of its stacks, or renames their keys once more (docs/engines.md)
+_STACKING = (
+    "afmoe beam deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe glm4_moe "
+    "glm4_moe_lite glm4v_moe glm_moe_dsa hunyuan_v1_moe longcat_flash qwen3_moe qwen3_next "
+    "qwen3_omni_moe qwen3_omni_moe_text qwen3_omni_moe_thinker solar_open"
+)
+_PEFT_LOSES = {
+    **dict.fromkeys(_STACKING.split(), r"(?!.*\.experts\.)(.*\.)?(gate|up|down)_proj"),
+    **dict.fromkeys(
+        ("laguna", "mistral_large4", "mistral_large4_text"), r".*\.shared_experts\..*"
+    ),
+    "pi0": r"(.*\.)?embed_action_time\..*", "unlimited_ocr": r"(.*\.)?language_model\.layers\..*",
+}  # fmt: skip
+_PEFT_REFUSES = dict.fromkeys(
+    ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), r"(.*\.)?(out_proj|conv1d)"
+)
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
 
 
@@ -67,7 +84,11 @@ ENGINES: Mapping[str, Engine] = {
     "llama.cpp": Engine(
         "llama.cpp", "b11434", ("convert_lora_to_gguf.py", "conversion", "src/llama-adapter.cpp"),
     ),
-    "peft": Engine("PEFT", "0.21.2", ("tuners/lora/model.py",)),
+    "peft": Engine(
+        "PEFT", "0.21.2",
+        ("tuners/lora/model.py", "utils/transformers_weight_conversion.py, with the table of "
+         "transformers 5.23, conversion_mapping.py", "tuners/tuners_utils.py"),
+    ),
 }  # fmt: skip
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -120,10 +141,12 @@ class Exported:
         ]  # fmt: skip
 
 
-def require_engine(server: str) -> None:
-    """Raises `MisuseError` unless it is one of `ENGINES`."""
+def require_engine(server: str, to: str = "lora") -> None:
+    """Raises `MisuseError` unless it is one of `ENGINES`, and a LoRA is made."""
     if server not in ENGINES:
         raise MisuseError(f"server {server!r} is none of {', '.join(ENGINES)}")
+    if to != "lora":
+        raise MisuseError(f'`server={server!r}` goes with `to="lora"`, not {to!r}')
 
 
 def served_rank(r: int) -> int | None:
@@ -181,6 +204,7 @@ def serving_notes(lora: Exported) -> list[str]:
         )
     if lora.rank > LORAX_RANK:
         notes.append(f"rank {lora.rank} is above what LoRAX's kernels take, {LORAX_RANK}")
+    notes += [f"PEFT {ENGINES['peft'].version} {reason}" for reason in reasons("peft", lora)]
     if lora.values:
         notes.append(
             "vLLM, SGLang and llama.cpp do not load biases or saved modules: merge to serve those"
@@ -227,13 +251,15 @@ def _sglang(lora: Exported) -> Iterator[str]:
         yield f"does not load saved modules: {MERGE}"
     if unknown := sorted(lora.leaves - _SGLANG_LAYERS - _SGLANG_UNSEEN):
         yield f"has no LoRA for layers of these names ({', '.join(unknown)}): {MERGE}"
-    experts = {"experts"} if any(map(_EXPERT.fullmatch, lora.modules)) else set()
+    experts = {"experts"} if any(map(is_expert, lora.modules)) else set()
     if unseen := sorted(lora.leaves & _SGLANG_UNSEEN | experts):
         yield f"was not seen to serve LoRAs of {', '.join(unseen)} right: {MERGE}"
     if any(leaf(m) not in HEADS | {"embed_tokens"} and not _NUMBERED(m) for m in lora.modules):
         yield f"leaves out layers that are not below layers.N: {MERGE}"
     config = lora.config
-    if config.use_rslora or config.rank_pattern or config.alpha_pattern:
+    if config.rank_pattern:
+        yield 'reads one rank for all modules (`server="sglang"` writes one)'
+    if config.use_rslora or config.alpha_pattern:
         yield 'scales by the global fields alone (convert with `to="lora"` writes it so)'
     if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
         yield 'takes no pattern as target_modules (`server="sglang"` lists them)'
@@ -265,6 +291,10 @@ def _llama_cpp(lora: Exported) -> Iterator[str]:
 def _peft(lora: Exported) -> Iterator[str]:
     if lora.transposed:
         yield "reads the factors of Conv1D layers in the other order than llama.cpp"
+    for what, layers in (("loses the factors", _PEFT_LOSES), ("refuses LoRAs", _PEFT_REFUSES)):
+        pattern = layers.get(lora.base.model_type or "", "-") if lora.base is not None else "-"
+        if found := [module for module in lora.modules if re.fullmatch(pattern, module)]:
+            yield f"{what} of {len(found)} layers of this model, first {min(found)}: {MERGE}"
 
 
 _RULES: Mapping[str, Callable[[Exported], Iterator[str]]] = {
@@ -280,6 +310,12 @@ def _partial_stacks(lora: Exported) -> Iterator[str]:
         experts = whole.get(stack) or {str(n) for n in range(1 + max(map(int, held)))}
         if set(held) != set(experts) or any(len(leaves) < 3 for leaves in held.values()):
             yield f"needs all three layers of all experts where one is adapted ({stack}): {MERGE}"
+        names = {
+            name: [f"{stack}.{n}.{name}" for n in held] for name in set().union(*held.values())
+        }
+        for name, layers in sorted(names.items()):
+            if len({lora.config.rank(layer) for layer in layers}) > 1:
+                yield f"needs one rank for {name} of all experts ({stack}): {MERGE}"
 
 
 def _stacks(modules: Iterable[str]) -> dict[str, dict[str, set[str]]]:
@@ -289,6 +325,11 @@ def _stacks(modules: Iterable[str]) -> dict[str, dict[str, set[str]]]:
         if held := _EXPERT.fullmatch(module):
             found.setdefault(held[1], {}).setdefault(held[2], set()).add(held[3])
     return found
+
+
+def is_expert(module: str) -> bool:
+    """Whether it is a layer of one of several experts."""
+    return _EXPERT.fullmatch(module) is not None
 
 
 def leaf(module: str) -> str:

@@ -78,6 +78,22 @@ def test_a_base_that_holds_the_first_is_enough(sft: Path, dpo: Path, tmp_path: P
     run_ok("merge", dpo, "--base", tmp_path / "foreign", "-o", tmp_path / "third", "--again")
 
 
+def test_all_that_is_missing_of_a_longer_chain_is_named(
+    sft: Path, dpo: Path, tmp_path: Path
+) -> None:
+    last = based_on(tmp_path / "last", "llama-gralora", dpo)
+    refused = run("merge", last, "--base", BASE, "-o", tmp_path / "out")
+    assert f"Name it before: {sft} {dpo} {last}" in refused.stderr
+    run_ok("merge", sft, dpo, last, "--base", BASE, "-o", tmp_path / "out")
+
+
+def test_what_to_do_next_follows_the_chain(sft: Path, dpo: Path) -> None:
+    told = run_ok("inspect", dpo).stdout
+    assert f"merge {dpo} -o OUT" in told
+    assert "--base" not in told
+    assert f"merge {sft} --base {BASE} -o OUT" in run_ok("inspect", sft).stdout
+
+
 @pytest.mark.parametrize("command", ["validate", "inspect"])
 def test_it_is_told(command: str, sft: Path, dpo: Path) -> None:
     told = run_ok(command, dpo).stdout

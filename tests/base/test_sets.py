@@ -14,7 +14,7 @@ import transformers
 from peft import GraloraConfig
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+from sentence_transformers.models import Dense, Normalize, Pooling, Router, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -155,6 +155,19 @@ def test_a_tokenizer_that_has_no_vocabulary_is_whole_without(pair: tuple[Path, P
     assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(adapter))
 
 
+def test_the_files_of_every_tokenizer_are_of_its_set(pair: tuple[Path, Path]) -> None:
+    """PhoBERT's codes are called as no other tokenizer's."""
+    adapter, base = pair
+    for folder, codes in ((base, "h e 5\n"), (adapter, "w 1</w> 5\n")):
+        words, merges = folder.parent / "words.txt", folder.parent / "codes"
+        words.write_text("w@@ 10\n1 9\nw1 4\n")
+        merges.write_text(codes)
+        transformers.PhobertTokenizer(str(words), str(merges)).save_pretrained(folder)
+    out, _ = merged(adapter, base)
+    said = [AutoTokenizer.from_pretrained(f)("w1").input_ids for f in (out, adapter, base)]
+    assert said[0] == said[1] != said[2]
+
+
 def test_two_adapters_with_tokenizers_say_whose_is_taken(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -248,10 +261,9 @@ def test_a_processor_comes_from_one_side(pair: tuple[Path, Path]) -> None:
 # Pipelines of sentence-transformers ---------------------------------------------------------------
 
 
-def with_factors(model: Any, task: str) -> Any:
-    config = GraloraConfig(
-        task_type=task, r=8, gralora_k=2, alpha=16, target_modules=["query", "value"]
-    )
+def with_factors(model: Any, task: str, **more: Any) -> Any:
+    more = {"target_modules": ["query", "value"], "r": 8, "gralora_k": 2, "alpha": 16} | more
+    config = GraloraConfig(task_type=task, **more)
     model.add_adapter(config)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -327,14 +339,27 @@ def test_a_pipeline_of_the_base_stays(tmp_path: Path) -> None:
     assert np.abs(found.encode(SENTENCES) - model.encode(SENTENCES)).max() <= 1e-5
 
 
-def test_a_step_of_a_pipeline_says_where_its_merge_belongs(tmp_path: Path) -> None:
-    base = save_base(LLAMA, tmp_path / "base")
-    train(base, LLAMA, tmp_path / "all/0_Transformer")
-    (tmp_path / "all/modules.json").write_text("[]")
-    outcome = run_ok(
-        "merge", tmp_path / "all/0_Transformer", "--base", base, "-o", tmp_path / "out"
-    )
-    assert f"one step of the pipeline {tmp_path / 'all'}" in outcome.stderr
+def test_the_steps_of_a_router_are_merged_each_into_its_place(tmp_path: Path) -> None:
+    base = bert(tmp_path / "base", "BertModel")
+    routes = [Transformer(str(base), max_seq_length=n) for n in (6, 9)]
+    steps = [[route, Pooling(32, pooling_mode="mean")] for route in routes]
+    model = SentenceTransformer(modules=[Router.for_query_document(*steps)], device="cpu")
+    for scale, route in enumerate(routes, 1):
+        for name, parameter in with_factors(route.model, "FEATURE_EXTRACTION").named_parameters():
+            parameter.data *= scale if "gralora_" in name else 1
+    model.save_pretrained(str(tmp_path / "all"))
+    pipeline(base, 7).save_pretrained(str(tmp_path / "whole"))  # max_seq_length is another
+    for name in ("query_0_Transformer", "document_0_Transformer"):
+        step, out = tmp_path / "all" / name, tmp_path / name
+        told = run_ok("merge", step, "--base", tmp_path / "whole", "-o", out).stderr
+        assert f"one step of the pipeline {tmp_path / 'all'}" in told
+        shutil.rmtree(step)
+        out.rename(step)
+    found = SentenceTransformer(str(tmp_path / "all"), device="cpu")
+    texts = ["w1 w2 w3 w4 w5 w6 w7 w8 w9", "w4"]
+    for encode in ("encode_query", "encode_document"):
+        right = getattr(model, encode)(texts)
+        assert np.abs(getattr(found, encode)(texts) - right).max() <= 1e-5
 
 
 def test_a_cross_encoder_keeps_its_activation(tmp_path: Path) -> None:
@@ -347,6 +372,39 @@ def test_a_cross_encoder_keeps_its_activation(tmp_path: Path) -> None:
     found = CrossEncoder(str(out), device="cpu")
     assert np.abs(found.predict(rows) - model.predict(rows)).max() <= 1e-5
     assert type(found.activation_fn) is torch.nn.Identity
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM"])
+def test_a_new_head_is_saved_or_its_loss_is_an_error(kind: str, task: str, tmp_path: Path) -> None:
+    """transformers' add_adapter saves no head that modules_to_save does not name; PEFT adds it."""
+    base, rows = bert(tmp_path / "base", kind), [("w1 w2 w3", "w9 w8"), ("w4", "w5 w6")]
+
+    def trained_on(base: Path, folder: Path, saved: list[str] | None) -> CrossEncoder:
+        model = CrossEncoder(str(base), device="cpu", num_labels=1)
+        with_factors(model, task, modules_to_save=saved).save_pretrained(str(folder))
+        return model
+
+    trained_on(base, tmp_path / "lost", None)
+    refused = run("merge", tmp_path / "lost", "--base", base, "-o", tmp_path / "out")
+    assert refused.status == 2
+    assert "[head-incomplete]" in refused.stderr
+    assert "parameters of the trained model that neither the base nor" in refused.stderr
+    model = trained_on(base, tmp_path / "adapter", ["classifier", "pooler"])
+    out, _ = merged(tmp_path / "adapter", base)
+    found = CrossEncoder(str(out), device="cpu")
+    assert np.abs(found.predict(rows) - model.predict(rows)).max() <= 1e-5
+
+
+def test_a_classifier_that_lost_its_head_is_refused(tmp_path: Path) -> None:
+    """As a reward model of a language model, with a head that add_adapter did not save."""
+    base = save_base(LLAMA, tmp_path / "base")
+    model = transformers.LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
+    model.add_adapter(GraloraConfig(task_type="SEQ_CLS", r=8, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    refused = run("validate", tmp_path / "adapter", "--base", base)
+    assert refused.status == 1
+    assert "error[head-incomplete]: score.weight" in refused.stdout
 
 
 # Trained tensors outside the adapter's file -------------------------------------------------------

@@ -172,7 +172,8 @@ def test_the_trade_shows_the_largest_ranks_of_servers(tmp_path: Path) -> None:
         patch.setattr(axes.Axes, "legend", lambda self, **_: labels.extend(
             line.get_label() for line in self.lines))  # fmt: skip
         folder = write_adapter(tmp_path / "a", {"q": random_delta(256, 256, r=144, k=2)})
-        plots.draw_trade(dissect(folder), 64, {"vLLM": 512, "LoRAX": 128}, tmp_path / "x.svg")
+        limits = {"vLLM": 512, "LoRAX": 128}
+        plots.draw_trade(dissect(folder), {"q": 64}, limits, tmp_path / "x.svg")
     assert "LoRAX: at most 128" in labels
     assert not any(label.startswith("vLLM") for label in labels), "no rank here is above 512"
 

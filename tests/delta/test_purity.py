@@ -84,7 +84,6 @@ def calls(make: Maker) -> Iterator[Call]:
                 yield added, (delta,)
     of_any: list[Callable[..., Any]] = [
         m.terms,
-        m.features,
         m.squared_norm,
         m.dense,
         m.spectra,

@@ -19,9 +19,10 @@ from gralora_convert.adapters.keys import PREFIX, key_of, parse_key
 from gralora_convert.disk.checkpoint import Checkpoint
 from gralora_convert.disk.files import RECEIPT_NAME
 from gralora_convert.disk.pickles import read_pickle
+from gralora_convert.disk.specs import TensorFileError
 from gralora_convert.disk.strictjson import parse_json
 from gralora_convert.disk.tensors import encode_header, read_bytes, read_safetensors
-from gralora_convert.disk.unpickling import DamagedPickleError, UnsafePickleError, unpickle
+from gralora_convert.disk.unpickling import unpickle
 from gralora_convert.errors import ConvertError
 from gralora_convert.output.receipt import checkpoint_receipt_findings
 
@@ -93,8 +94,8 @@ def key(data: bytes) -> None:
 
 def pickle(data: bytes) -> None:
     """The machine alone, on the bytes of `data.pkl`."""
-    with contextlib.suppress(UnsafePickleError, DamagedPickleError):
-        unpickle(data)
+    with contextlib.suppress(TensorFileError):
+        unpickle(data, where="")
 
 
 def archive(data: bytes) -> None:

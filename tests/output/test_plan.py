@@ -112,7 +112,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_jobs(
         sidecars={"copy/source": source.path},
     )  # fmt: skip
     receipt = plan.write(tmp_path / "out", jobs=jobs, progress=progress)
-    outputs = receipt.pop("outputs")
+    outputs, made_from = receipt.pop("outputs"), receipt.pop("plan")
     assert receipt == {"made_by": "a test"} | plan.contents()
     found = load_file(tmp_path / "out/one.safetensors") | load_file(
         tmp_path / "out/sub/two.safetensors"
@@ -126,7 +126,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_jobs(
     written = tree(tmp_path / "out")
     text = written.pop("gralora_convert.json")
     assert text is not None
-    assert json.loads(text) == {**receipt, "outputs": outputs}
+    assert json.loads(text) == {**receipt, "outputs": outputs, "plan": made_from}
     assert outputs == {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in written.items()

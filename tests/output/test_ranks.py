@@ -186,7 +186,9 @@ def test_a_worker_killed_at_a_random_moment(
     if (tmp_path / "out").exists():
         assert tree(tmp_path / "out") == single[1]
     assert (tmp_path / "out").exists() or not restarts, err
-    # a worker killed at its exit, after all is published, fails its launcher all the same
+    if restarts:
+        assert process.returncode == 0, err
+    # without a restart, a worker killed at its exit fails its launcher although all is published
     assert process.returncode != 0 or (tmp_path / "out").exists(), err
 
 
@@ -249,20 +251,20 @@ def test_torchrun_starts_them(
     assert tree(tmp_path / "out") == whole
 
 
-def test_processes_of_mpirun_meet_at_a_file(
+def test_processes_of_mpirun_meet_at_an_address(
     inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
 ) -> None:
     arguments = [*inputs, "-o", str(tmp_path / "far/out")]
+    meets = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank in range(2):
         launcher = {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2"}
         processes.append(subprocess.Popen(
             [sys.executable, "-m", "gralora_convert", *arguments],
-            env={**os.environ, **launcher, "PMIX_NAMESPACE": "prterun-host-4711@1"},
+            env={**os.environ, **launcher, **meets},
         ))  # fmt: skip
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert tree(tmp_path / "far/out") == whole
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_where_nothing_says_where_to_meet_it_is_refused(
@@ -398,6 +400,9 @@ def test_one_process_starts_nothing(inputs: list[str], tmp_path: Path) -> None:
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
           "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, Ranks(1, 2, 2)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Ranks(1, 2)),
+        # mpirun on several hosts of a job starts its helpers with srun, one on each
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_RANK": "1",
+          "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, Ranks(1, 4, 2)),
     ],
 )  # fmt: skip
 def test_launchers(environment: dict[str, str], expected: Ranks) -> None:

@@ -1,5 +1,7 @@
 """Runs that break off and go on: the bytes are those of one run."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +251,65 @@ def test_the_fingerprint_tells_plans_apart(inputs: list[str], tmp_path: Path) ->
     prints = [call().fingerprint() for call in calls]
     assert len(set(prints)) == len(prints)
     assert prints == [call().fingerprint() for call in calls]
+
+
+def test_what_is_published_is_not_made_again(inputs: list[str], tmp_path: Path) -> None:
+    arguments = [*inputs, "-o", str(tmp_path / "out"), "--resume"]
+    first = run_ok(*arguments)
+    before = (tmp_path / "out").stat()
+    (tmp_path / "out/README.md").write_text("a model card is there to be edited")
+    (tmp_path / ".out.partial").mkdir()  # as a run that is killed while it tidies leaves the old
+    (tmp_path / ".out.partial/model.safetensors").touch()
+    for more in ([], ["--overwrite"]):
+        assert run_ok(*arguments, *more).stdout == first.stdout
+        assert os.path.samestat((tmp_path / "out").stat(), before)
+        assert not (tmp_path / ".out.partial").exists()
+    assert "exists and is not empty" in run(*inputs, "-o", tmp_path / "out").stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors.index.json", "model-00001-of-00004.safetensors"]
+)
+@pytest.mark.parametrize("change", ["changed", "missing"])
+def test_what_was_altered_since_is_not_taken_for_published(
+    name: str, change: str, inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
+) -> None:
+    arguments = [*inputs, "-o", str(tmp_path / "whole"), "--resume"]
+    path = tmp_path / "whole" / name
+    if change == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    outcome = run(*arguments)
+    assert outcome.status == 2
+    assert f"is complete, but {name} was altered since" in outcome.stderr
+    run_ok(*arguments, "--overwrite")
+    assert tree(tmp_path / "whole") == whole
+
+
+@pytest.mark.parametrize("other", ["weight", "sidecar", "base", "digests", "receipt"])
+def test_what_another_run_has_published_is_refused(
+    other: str, inputs: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "base/generation_config.json").write_text("[]")
+    arguments = [*inputs, "-o", str(tmp_path / "out"), "--resume"]
+    run_ok(*arguments)
+    if other == "weight":
+        arguments += ["--weight", "2"]
+    elif other == "sidecar":
+        (tmp_path / "base/generation_config.json").write_text("{}")  # of the same size
+    elif other == "base":  # of other values, and all that a listing of it shows is the same
+        shutil.copytree(tmp_path / "base", tmp_path / "like")
+        arguments[arguments.index(str(tmp_path / "base"))] = str(tmp_path / "like")
+    elif other == "digests":
+        arguments += ["--no-digests"]
+    else:
+        (tmp_path / "out/gralora_convert.json").write_text("[")
+    before = tree(tmp_path / "out")
+    outcome = run(*arguments)
+    assert outcome.status == 2
+    assert "exists and is not empty" in outcome.stderr
+    assert tree(tmp_path / "out") == before
 
 
 def test_merging_again_has_to_be_asked_for(inputs: list[str], tmp_path: Path) -> None:

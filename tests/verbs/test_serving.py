@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from benchmarks.adapting import Case
+from benchmarks.architectures import judge
 from gralora_convert.adapters import LoraConfig
 from gralora_convert.cli.summaries import commands
 from gralora_convert.disk import Checkpoint
@@ -181,3 +183,23 @@ def test_the_base_tells_how_many_experts_there_are(tmp_path: Path) -> None:
         for modules in (held, held[:-1]):
             why = refusals(Exported(config, modules, base=base))
             assert bool(why["vllm"]) == bool(why["llama.cpp"]) == (modules != layers)
+
+
+@pytest.mark.parametrize(
+    ("case", "refused"),
+    [
+        (Case("deepseek_v3", "AutoModelForCausalLM"), "loses the factors of"),
+        (Case("laguna", "AutoModelForCausalLM"), "loses the factors of 3 layers"),
+        (Case("mamba2", "AutoModelForCausalLM"), "refuses LoRAs of 2 layers"),
+        (Case("qwen2_moe", "AutoModelForCausalLM"), ""),  # shared experts that PEFT reads
+    ],
+    ids=lambda value: value.model_type if isinstance(value, Case) else None,
+)
+def test_what_peft_loses_of_a_lora_is_told(case: Case, refused: str, tmp_path: Path) -> None:
+    """As `benchmarks.architectures --lora` found by loading each in PEFT, which is judge here."""
+    found = judge(case, tmp_path, lora=True)
+    assert found.kind == ("refused" if refused else "right"), found
+    assert refused in found.reason
+    arguments = [tmp_path / "adapter", "--base", tmp_path / "base", "--to", "lora"]
+    told = run_ok("convert", *arguments, "-o", tmp_path / "anyway")
+    assert (f"note: PEFT 0.21.2 {refused}" in told.stderr) == bool(refused)

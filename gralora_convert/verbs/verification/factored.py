@@ -13,7 +13,6 @@ from gralora_convert.delta import (
     Gralora,
     Lora,
     elements,
-    features,
     terms,
     tolerance,
     worst_ratio,
@@ -50,7 +49,7 @@ class Factored:
     @property
     def delta_rows(self) -> int:
         """The rows of the whole delta (of its transpose, for `transposed`)."""
-        return features(self.delta)[0 if self.transposed else 1]
+        return self.delta.in_features if self.transposed else self.delta.out_features
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """The rows of the delta that belong to rows `start:stop` of the matrix."""

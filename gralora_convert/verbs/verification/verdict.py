@@ -280,9 +280,9 @@ def verify(
     placements = [place_in(one, source, reading) for one in opened]
     recipe = combine(placements, factors, plain=_made_plain(source, result))
     ranks = ranks or Ranks()
-    with meeting(ranks, result.path) as others, one_arithmetic_thread():
-        entries = [(name, one.spec.dtype, one.spec.shape) for name, one in recipe.tensors.items()]
-        others.agree(repr([level, factors, entries]))
+    entries = [(name, one.spec.dtype, one.spec.shape) for name, one in recipe.tensors.items()]
+    plan = repr([level, factors, entries])
+    with meeting(ranks, result.path, plan) as others, one_arithmetic_thread():
         mine = audited(
             recipe, result, probe=level != "weights", device=near,
             progress=progress or (lambda count: None), ranks=ranks,
