@@ -60,7 +60,7 @@ def _option(found: re.Match[str], group: click.Command) -> str:
         return f"{yes} {written}"
     match value:
         case bool():
-            return yes if value else no or found[0]
+            return (yes if value else no) + (found["end"] or "") if value or no else found[0]
         case list() | tuple():
             return " ".join(f"{yes} {shlex.quote(str(each))}" for each in value)
         case dict() if all(isinstance(b, bool) for b in value.values()):
