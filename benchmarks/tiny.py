@@ -216,8 +216,12 @@ def forward(model: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor | Non
 
 
 def outputs(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The floating outputs by name, each in a row; none when the model does not take these."""
+    """The floating outputs by name, each in a row; none when the model does not take these. Of a
+    model that only generates (Bark), those of its parts."""
     torch.manual_seed(0)
+    if type(model).forward is torch.nn.Module.forward:
+        parts = [(name, outputs(part, given)) for name, part in model.named_children()]
+        return {f"{part}.{name}": found for part, held in parts for name, found in held.items()}
     try:
         with torch.no_grad():
             result = model.eval()(**given)

@@ -122,9 +122,18 @@ class Architecture(Names):
     def misnamed(self) -> tuple[list[str], list[str]]:
         """Parameters of the base's own class that no tensor is loaded into, and tensors that are
         loaded into none, where there are both. The model is built for it only where a tensor is
-        called what the source text never says."""
-        words = {word for name in self.base.tensors for word in name.split(".")}
-        strange = not all(map(self.text.names, words))
+        called what the source text never says, a list has gaps, or the user renames modules."""
+        numbers: dict[str, set[int]] = {}
+        words = set()
+        for name in self.base.tensors:
+            start = ""
+            for word in name.split("."):
+                words.add(word)
+                if word.isdecimal():
+                    numbers.setdefault(start, set()).add(int(word))
+                start += f"{word}."
+        gaps = any(max(found) >= len(found) for found in numbers.values())
+        strange = gaps or self.reading.key_map or not all(map(self.text.names, words))
         found = self.blueprint if strange else vars(self).get("blueprint")
         if found is None or not found.is_own:
             return [], []

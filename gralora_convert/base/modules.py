@@ -14,17 +14,19 @@ from gralora_convert.base.scales import Scales, scales_of
 from gralora_convert.disk import FLOATING, Checkpoint, Rows, TensorSpec, is_zero
 from gralora_convert.errors import Finding, error
 
+_REMOVED = "Remove its tensors, and its name from target_modules, to merge the rest."
 _NORMED = (".weight_g", ".weight_v", ".weight_orig")
 
 
 @dataclass(frozen=True)
 class Pair:
     """An adapter beside its base. `frozen` are the adapter's copies of the base's tensors that take
-    their place."""
+    their place, `renamed` how the base calls its saved modules that it seems to call otherwise."""
 
     adapter: Adapter
     architecture: Architecture
     frozen: Mapping[str, TensorSpec]
+    renamed: Mapping[str, str]
 
     @property
     def base(self) -> Checkpoint:
@@ -56,7 +58,8 @@ class Pair:
             start, to = pairs[0]
             if found.setdefault(start, to) != to:
                 return {}
-        return dict(sorted(found.items(), reverse=True))  # the longer of two before the shorter
+        every = {**self.architecture.reading.key_map, **self.renamed, **found}
+        return dict(sorted(every.items(), reverse=True))  # the longer of two before the shorter
 
     @cached_property
     def scales(self) -> Scales:
@@ -157,7 +160,7 @@ def _kind_problem(
         return error(
             "attention-out-proj", module,
             "is the out_proj of nn.MultiheadAttention, whose forward ignores the adapter",
-            "The trained function is the base's here; remove these tensors to merge the rest.",
+            f"The trained function is the base's here. {_REMOVED}",
         )  # fmt: skip
     if pair.architecture.is_uncalled(module) and _has_effect(pair, module):
         return error(
@@ -165,7 +168,7 @@ def _kind_problem(
             "is a layer that the model never calls by this name (it reads the weight, or calls "
             "what a plain list holds): the adapter there has no effect, and its factors are "
             "not zero",
-            "The trained function is the base's here; remove these tensors to merge the rest.",
+            f"The trained function is the base's here. {_REMOVED}",
         )  # fmt: skip
     if pair.architecture.is_embedding(module):
         kind = pair.architecture.kind(module)
@@ -213,7 +216,7 @@ def _unsupported(module: str, what: str) -> Finding:
     return error(
         "module-kind-unsupported", module,
         f"is {what}; GraLoRA adapts nn.Linear and Conv1D only",
-        "Remove its tensors to merge the rest.",
+        _REMOVED,
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def place(
     if architecture.rivals is not None:
         return None, Report.of([architecture.rivals])
     values = replacements_of(adapter, architecture)
-    pair = Pair(adapter, architecture, values.frozen)
+    pair = Pair(adapter, architecture, values.frozen, values.renamed)
     findings, settlement = _settled(pair, values)
     report = Report.of(findings)
     return (_placement(pair, values, settlement, report) if report.ok else None), report

@@ -37,7 +37,8 @@ class Replacements:
     `trained` maps a parameter in memory to its new value (several where it is cut on disk),
     `frozen` to a copy of the base's that differs; `in_place` are those that were trained where they
     are, for all names that share them; `heads` counts the rows of trained heads, `resized` those
-    of embeddings, before and now; `vocabulary` is (rows before, rows now) of all embeddings,
+    of embeddings, before and now; `renamed` maps names to those under which the base seems to have
+    what it lacks (`renamed_values`); `vocabulary` is (rows before, rows now) of all embeddings,
     `is_new_head` says that the base has no such head.
     """
 
@@ -48,6 +49,8 @@ class Replacements:
     in_place: set[str] = field(default_factory=set)
     heads: dict[str, int] = field(default_factory=dict)
     resized: dict[str, tuple[int, int]] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    renamed_values: list[str] = field(default_factory=list)
     vocabulary: tuple[int, int] | None = None
     is_new_head: bool = False
     findings: list[Finding] = field(default_factory=list)
@@ -82,6 +85,12 @@ def replacements_of(adapter: Adapter, architecture: Architecture) -> Replacement
         _place_frozen(held, parameter, spec)
     for extra in extras(adapter):
         _place_extra(held, extra)
+    renaming = {**architecture.reading.key_map, **held.renamed}
+    for parameter in held.renamed_values:
+        held.findings.append(error(
+            "module-not-in-base", parameter, "is a saved module that the base calls otherwise",
+            f"Another base? If only its names are others: `key_map={renaming}`.",
+        ))  # fmt: skip
     _check_vocabulary(held)
     _check_saved(held)
     return held
@@ -156,10 +165,8 @@ def _place_new(held: Replacements, parameter: str, spec: TensorSpec) -> None:
     trained for a task."""
     shared = held.architecture.tied_source(parameter.rpartition(".")[0], spec.shape)
     if shared is None and (renaming := _renaming(held, parameter, spec)):
-        held.findings.append(error(
-            "module-not-in-base", parameter, "is a saved module that the base calls otherwise",
-            f"Another base? If only its names are others: `key_map={renaming}`.",
-        ))  # fmt: skip
+        held.renamed |= renaming
+        held.renamed_values.append(parameter)
         return
     if shared is None:
         held.is_new_head = True

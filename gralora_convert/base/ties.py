@@ -88,6 +88,8 @@ class _Group:
         claimed = [names for names in self.places.values() if self._claim(names) is not None]
         if not claimed:
             return
+        if (name := self._undecided()) is not None:
+            return self._refuse_undecided(name)
         if len(self.places) > 1 and not self._is_one_value():
             if not self._is_separable():
                 return self._refuse(claimed)
@@ -158,6 +160,25 @@ class _Group:
             "one of them is adapted" if others else f"is one and the same with {other} in the "
             "base, and both are adapted",
             "A dense checkpoint cannot hold two values of one weight: serve the adapter unmerged.",
+        ))  # fmt: skip
+
+    def _undecided(self) -> str | None:
+        """One of several targets that has no tensor, while those that share its values differ:
+        another release may have tied it to another of them (MM Grounding DINO, 4.57 and 5)."""
+        targets = [name for name in self.names if name in self.claims.targets]
+        lost = [name for name in targets if name not in self.stored]
+        stored = [self.base.tensors[tensor] for tensor in dict.fromkeys(self.stored.values())]
+        if len(targets) < 2 or not lost:
+            return None
+        return None if all(same_values(stored[0], one) for one in stored[1:]) else lost[0]
+
+    def _refuse_undecided(self, name: str) -> None:
+        first, *others = (held for held in self.names if held in self.stored)
+        self.settlement.findings.append(error(
+            "shared-parameter", name,
+            f"has no tensor in the base, and {first} and {others[0]}, which this release ties it "
+            "to, differ there: which of them it was in training cannot be told",
+            "Serve the adapter unmerged, with the release that it was trained with.",
         ))  # fmt: skip
 
     def _untie_flag(self) -> bool:

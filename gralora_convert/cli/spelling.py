@@ -12,7 +12,8 @@ from functools import cache
 
 import click
 
-_PARAMETER = re.compile(r"`(?P<name>[a-z]\w*)(?:=(?P<value>[^`]+))?`")
+# A sentence ends without a full stop after a value, for it to be copied with what is around it.
+_PARAMETER = re.compile(r"`(?P<name>[a-z]\w*)(?:=(?P<value>[^`]+)`(?P<end>\.$)?|`)", re.MULTILINE)
 # options that are one parameter of the library: of patterns that are so, and that are not
 _OPPOSITES = {"fan_in_fan_out": ("--fan-in-fan-out", "--linear")}
 _TOLD = ("message", "hint", "notes")  # the fields of a document that hold sentences of the library
@@ -59,7 +60,7 @@ def _option(found: re.Match[str], group: click.Command) -> str:
         return f"{yes} {written}"
     match value:
         case bool():
-            return yes if value else no or found[0]
+            return (yes if value else no) + (found["end"] or "") if value or no else found[0]
         case list() | tuple():
             return " ".join(f"{yes} {shlex.quote(str(each))}" for each in value)
         case dict() if all(isinstance(b, bool) for b in value.values()):

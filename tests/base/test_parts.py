@@ -1,7 +1,7 @@
 """Adapters trained on one part of a model, merged into the whole: the part becomes what it was in
 training, and all else stays as it is in the base."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,13 @@ from gralora_convert.base.source_text import modeling
 from tests.command import run_ok
 
 
-def trained(part: nn.Module, folder: Path, saved: list[str] | None, task: str | None) -> Any:
-    layers = [n for n, m in part.named_modules() if n.endswith(("q_proj", "fc1", "down_proj"))]
+def trained(
+    part: nn.Module, folder: Path, saved: list[str] | None, task: str | None,
+    layers: Sequence[str] = (),
+) -> Any:  # fmt: skip
+    """PEFT's model of a part with random factors, saved; on some layers unless they are named."""
+    ends = "q_proj", "fc1", "down_proj"
+    layers = list(layers) or [name for name, _ in part.named_modules() if name.endswith(ends)]
     config = GraloraConfig(
         r=4, gralora_k=2, alpha=8, target_modules=layers, modules_to_save=saved, task_type=task
     )

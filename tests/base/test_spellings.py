@@ -157,7 +157,7 @@ def test_the_model_is_built_where_a_name_is_none_of_its_source_text(
     [
         (
             "inner.model.",
-            "Another base? If only its names are others: --key-map model=inner.model.",
+            "Another base? If only its names are others: --key-map model=inner.model",
         ),
         ("backbone.", "Another base, or --key-map FROM=TO?"),  # another word may be another tower
     ],
@@ -199,7 +199,7 @@ def test_a_saved_head_that_a_key_map_forgets_is_no_new_one(tmp_path: Path) -> No
     half = ["--key-map", "model.model=model"]
     told = run(*arguments, *half, "-o", tmp_path / "out").stderr
     assert "model.lm_head.weight: [module-not-in-base]" in told
-    assert told.rstrip().endswith("--key-map model.lm_head=lm_head.")
+    assert told.rstrip().endswith("--key-map model.lm_head=lm_head")
     whole = [*half, "--key-map", "model.lm_head=lm_head"]
     for number, options in enumerate([[], whole]):
         run_ok(*arguments, *options, "-o", tmp_path / f"out{number}")

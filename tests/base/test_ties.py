@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_file, save_model
 from transformers import PreTrainedModel
 
 import gralora_convert as gc
+from benchmarks import tiny
 from tests.base.test_architectures import CAUSAL, adapt, merge
 from tests.builders import random_delta, write_adapter
 from tests.command import run, run_ok
@@ -79,6 +80,55 @@ class Aliased(torch.nn.Module):
 @pytest.mark.parametrize("how", ["layer", "weight"])
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 @pytest.mark.parametrize("module", ["a", "b"])
+def boxes(folder: Path) -> tuple[PreTrainedModel, list[str]]:
+    """A detector whose prediction heads are tied to the first, and the names of their layers."""
+    model = tiny.build("AutoModelForZeroShotObjectDetection", "mm-grounding-dino")
+    model.save_pretrained(folder)
+    model = type(model).from_pretrained(folder)
+    names = [n for n, _ in model.named_modules(remove_duplicate=False)]
+    return model, [n for n in names if n.endswith("layers.0") and ".bbox_embed" in f".{n}"]
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_tied_layers_that_lie_on_disk_with_two_values(differ: bool, tmp_path: Path) -> None:
+    """As transformers 4.57 saves it, which ties the layers by twos: 5 ties all to the first."""
+    _, names = boxes(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    first = next(name for name in names if f"{name}.weight" in tensors)
+    other = next(name for name in names if name.endswith("decoder.bbox_embed.1.layers.0"))
+    tensors[f"{other}.weight"] = tensors[f"{first}.weight"] + 1.0 * differ
+    save_file(tensors, file, metadata={"format": "pt"})
+    size = tuple(tensors[f"{first}.weight"].shape)
+    write_adapter(tmp_path / "adapter", {name: random_delta(*size, r=4) for name in names})
+    outcome = run("validate", tmp_path / "adapter", "--base", tmp_path / "base")
+    assert ("which of them it was in training cannot be told" in outcome.stdout) == differ
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_a_tied_head_has_the_value_of_what_it_is_tied_to(differ: bool, tmp_path: Path) -> None:
+    """Not that of another name, which lies on disk with a value of its own."""
+    model = tiny.build("AutoModelForSeq2SeqLM", "t5")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.embed_tokens.weight"] = tensors["shared.weight"] + 1.0 * differ
+    tensors.pop("lm_head.weight", None)
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = type(model).from_pretrained(tmp_path / "base")
+    head = model.lm_head.weight.detach().clone()
+    write_adapter(tmp_path / "adapter", {"lm_head": random_delta(*head.shape, r=4)})
+    merge(tmp_path)
+    merged = type(model).from_pretrained(tmp_path / "out")
+    made = gc.Adapter.open(tmp_path / "adapter").delta("lm_head")
+    delta = gc.delta_weight(made.A, made.B, made.scaling)
+    torch.testing.assert_close(merged.lm_head.weight, head + delta, rtol=0, atol=1e-5)
+    inner = merged.decoder.embed_tokens.weight
+    torch.testing.assert_close(inner, model.decoder.embed_tokens.weight, rtol=0, atol=0)
+
+
 def test_one_tensor_under_two_names_of_an_unknown_model(
     how: str, suffix: str, module: str, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from gralora_convert.cli.spelling import spelled, spelled_json
         ("Give `base`.", "Give --base."),
         ("another `key_map`?", "another --key-map?"),
         ("Repeat `weights`.", "Repeat --weight."),
-        ('Write `dtype="float32"`.', "Write --dtype float32."),
+        ('Write `dtype="float32"`.', "Write --dtype float32"),
         ("`allow_inexact=True`", "--allow-inexact"),
         ("`digests=False`", "--no-digests"),
         ("`trust_remote_code=True`", "--trust-remote-code"),
