@@ -5,6 +5,7 @@ store) and sees who has gone without a word (gloo). All need to see the folder t
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -27,6 +28,9 @@ _VARIABLES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH and its kin
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ""),  # srun; a batch script alone has no step
 )
+# What tells launches apart where no address is given, and then what goes with a step's number.
+_LAUNCHES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "SLURM_STEP_ID")
+_JOB = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")
 _MEETINGS = itertools.count()  # of this process: a launcher's store outlives them
 JOIN_SECONDS, WORK_SECONDS = 120.0, 3600.0  # until all are there; that one may work longer
 HEARD_SECONDS = 5.0  # that the store of rank 0 outlives its work, for the others to read
@@ -90,7 +94,7 @@ def meeting(ranks: Ranks, output: Path, plan: str) -> Iterator["Meeting"]:
         yield met
         return
     with met.losing():
-        met.store = _store(ranks)
+        met.store = _store(ranks, output)
     try:
         met.join(plan)
         yield met
@@ -107,18 +111,24 @@ def meeting(ranks: Ranks, output: Path, plan: str) -> Iterator["Meeting"]:
             met.store.wait(everyone, timedelta(seconds=HEARD_SECONDS))
 
 
-def _store(ranks: Ranks) -> Any:
-    """Where the ranks meet: at the launcher's address."""
+def _store(ranks: Ranks, output: Path) -> Any:
+    """Where the ranks meet: at the launcher's address, or in a file beside the output."""
     import torch.distributed as dist
 
     said, most = os.environ.get, timedelta(seconds=JOIN_SECONDS / 3)  # of each of 2.7 tries
-    if not (address := said("MASTER_ADDR")) or not (port := said("MASTER_PORT")):
+    if (address := said("MASTER_ADDR")) and (port := said("MASTER_PORT")):
+        # torchrun serves one itself, for all attempts (torch 2.13, distributed/rendezvous.py)
+        serves = ranks.is_leader and said("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store: Any = dist.TCPStore(address, int(port), None, serves, most, wait_for_workers=False)
+    elif any(map(said, _LAUNCHES)):
+        launch = repr([str(output), *map(said, _LAUNCHES + _JOB)])
+        folder = next(folder for folder in output.parents if folder.is_dir())
+        name = f".gralora-convert-{hashlib.sha256(launch.encode()).hexdigest()[:16]}"
+        store = dist.FileStore(str(folder / name), ranks.size)
+    else:
         why = f"{ranks.size} processes were started, and nothing says where they meet"
         hint = "Set MASTER_ADDR (the host of rank 0) and MASTER_PORT for all, or use torchrun."
         raise MisuseError(why, hint=hint)
-    # torchrun serves one itself, for all attempts (torch 2.13, distributed/rendezvous.py)
-    serves = ranks.is_leader and said("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(address, int(port), None, serves, most, wait_for_workers=False)
     name = f"gralora-convert/{said('TORCHELASTIC_RESTART_COUNT')}/{next(_MEETINGS)}"
     return dist.PrefixStore(name, store)
 

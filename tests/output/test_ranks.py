@@ -251,11 +251,14 @@ def test_torchrun_starts_them(
     assert tree(tmp_path / "out") == whole
 
 
-def test_processes_of_mpirun_meet_at_an_address(
-    inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
+@pytest.mark.parametrize("place", ["an address", "a file"])
+def test_processes_of_mpirun_meet_at(
+    place: str, inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
 ) -> None:
     arguments = [*inputs, "-o", str(tmp_path / "far/out")]
-    meets = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meets = {"PMIX_NAMESPACE": "prterun-host-4711@1"}
+    if place == "an address":
+        meets |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank in range(2):
         launcher = {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2"}
@@ -265,6 +268,7 @@ def test_processes_of_mpirun_meet_at_an_address(
         ))  # fmt: skip
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert tree(tmp_path / "far/out") == whole
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_where_nothing_says_where_to_meet_it_is_refused(
