@@ -77,9 +77,6 @@ class Aliased(torch.nn.Module):
             self.b.weight = self.a.weight
 
 
-@pytest.mark.parametrize("how", ["layer", "weight"])
-@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-@pytest.mark.parametrize("module", ["a", "b"])
 def boxes(folder: Path) -> tuple[PreTrainedModel, list[str]]:
     """A detector whose prediction heads are tied to the first, and the names of their layers."""
     model = tiny.build("AutoModelForZeroShotObjectDetection", "mm-grounding-dino")
@@ -129,6 +126,9 @@ def test_a_tied_head_has_the_value_of_what_it_is_tied_to(differ: bool, tmp_path:
     torch.testing.assert_close(inner, model.decoder.embed_tokens.weight, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("how", ["layer", "weight"])
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+@pytest.mark.parametrize("module", ["a", "b"])
 def test_one_tensor_under_two_names_of_an_unknown_model(
     how: str, suffix: str, module: str, tmp_path: Path
 ) -> None:
