@@ -234,6 +234,9 @@ def _vllm(lora: Exported) -> Iterator[str]:
         without = frozenset({"GPT2LMHeadModel"})
     if without:
         yield f"has no LoRA for {min(without)}: {MERGE}"
+    # `FusedMoE(gate=self.gate)` keeps the bare router and calls that; Mixtral calls its own
+    if any(leaf(m) in ("gate", "router") and "block_sparse_moe" not in m for m in lora.modules):
+        yield f"was not seen to add LoRAs of routers other than Mixtral's: {MERGE}"
     yield from _partial_stacks(lora)
     if served_rank(lora.rank) is None:
         yield (

@@ -125,6 +125,8 @@ def exported(
          {"sglang": "names (w1, w3)", **dict.fromkeys(("vllm", "llama.cpp"), "all experts")}),
         (exported(*(f"layers.0.experts.{n}.{name}_proj" for n in (0, 1)
                     for name in ("gate", "up", "down"))), {"sglang": "LoRAs of experts right"}),
+        (exported("layers.0.mlp.gate"), {"vllm": "LoRAs of routers", "sglang": "names (gate)"}),
+        (exported("layers.0.block_sparse_moe.gate"), {"sglang": "names (gate)"}),
         (exported("layers.0.self_attn.kv_b_proj"), {"sglang": "LoRAs of kv_b_proj right"}),
         (exported(*(f"layers.0.experts.1.w{i}" for i in (1, 2, 3))),
          {"sglang": "names (w1, w2, w3)", **dict.fromkeys(("vllm", "llama.cpp"), "all experts")}),
