@@ -5,7 +5,7 @@ else transformers' model on the meta device (`models/meta.py`, which imports tor
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from gralora_convert.base.likeness import LEGACY
 from gralora_convert.base.quantisation import nested
 from gralora_convert.base.reading import NOTHING_SAID, Reading
 from gralora_convert.base.source_text import SourceText
+from gralora_convert.base.ways import Way, adder, most, stripper
 from gralora_convert.disk import FLOATING, Checkpoint, Rows
 from gralora_convert.errors import Finding, error
 
@@ -31,16 +32,6 @@ AUTO_CLASSES: Mapping[str, str] = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """A way from names in memory to names on disk, what it does, and the prefix that it changes."""
-
-    rename: Callable[[str], str]
-    note: str
-    strips: str = ""
-    adds: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,26 +86,26 @@ class Names:
         return self.text.parts(self.class_name or self.class_beside or "")
 
     @cached_property
-    def _fitting(self) -> tuple["_Way", ...]:
+    def _fitting(self) -> tuple["Way", ...]:
         """The ways to names on disk that fit most modules; names as they are if those fit, or if
         none does. A class that is known as a part of the base is that part."""
-        ways = [_Way(str, "")]
+        ways = [Way(str, "")]
         for prefix in dict.fromkeys((*self.text.prefixes, *self._parts)):
-            ways.append(_Way(_stripper(prefix), f"without the prefix {prefix!r}", strips=prefix))
-            ways.append(_Way(_adder(prefix, self.base), f"with the prefix {prefix!r}", adds=prefix))
+            ways.append(Way(stripper(prefix), f"without the prefix {prefix!r}", strips=prefix))
+            ways.append(Way(adder(prefix, self.base), f"with the prefix {prefix!r}", adds=prefix))
         found = {way: self._found(way) for way in ways}
         plain = found[ways[0]]
         if len(plain) == len(self.modules):
             return (ways[0],)
         decided = [way for way in ways if way.adds in self._parts and found[way] not in ({}, plain)]
-        best = _most(decided or ways, lambda way: len(found[way]))
+        best = most(decided or ways, lambda way: len(found[way]))
         if ways[0] in best:
             return (ways[0],)
-        best = _most(best, lambda way: sum(self._is_sized(*pair) for pair in found[way].items()))
+        best = most(best, lambda way: sum(self._is_sized(*pair) for pair in found[way].items()))
         places = {tuple(found[way].values()): way for way in reversed(best)}
         return tuple(reversed(places.values()))
 
-    def _found(self, way: "_Way") -> Mapping[str, str]:
+    def _found(self, way: "Way") -> Mapping[str, str]:
         """The modules that one way finds on disk, and their weights there."""
         names = {m: self._on_disk(way.rename, f"{m}.weight") for m in self.modules}
         return {module: name for module, name in names.items() if name is not None}
@@ -124,7 +115,7 @@ class Names:
         return self.shapes.get(module) in (shape, shape[::-1])
 
     @property
-    def _way(self) -> "_Way":
+    def _way(self) -> "Way":
         return self._fitting[0]
 
     @cached_property
@@ -268,7 +259,7 @@ class Names:
             assert self.blueprint is not None
             return self.blueprint.disk_name(self.today(parameter))
         mapped = self.mapped(parameter)
-        return _stripper(self.lacking_prefix)(mapped) if self.lacking_prefix else mapped
+        return stripper(self.lacking_prefix)(mapped) if self.lacking_prefix else mapped
 
     @property
     def prefix_note(self) -> str:
@@ -394,17 +385,3 @@ class Names:
     def is_embedding(self, module: str) -> bool:
         """Whether a module is called like an embedding."""
         return _EMBEDDING.fullmatch(module) is not None
-
-
-def _most(ways: Sequence[_Way], count: Callable[[_Way], int]) -> list[_Way]:
-    most = max(map(count, ways))
-    return [way for way in ways if count(way) == most]
-
-
-def _stripper(prefix: str) -> Callable[[str], str]:
-    return lambda name: name.removeprefix(f"{prefix}.")
-
-
-def _adder(prefix: str, base: Checkpoint) -> Callable[[str], str]:
-    """Adds the prefix, except to what stands beside the base model (a head)."""
-    return lambda name: name if name in base.tensors else f"{prefix}.{name}"

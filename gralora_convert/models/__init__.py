@@ -11,7 +11,7 @@ from gralora_convert.models.fitting import Parts
 from gralora_convert.models.foreign import quiet
 from gralora_convert.models.inputs import Inputs
 from gralora_convert.models.layer import GraloraLinear
-from gralora_convert.models.meta import Blueprint, TieFlag
+from gralora_convert.models.meta import Blueprint
 from gralora_convert.models.running import (
     CannotRunError,
     Loaded,
@@ -23,6 +23,7 @@ from gralora_convert.models.running import (
     stored_dtype,
     tokenised,
 )
+from gralora_convert.models.tying import TieFlag
 
 __all__ = [
     "Attachment", "Blueprint", "CannotRunError", "GraloraLinear", "Inputs", "Loaded", "Parts",

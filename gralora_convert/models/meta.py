@@ -7,13 +7,11 @@ conversion_mapping.py, 5.23): renames are asked key by key, from the real names 
 values move, every row is followed through the conversion.
 """
 
-import contextlib
 import copy
 import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,20 +20,10 @@ import torch
 from gralora_convert.disk import Checkpoint, Rows
 from gralora_convert.models.building import linear_modules, models
 from gralora_convert.models.foreign import ForeignError, foreign, quiet
+from gralora_convert.models.tying import TieFlag, tie_flag
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
     from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-
-@dataclass(frozen=True, slots=True)
-class TieFlag:
-    """A `tie_word_embeddings` of the config: its path in `config.json`, and the parameters that it
-    makes others share."""
-
-    path: tuple[str, ...]
-    tied: tuple[str, ...]
-    embeddings: frozenset[str]
 
 
 class Blueprint:
@@ -188,17 +176,7 @@ class Blueprint:
     def tie_flag(self, parameters: Iterable[str]) -> TieFlag | None:
         """The flag that ties these, if one alone does and its place in the config is known."""
         wanted = {p for name in parameters for p in self.sharing(name)} & self._tied_keys.keys()
-        for name, module in self._modules.items():
-            getter = getattr(module, "get_expanded_tied_weights_keys", None)
-            if getter is None:
-                continue
-            dot = f"{name}." if name else ""
-            tied = tuple(f"{dot}{target}" for target in getter(all_submodels=False))
-            if wanted and wanted <= set(tied):
-                path = _config_path(self.model.config, module.config)
-                embeddings = frozenset(_embeddings(module, dot))
-                return None if path is None else TieFlag(path, tied, embeddings)
-        return None
+        return tie_flag(self.model, wanted)
 
     @property
     def own(self) -> Mapping[str, torch.Tensor]:
@@ -397,25 +375,3 @@ def _segments(rows: Sequence[int], starts: Sequence[int], names: Sequence[str]) 
         else:
             yield Rows(names[source], start, stop - first, 0, order)
         first = stop
-
-
-def _config_path(root: "PretrainedConfig", wanted: object) -> tuple[str, ...] | None:
-    """The names that lead from a config to one of its sub-configs; () for itself."""
-    if root is wanted:
-        return ()
-    for name, value in vars(root).items():
-        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            inner = _config_path(value, wanted)
-            if inner is not None:
-                return (name, *inner)
-    return None
-
-
-def _embeddings(module: torch.nn.Module, dot: str) -> Iterator[str]:
-    """Names of the weights of a model's input and output embeddings."""
-    names = {id(part): name for name, part in module.named_modules()}
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(ForeignError), foreign():
-            part = getattr(module, getter)()
-            if id(part) in names:
-                yield f"{dot}{names[id(part)]}.weight"
