@@ -497,8 +497,7 @@ def adapters_from(folder: Path, verb: str) -> list[str]:
             "--to", "gralora", "--r", "4", "--linear", "*"]  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("verb", ["convert", "extract"])
+@pytest.mark.parametrize(("verb", "size"), [("convert", 2), ("extract", 4)])
 def test_ranks_make_the_adapter_of_one_process(
     verb: str, size: int, inputs: list[str], tmp_path: Path
 ) -> None:
@@ -513,8 +512,7 @@ def test_ranks_make_the_adapter_of_one_process(
     assert tree(tmp_path / "out") == tree(tmp_path / "one")  # the receipt's errors included
 
 
-@pytest.mark.parametrize("restarts", [0, 3])
-@pytest.mark.parametrize("verb", ["convert", "extract"])
+@pytest.mark.parametrize(("verb", "restarts"), [("convert", 0), ("extract", 3)])
 def test_a_worker_that_makes_an_adapter_is_killed(
     verb: str, restarts: int, inputs: list[str], tmp_path: Path
 ) -> None:
