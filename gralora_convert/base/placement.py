@@ -22,7 +22,7 @@ from gralora_convert.base.quantisation import (
 from gralora_convert.base.reading import NOTHING_SAID, Reading
 from gralora_convert.base.recipe import Placement, Target
 from gralora_convert.base.replacements import Replacements, replacements_of
-from gralora_convert.base.sets import stray_adapter
+from gralora_convert.base.sets import padding, stray_adapter
 from gralora_convert.base.ties import Claims, Settlement, settle
 from gralora_convert.disk import Checkpoint
 from gralora_convert.errors import Finding, Report, error, note
@@ -116,7 +116,9 @@ def _placement(
     def config_edits() -> Mapping[str, object]:
         if rows is None:
             return edits
-        return edits | head_edits(architecture, rows, pair.adapter.model_config)
+        found = edits | head_edits(architecture, rows, pair.adapter.model_config)
+        is_padded = architecture.task_type == "SEQ_CLS"
+        return found | (padding(pair.adapter, pair.base) if is_padded else {})
 
     return Placement(
         pair.adapter, architecture, tuple(settlement.targets), tuple(settlement.replacements),

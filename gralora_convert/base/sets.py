@@ -138,6 +138,18 @@ def _loads(kind: str, held: Files, others: Files) -> bool:
     return "tokenizer_config.json" in held and not _matching(others, _VOCABULARY)
 
 
+def padding(adapter: Adapter, base: Checkpoint) -> dict[str, object]:
+    """What the config of a sequence classifier says of the tokenizer that comes with it: such a
+    model takes the last token that is no padding, and trainers set that beside the tokenizer's."""
+    files = _matching(sidecars(adapter.path), _TOKENIZER)
+    number = _special_token(files, "pad_token")[1]
+    known = adapter.model_config.get("pad_token_id") is not None
+    if number is None or known or not _loads("tokenizer", files, base.sidecars()):
+        return {}
+    said: dict[str, object] = {"pad_token_id": number}
+    return said | ({"text_config": said} if "text_config" in base.config else {})
+
+
 def _pipeline_around(adapter: Path) -> Path | None:
     """The pipeline of sentence-transformers of which the folder of an adapter is a step."""
     step = adapter.resolve()
@@ -149,7 +161,7 @@ def _pipeline_around(adapter: Path) -> Path | None:
 def _generation(copies: Files) -> tuple[dict[str, object] | None, list[str]]:
     """`generation_config.json` with the end token of the tokenizer beside it, where it lacks that,
     and what to say: a model that does not know its end token is never done."""
-    token, number = _end_token(copies)
+    token, number = _special_token(copies, "eos_token")
     name = _GENERATION if _GENERATION in copies else "config.json"
     if token is None or name not in copies:
         return None, []
@@ -172,12 +184,12 @@ def _generation(copies: Files) -> tuple[dict[str, object] | None, list[str]]:
     return edited, [printable(f"{name}: {said}")]
 
 
-def _end_token(copies: Files) -> tuple[str | None, int | None]:
-    """The end token of the tokenizer, and its number where the files that are read here say it."""
+def _special_token(copies: Files, name: str) -> tuple[str | None, int | None]:
+    """A token of the tokenizer, and its number where the files that are read here say it."""
     config = _object(copies, "tokenizer_config.json")
     if "added_tokens_decoder" not in config:  # else transformers does not read the older file
         config = config | _object(copies, "special_tokens_map.json")
-    token = _content(config.get("eos_token"))
+    token = _content(config.get(name))
     if token is None:
         return None, None
     number = _object(copies, "added_tokens.json").get(token)

@@ -217,6 +217,11 @@ def _texts_and_sidecars(
         del copies["config.json"]
         texts["config.json"] = (json.dumps(edited, indent=2) + "\n").encode()
         notes += said
+        if edited.get("pad_token_id") != config.get("pad_token_id"):
+            notes.append(
+                f"config.json: pad_token_id is {edited['pad_token_id']}, with which the tokenizer "
+                f"pads, instead of {config.get('pad_token_id')}: a classifier looks for it"
+            )
     if len(files) > 1:
         texts[index] = index_json(files)
     return texts, copies, notes

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import GraloraConfig
+from peft import GraloraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.models import Dense, Normalize, Pooling, Router, Transformer
@@ -235,6 +235,32 @@ def test_an_end_token_of_unknown_number_is_told(pair: tuple[Path, Path]) -> None
     out, outcome = merged(adapter, base)
     assert "eos_token_id is 2; is that '<|im_end|>', the tokenizer's?" in outcome.stderr
     assert (out / "generation_config.json").read_text() == '{"eos_token_id": 2}'
+
+
+@pytest.mark.parametrize("before", [None, 0])
+def test_a_classifier_pads_as_its_tokenizer(before: int | None, pair: tuple[Path, Path]) -> None:
+    """Trainers (trl 1.16, RewardTrainer) set it in memory; no file beside the adapter has it."""
+    adapter, base = pair[0].parent / "reward", pair[1]
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": before}))
+    model = transformers.LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
+    words = trained()
+    model.config.pad_token_id = words.pad_token_id
+    model = get_peft_model(
+        model,
+        GraloraConfig(task_type="SEQ_CLS", r=8, target_modules=["q_proj"], init_weights=False),
+    ).eval()
+    model.save_pretrained(adapter)
+    words.save_pretrained(adapter)
+    out, outcome = merged(adapter, base)
+    rows = words(["w1 w2 w3 w4", "w5"], padding=True, return_tensors="pt")
+    given = {name: rows[name] for name in ("input_ids", "attention_mask")}
+    found = transformers.LlamaForSequenceClassification.from_pretrained(out).eval()
+    torch.testing.assert_close(found(**given).logits, model(**given).logits, rtol=0, atol=1e-6)
+    assert (
+        f"pad_token_id is 3, with which the tokenizer pads, instead of {before}" in outcome.stderr
+    )
+    run_ok("verify", adapter, "--base", base, "--merged", out)
 
 
 # Processors ---------------------------------------------------------------------------------------
