@@ -205,7 +205,7 @@ class Engines:
     def names(self) -> list[str]:
         """The servers that there are, the slowest first."""
         if self.only:
-            return [self.only]
+            return [self.only.split()[0]]
         return ["sglang", "llama.cpp", "vllm"] if self.sglang else ["llama.cpp", "vllm"]
 
     def converted(self, words: Sequence[str], folder: Path) -> None:

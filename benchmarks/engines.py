@@ -99,7 +99,7 @@ class Trial:
             self.cells[cell] = f"{same}, {worst:.0e}"
         except RefusedError as problem:
             self.cells[cell] = str(problem)
-        print(f"    {cell}: {self.cells[cell]}", flush=True)
+        print(f"{CASES[self.name].title}: {cell}: {self.cells[cell]}", flush=True)
 
     def made(self) -> tuple[Run, Run]:
         """What the adapted and the bare model say, which are on disk then."""
@@ -136,35 +136,29 @@ class Trial:
             else:
                 lines = lines_of(told, "python", "llama-server")
                 self.asks[ask] = partial(self.engines.by_llama_cpp, lines, folder)
-        if self.engines.only:
-            return
         gc.merge(adapter, base=folder / "model").write(merged)
-        self.job("vllm merged", str(merged), None, 0)
+        if "vllm" in self.engines.names:
+            self.job("vllm merged", str(merged), None, 0)
         gguf = [
             f"python convert_hf_to_gguf.py {merged} --outtype f32 --outfile {merged}.gguf",
             f"llama-server --model {merged}.gguf",
         ]
         self.asks["llama.cpp merged"] = partial(self.engines.by_llama_cpp, gguf, folder)
-        if self.engines.sglang:
-            line = f"sglang serve --model-path {merged} --dtype float32"
-            self.asks["sglang merged"] = partial(self.engines.by_sglang, line, folder)
+        line = f"sglang serve --model-path {merged} --dtype float32"
+        self.asks["sglang merged"] = partial(self.engines.by_sglang, line, folder)
 
     def job(self, cell: str, model: str, lora: str | None, rank: int) -> None:
-        answer = str(self.folder / f"{cell.replace(' ', '-')}.json")
+        file = self.folder / f"{cell.replace(' ', '-')}.json"
+        self.asks[cell] = partial(answer, file)
         self.jobs.append({
-            "cell": cell, "model": model, "lora": lora, "rank": rank, "dtype": "float32",
-            "tokens": TOKENS, "prompts": prompts(), "answer": answer,
+            "model": model, "lora": lora, "rank": rank, "dtype": "float32",
+            "tokens": TOKENS, "prompts": prompts(), "answer": str(file),
             "experts": lora is not None and CASES[self.name].model in (mixtral, qwen3_moe),
         })  # fmt: skip
 
-    def gather(self, server: str) -> None:
-        """What one engine says."""
-        print(CASES[self.name].title, flush=True)
-        for job in self.jobs if server == "vllm" else ():
-            self.tell(job["cell"], partial(answer, Path(job["answer"])))
-        for cell, ask in self.asks.items():
-            if cell.startswith(server):
-                self.tell(cell, ask)
+    def gather(self, cell: str) -> None:
+        if cell in self.asks:
+            self.tell(cell, self.asks[cell])
 
 
 def as_printed(trial: Trial) -> None:
@@ -225,7 +219,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*")
     for name in ("vllm", "llama-cpp", "llama-server", "sglang", "with-4"):
         parser.add_argument(f"--{name}")
-    parser.add_argument("--only", help="this engine alone: vllm, sglang or llama.cpp")
+    parser.add_argument("--only", help="these cells alone: vllm, sglang, 'sglang merged', ...")
     parser.add_argument("--serve", action="store_true", help="the printed lines of vLLM, too")
     parser.add_argument("--page", type=Path, help="write the results of earlier runs there")
     options = parser.parse_intermixed_args()
@@ -247,10 +241,11 @@ def main() -> None:
         trial.prepare()
     if "vllm" in engines.names:
         engines.by_vllm([job for trial in trials for job in trial.jobs], folder)
-    for server in reversed(engines.names):  # the slowest last
-        for trial in trials:
-            trial.gather(server)
-            if options.serve and server == "vllm":
+    servers = reversed(engines.names)  # the slowest last
+    for cell in (f"{server} {way}" for server in servers for way in ("merged", "LoRA", "says")):
+        for trial in trials if cell.startswith(options.only or "") else ():
+            trial.gather(cell)
+            if options.serve and cell == "vllm LoRA":
                 as_printed(trial)
             found[trial.name] = (
                 found.get(trial.name, {}) | trial.cells | {"date": f"{datetime.now(UTC):%Y-%m-%d}"}
