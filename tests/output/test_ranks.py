@@ -327,7 +327,7 @@ def test_a_lost_rank_leaves_nothing_published_and_is_made_up_for(
     assert "merged" in outcome.stdout
 
 
-@pytest.mark.parametrize(("lost", "when"), [(1, "late"), (0, "published")])
+@pytest.mark.parametrize(("lost", "when"), [(0, "published")])
 def test_torchrun_heals_a_killed_worker(
     lost: int, when: str, inputs: list[str], whole: dict[str, bytes | None], tmp_path: Path
 ) -> None:
@@ -512,7 +512,7 @@ def test_ranks_make_the_adapter_of_one_process(
     assert tree(tmp_path / "out") == tree(tmp_path / "one")  # the receipt's errors included
 
 
-@pytest.mark.parametrize(("verb", "restarts"), [("convert", 0), ("extract", 3)])
+@pytest.mark.parametrize(("verb", "restarts"), [("extract", 3)])
 def test_a_worker_that_makes_an_adapter_is_killed(
     verb: str, restarts: int, inputs: list[str], tmp_path: Path
 ) -> None:
