@@ -26,7 +26,7 @@ from gralora_convert.disk import (
 )
 from gralora_convert.errors import MisuseError, UnsupportedError
 from gralora_convert.verbs.layers import Module, Tensors, linear_layers
-from gralora_convert.verbs.pairing import as_tuned, new_module, paired, same
+from gralora_convert.verbs.pairing import as_tuned, paired, same
 
 NUMBERS = 4 * 1024 * 1024  # of a tensor that are looked at together
 
@@ -78,7 +78,8 @@ def differences(
         UnsupportedError: something differs that no adapter can hold.
     """
     names = as_tuned(before, after, reading)
-    pair = paired(before, after, names)
+    tuned = Architecture(after, reading=reading)
+    pair = paired(names, tuned)
     old, new = pair.before, pair.after
     found = Differences(names, old, new, notes=pair.notes)
     changed = frozenset(n for n, spec in old.items() if not same(spec, new[n]))
@@ -103,32 +104,30 @@ def differences(
     _save(found, holders, has_biases=has_biases)
     _add(found, pair.added, choice)
     _give_up_layers(found)
-    _compare_configs(found, after)
+    _compare_configs(found, tuned)
     loaded = [_whole(n, old, new) for n in sorted(changed) if not names.is_ignored(n)]
     _tell_left_out(found, loaded)
     return found
 
 
-def _add(found: Differences, added: Tensors, choice: Choice) -> None:
+def _add(found: Differences, added: Mapping[str, tuple[str, TensorSpec]], choice: Choice) -> None:
     """What the base has no tensor of (a head) is saved whole, by the module that is new."""
-    for parameter, spec in added.items():
+    for parameter, (module, spec) in added.items():
         if choice.linear_only or not choice.has(_holder(parameter)):
             found.notes.append(f"{parameter} is new in the tuned model and was left out")
             continue
         found.saved[parameter] = spec
-        found.entries.add(new_module(found.names, parameter))
+        found.entries.add(module)
         found.notes.append(f"{parameter} is new in the tuned model: saved whole, {spec.shape}")
 
 
-def _compare_configs(found: Differences, after: Checkpoint) -> None:
+def _compare_configs(found: Differences, tuned: Architecture) -> None:
     """What the tuned model's config says otherwise, as transformers reads both where it can: no
     adapter holds that."""
-    names = found.names
+    names, after = found.names, tuned.base
     settings = written_settings(names.base, after)
-    if settings and names.blueprint is not None:
-        other = Architecture(after, reading=names.reading).blueprint
-        if other is not None:
-            settings = different_settings(names.blueprint.config, other.config)
+    if settings and names.blueprint is not None and tuned.blueprint is not None:
+        settings = different_settings(names.blueprint.config, tuned.blueprint.config)
     if (settings or names.class_name) and after.model_type == names.base.model_type:
         found.config = after.config
     found.notes += [

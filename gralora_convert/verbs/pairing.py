@@ -1,5 +1,6 @@
 """Which tensor of a tuned checkpoint is which of its base's, whatever their names and layout."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from gralora_convert.base import Architecture, Reading, moved, pieces
@@ -12,11 +13,11 @@ from gralora_convert.verbs.layers import Tensors
 class Pairing:
     """The tensors of both checkpoints under the same names, those of the first where it has them
     (a stack that is several tensors on the other side is taken as those, under their names); the
-    parameters that only the second has; and notes."""
+    parameters that only the second has, each with the outermost module that is new; and notes."""
 
     before: Tensors
     after: Tensors
-    added: Tensors = field(default_factory=dict)
+    added: Mapping[str, tuple[str, TensorSpec]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -33,20 +34,21 @@ def as_tuned(before: Checkpoint, after: Checkpoint, reading: Reading) -> Archite
     return named if type(model.model).__name__ == name else own
 
 
-def paired(before: Checkpoint, after: Checkpoint, names: Architecture) -> Pairing:
-    """Where names differ, those are one that are loaded as one; what is not loaded, or a copy that
-    ties make, is no matter.
+def paired(names: Architecture, others: Architecture) -> Pairing:
+    """The tensors of a base and of its tuned model. Where names differ, those are one that are
+    loaded as one; what is not loaded, or a copy that ties make, is no matter.
 
     Raises:
         UnsupportedError: one of them has more.
     """
-    if before.tensors.keys() == after.tensors.keys():
-        return Pairing(before.tensors, after.tensors)
-    others = Architecture(after, reading=names.reading)
+    if names.base.tensors.keys() == others.base.tensors.keys():
+        return Pairing(names.base.tensors, others.base.tensors)
     old, new = _cut_alike(names, others)
     alone = old.keys() ^ new.keys()
     there = {parameter: name for name, parameter in others.parameters.items()}
-    renamed, added, spare, lost = dict[str, str](), dict[str, TensorSpec](), set[str](), list[str]()
+    here = {module for tensor in names.base.tensors for module in _above(names.parameter(tensor))}
+    renamed, spare, lost = dict[str, str](), set[str](), list[str]()
+    added = dict[str, tuple[str, TensorSpec]]()
     for name, parameter in names.parameters.items():
         if name in alone and there.get(parameter) in alone:
             renamed[name] = there[parameter]
@@ -54,11 +56,12 @@ def paired(before: Checkpoint, after: Checkpoint, names: Architecture) -> Pairin
     for name in sorted(alone - matched):
         held = names if name in old else others
         parameter = held.parameter(name)
+        outer = next((m for m in reversed(_above(parameter)) if m not in here), None)
         tied = [there[p] for p in others.sharing(parameter) if p in there and there[p] != name]
         if name in held.base.tensors and _is_spare(held, name):
             spare.add(name)
-        elif held is others and names.has_parameter(parameter) and new_module(names, parameter):
-            added[parameter] = new[name]
+        elif held is others and names.has_parameter(parameter) and outer is not None:
+            added[parameter] = outer, new[name]
         elif held is names and tied:
             renamed[name] = tied[0]
         else:
@@ -66,7 +69,7 @@ def paired(before: Checkpoint, after: Checkpoint, names: Architecture) -> Pairin
     if lost:
         raise UnsupportedError(
             f"{len(lost)} tensors are in one checkpoint only, first {lost[0]}",
-            where=after.path,
+            where=others.base.path,
             hint="Extract from a model with the same tensors as its base.",
         )
     more = f" and {len(spare) - 1} more" if len(spare) > 1 else ""
@@ -105,12 +108,6 @@ def _is_spare(names: Architecture, tensor: str) -> bool:
         other != tensor and parameter in shared and same(tensors[tensor], tensors[other])
         for other, parameter in known.items()
     )
-
-
-def new_module(names: Architecture, parameter: str) -> str:
-    """The outermost module around a parameter of which the base has no tensor; '' if none is."""
-    here = {module for tensor in names.base.tensors for module in _above(names.parameter(tensor))}
-    return next((module for module in reversed(_above(parameter)) if module not in here), "")
 
 
 def _above(parameter: str) -> list[str]:

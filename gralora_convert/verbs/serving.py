@@ -294,9 +294,11 @@ def _llama_cpp(lora: Exported) -> Iterator[str]:
 def _peft(lora: Exported) -> Iterator[str]:
     if lora.transposed:
         yield "reads the factors of Conv1D layers in the other order than llama.cpp"
+    kind = None if lora.base is None else lora.base.model_type
     for what, layers in (("loses the factors", _PEFT_LOSES), ("refuses LoRAs", _PEFT_REFUSES)):
-        pattern = layers.get(lora.base.model_type or "", "-") if lora.base is not None else "-"
-        if found := [module for module in lora.modules if re.fullmatch(pattern, module)]:
+        if kind not in layers:
+            continue
+        if found := [module for module in lora.modules if re.fullmatch(layers[kind], module)]:
             yield f"{what} of {len(found)} layers of this model, first {min(found)}: {MERGE}"
 
 
